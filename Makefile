@@ -1,0 +1,51 @@
+# Two commands matter: `make demo` and `make test`. Both set up .venv first, where needed.
+# A virtual environment that happens to be active is not used.
+
+PYTHON ?= python3
+BIN    := .venv/bin
+STAMP  := .venv/.stamp
+PIP     = $(BIN)/python -m pip --disable-pip-version-check
+
+unexport VIRTUAL_ENV
+unexport PYTHONHOME
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## make .venv with the tested versions of everything
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "error: '$(PYTHON)' was not found; exactflow needs Python 3.11 or newer (make PYTHON=...)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: exactflow needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -V 2>&1);" \
+	       "name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "==> set-up (.venv, some minutes the first time)"
+	@$(PYTHON) -m venv .venv || { \
+	  echo "error: $(PYTHON) -m venv failed (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@$(PIP) install -q --retries 10 --timeout 60 -c constraints.txt -e '.[all,dev]'
+	@touch $@
+
+demo: $(STAMP) ## train, score and sample a small flow on built-in images (writes runs/demo/)
+	@$(BIN)/exactflow demo
+
+test: lint ## lint, then all tests
+	@echo "==> pytest"
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP) ## style, format, types and the order of imports
+	@echo "==> ruff check"
+	@$(BIN)/ruff check .
+	@echo "==> ruff format --check"
+	@$(BIN)/ruff format --check .
+	@echo "==> basedpyright"
+	@$(BIN)/basedpyright --pythonpath $(BIN)/python
+	@echo "==> lint-imports"
+	@$(BIN)/lint-imports --no-logo
+
+clean: ## remove caches and builds (keeps .venv and runs/)
+	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

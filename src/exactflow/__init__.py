@@ -1,0 +1,47 @@
+"""exactflow: image models with a likelihood you can trust."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from exactflow import registry as registry
+    from exactflow.hub.convert import convert as convert
+    from exactflow.hub.pretrained import from_pretrained as from_pretrained
+    from exactflow.likelihood.log_likelihood import LogLikelihood as LogLikelihood
+    from exactflow.likelihood.log_likelihood import log_likelihood as log_likelihood
+    from exactflow.registry import build as build
+    from exactflow.sampling.guidance import Guidance as Guidance
+    from exactflow.sampling.latent import interpolate as interpolate
+    from exactflow.sampling.latent import reconstruct as reconstruct
+    from exactflow.sampling.sample import Samples as Samples
+    from exactflow.sampling.sample import sample as sample
+
+__version__ = "0.1.0"
+
+# public name -> module; imported on first use, so that `exactflow --help` needs no torch
+_HOMES = {
+    "Guidance": "exactflow.sampling.guidance",
+    "LogLikelihood": "exactflow.likelihood.log_likelihood",
+    "Samples": "exactflow.sampling.sample",
+    "build": "exactflow.registry",
+    "convert": "exactflow.hub.convert",
+    "from_pretrained": "exactflow.hub.pretrained",
+    "interpolate": "exactflow.sampling.latent",
+    "log_likelihood": "exactflow.likelihood.log_likelihood",
+    "reconstruct": "exactflow.sampling.latent",
+    "sample": "exactflow.sampling.sample",
+}
+__all__ = ["__version__", *_HOMES, "registry"]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name == "registry":
+        return import_module("exactflow.registry")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'exactflow' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

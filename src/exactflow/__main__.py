@@ -1,0 +1,5 @@
+"""`python -m exactflow`."""
+
+from exactflow.cli import main
+
+main()

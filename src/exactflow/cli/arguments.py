@@ -1,0 +1,189 @@
+"""What can be typed. Nothing here imports torch: `--help` answers at once."""
+
+import signal
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Literal, final
+
+import tyro
+
+Overrides = Annotated[
+    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[KEY=VALUE ...]")
+]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+@final
+@dataclass(frozen=True)
+class Train:
+    """Train a preset, or resume: the same command continues an interrupted run.
+
+    Keys are model.*, training.*, data.* and run.*, as `exactflow info PRESET` lists them, e.g.
+    `exactflow train tarflow-digits training.steps=500 data.limit=1000`. The model takes its image
+    shape, grey levels and number of classes from the data unless they are given.
+    """
+
+    words: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PRESET [KEY=VALUE ...]")
+    ] = ()
+    """Preset (or none, if --config names one), then settings to change."""
+    config: Path | None = None
+    """YAML file with `preset` and the sections model, training, data, run."""
+    out: Path | None = None
+    """Run folder; runs/PRESET by default."""
+    device: Device = "auto"
+
+
+@final
+@dataclass(frozen=True)
+class Sample:
+    """Draw images from a model; sample k belongs to seed k."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Model folder, run folder or hub id."""
+    n: int = 16
+    """Number of samples."""
+    label: tuple[int, ...] = ()
+    """One class for all, or one for each sample."""
+    seed: int = 0
+    """Seed of the first sample."""
+    solver: str = "auto"
+    guidance: float = 0.0
+    """Guidance scale w; 0 samples the model itself."""
+    guidance_rule: Literal["extrapolate", "gaussian-score"] = "extrapolate"
+    """TarFlow's rule, or STARFlow's."""
+    guidance_schedule: Literal["linear", "constant"] = "linear"
+    attention_temperature: float = 1.0
+    """Of the branch guidance moves away from; guides models without labels."""
+    denoise: bool | None = None
+    """Score denoising; by default for models trained with Gaussian noise."""
+    temperature: float = 1.0
+    """Factor on the prior's standard deviation."""
+    trace: bool = False
+    """Also draw the way from latent to image."""
+    on_nonfinite: Literal["raise", "omit"] = "raise"
+    """A NaN or infinity: an error, or left out and counted."""
+    batch_size: int = 64
+    out: Path = Path("runs/samples")
+    """Folder for the grid, the single images and samples.json."""
+    device: Device = "auto"
+
+
+@final
+@dataclass(frozen=True)
+class Evaluate:
+    """Score held-out images: bits/dim with its standard error, its kind and its data.
+
+    Keys are data.*; by default the data the model was trained on.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Model folder, run folder or hub id."""
+    overrides: Overrides = ()
+    """Settings of the data to change, e.g. data.limit=500."""
+    split: Literal["train", "validation", "test"] = "test"
+    k: int = 1
+    """Dequantisation draws per image; 1 is the published protocol."""
+    seed: int = 0
+    batch_size: int = 64
+    out: Path | None = None
+    """JSON file for the result, with the value of every image."""
+    device: Device = "auto"
+
+
+@final
+@dataclass(frozen=True)
+class Encode:
+    """Encode images, decode them again, and interpolate between their latents.
+
+    Keys are data.*; by default the data the model was trained on.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Model folder, run folder or hub id."""
+    overrides: Overrides = ()
+    """Settings of the data to change, e.g. data.source=photos/."""
+    split: Literal["train", "validation", "test"] = "test"
+    n: int = 8
+    """Number of images, from the start of the split."""
+    steps: int = 8
+    """Images on the way from each image to the next."""
+    path: Literal["linear", "spherical"] = "spherical"
+    out: Path = Path("runs/encode")
+    """Folder for latents.safetensors, the pictures and encode.json."""
+    device: Device = "auto"
+
+
+@final
+@dataclass(frozen=True)
+class Convert:
+    """Read a published TarFlow .pth file and write a model folder."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """The published file; only tensors are read."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Model folder to write."""
+    channels: int | None = None
+    """Image channels, where 3 or 1 do not fit uniquely."""
+    height: int | None = None
+    """Image height in pixels, where images are not square."""
+    noise_std: float | None = None
+    """Training noise, where the file name does not tell; 0 for uniform."""
+
+
+@final
+@dataclass(frozen=True)
+class Info:
+    """List the presets, or say everything about a preset or a model."""
+
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    """Preset, model folder, run folder or hub id; none lists all presets."""
+
+
+@final
+@dataclass(frozen=True)
+class Demo:
+    """Train, score and sample a small TarFlow on built-in images, and write a report."""
+
+    overrides: Overrides = ()
+    """Settings to change, as for train."""
+    out: Path = Path("runs/demo")
+    """Run folder."""
+
+
+Command = Train | Sample | Evaluate | Encode | Convert | Info | Demo
+
+# verb -> (what it takes, where it is carried out)
+_VERBS = {
+    "train": (Train, "exactflow.cli.train"),
+    "sample": (Sample, "exactflow.cli.sample"),
+    "evaluate": (Evaluate, "exactflow.cli.evaluate"),
+    "encode": (Encode, "exactflow.cli.encode"),
+    "convert": (Convert, "exactflow.cli.convert"),
+    "info": (Info, "exactflow.cli.info"),
+    "demo": (Demo, "exactflow.cli.demo"),
+}
+
+
+def main() -> None:
+    """Run one command; exits with 0, 1 (an error, in one message), 2 (usage) or 128 + signal."""
+    command = tyro.extras.subcommand_cli_from_dict(
+        {verb: kind for verb, (kind, _) in _VERBS.items()},
+        prog="exactflow",
+        description="Image models with a likelihood you can trust.",
+        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
+    )
+    module = next(home for kind, home in _VERBS.values() if isinstance(command, kind))
+    try:
+        import_module(module).run(command)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        sys.stderr.close()
+        sys.exit(128 + signal.SIGPIPE)
+    except (ValueError, ArithmeticError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

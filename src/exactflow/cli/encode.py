@@ -1,0 +1,58 @@
+"""`exactflow encode`."""
+
+import json
+
+import numpy as np
+import torch
+from rich.console import Console
+from safetensors.torch import save
+
+from exactflow.cli.arguments import Encode
+from exactflow.cli.settings import data_of, load_flow
+from exactflow.core.serialization import write_atomically
+from exactflow.data import load
+from exactflow.evaluation import pictures
+from exactflow.sampling.latent import interpolate, reconstruct
+
+
+def run(command: Encode) -> None:
+    """Write latents, reconstructions with their error, and interpolations."""
+    model = load_flow(command.model, command.device)
+    dataset = load(data_of(model, command.model, command.overrides), command.split)
+    if dataset.event_shape != model.event_shape or dataset.levels != model.levels:
+        raise ValueError(
+            f"the model takes images {model.event_shape} with {model.levels} levels, "
+            f"{dataset.id} has {dataset.event_shape} with {dataset.levels}"
+        )
+    images = torch.as_tensor(np.array(dataset.images[: command.n]))
+    label = None
+    if model.num_classes and dataset.labels is not None:
+        label = torch.as_tensor(np.array(dataset.labels[: command.n])).to(model.device)
+    result = reconstruct(model, images, label)
+    out = command.out
+    out.mkdir(parents=True, exist_ok=True)
+    latents = {"z": result.z.cpu().contiguous(), "log_abs_det": result.log_abs_det.cpu()}
+    write_atomically(out / "latents.safetensors", save(latents))
+    both = torch.cat([images, model.to_grey_levels(result.x).cpu()])
+    pictures.save(pictures.grid(both, model.levels, len(images)), out / "reconstruction.png")
+    wrong = int((both[: len(images)] != both[len(images) :]).sum())
+    if len(images) > 1:
+        between = None if label is None else label[1:]
+        path = interpolate(
+            model, images[:-1], images[1:], command.steps, between, path=command.path
+        )
+        rows = model.to_grey_levels(path).transpose(0, 1).flatten(0, 1)
+        sheet = pictures.grid(rows, model.levels, columns=command.steps)
+        pictures.save(sheet, out / "interpolation.png")
+    summary = {
+        "data": dataset.describe(),
+        "images": len(images),
+        "max_error": result.error.tolist(),
+        "wrong_grey_levels": wrong,
+        "log_abs_det": result.log_abs_det.tolist(),
+    }
+    write_atomically(out / "encode.json", (json.dumps(summary, indent=2) + "\n").encode())
+    Console().print(
+        f"{len(images)} images encoded and decoded: largest error "
+        f"{float(result.error.max()):.1e} in [-1, 1], {wrong} grey levels differ: {out}"
+    )

@@ -1,0 +1,66 @@
+"""`exactflow sample`."""
+
+import json
+import sys
+
+from rich.console import Console
+
+from exactflow.cli.arguments import Sample
+from exactflow.cli.settings import load_flow
+from exactflow.core.serialization import write_atomically
+from exactflow.evaluation import pictures
+from exactflow.sampling.guidance import Guidance
+from exactflow.sampling.sample import sample
+
+
+def run(command: Sample) -> None:
+    """Draw samples and write them with their cost."""
+    model = load_flow(command.model, command.device)
+    if len(command.label) not in (0, 1, command.n):
+        raise ValueError(
+            f"expected no label, one, or {command.n} (one per sample), got {len(command.label)}"
+        )
+    drawn = sample(
+        model,
+        command.n,
+        command.label[0] if len(command.label) == 1 else command.label or None,
+        command.seed,
+        command.solver,
+        Guidance(
+            command.guidance,
+            command.guidance_rule,
+            command.guidance_schedule,
+            command.attention_temperature,
+        ),
+        denoise=command.denoise,
+        temperature=command.temperature,
+        batch_size=command.batch_size,
+        trace=command.trace,
+        on_nonfinite=command.on_nonfinite,
+        progress=sys.stderr.isatty(),
+    )
+    console = Console()
+    for seed, where in drawn.failures.items():
+        console.print(f"left out: the sample with seed {seed} became non-finite in {where}")
+    if not drawn.seeds:
+        raise ArithmeticError(f"none of {command.n} samples is finite")
+    out = command.out
+    pictures.save(pictures.grid(drawn.images, model.levels), out / "samples.png")
+    for seed, image in zip(drawn.seeds, drawn.images, strict=True):
+        pictures.save(pictures.single(image, model.levels), out / f"seed_{seed:06d}.png")
+    if drawn.trace is not None:
+        pictures.save(pictures.trajectory_grid(drawn.trace[:, :8]), out / "trace.png")
+    cost = {
+        "seeds": drawn.seeds,
+        "label": None if drawn.label is None else drawn.label.tolist(),
+        "evaluations": drawn.evaluations,
+        "iterations": drawn.iterations,
+        "seconds": drawn.seconds,
+        "certificate": drawn.certificate.tolist(),
+        "failures": drawn.failures,
+    }
+    write_atomically(out / "samples.json", (json.dumps(cost, indent=2) + "\n").encode())
+    console.print(
+        f"{len(drawn.seeds)} samples in {drawn.seconds:.1f} s, {drawn.evaluations} evaluations, "
+        f"largest round-trip residual {float(drawn.certificate.max()):.1e}: {out / 'samples.png'}"
+    )

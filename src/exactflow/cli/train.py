@@ -1,0 +1,163 @@
+"""`exactflow train`."""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from exactflow.cli.arguments import Train
+from exactflow.cli.settings import Settings, as_flow, pick_device, resolve
+from exactflow.core.model import Flow
+from exactflow.core.serialization import write_atomically
+from exactflow.data import ImageDataset, load
+from exactflow.evaluation import pictures
+from exactflow.evaluation.bits_per_dim import Evaluation, evaluate
+from exactflow.likelihood.log_likelihood import log_likelihood
+from exactflow.sampling.sample import sample
+from exactflow.training import FitResult, Interrupted, Progress, fit
+
+CONFIG_FILE = "config.yaml"
+
+
+@final
+@dataclass(frozen=True)
+class Trained:
+    """A finished run."""
+
+    settings: Settings
+    model: Flow
+    training: ImageDataset
+    result: FitResult
+    validation: Evaluation
+
+
+def run(command: Train) -> None:
+    """Train, score the validation split, save the model."""
+    settings = resolve(command.words, command.config)
+    folder = command.out or Path("runs") / settings.preset
+    trained = train(settings, folder, command.device)
+    show(trained, folder)
+
+
+def train(settings: Settings, folder: Path, device: str) -> Trained:
+    """Carry out or resume a run in `folder`; leaves it with model/, config.yaml, metrics.jsonl."""
+    training = load(settings.data, "train")
+    validation = load(settings.data, "validation")
+    settings = settings.fitted(training)
+    model = settings.build().to(pick_device(device))
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(settings.describe(), sort_keys=False)
+    write_atomically(folder / CONFIG_FILE, text.encode())
+    watch = _Watch(settings, validation, folder)
+    run_config = settings.run
+    every = {run_config.sample_every: watch.draw}
+    if run_config.evaluate_every == run_config.sample_every:
+        every[run_config.sample_every] = watch.both
+    else:
+        every[run_config.evaluate_every] = watch.score
+    try:
+        result = fit(
+            model,
+            training,
+            settings.training,
+            folder,
+            flip=settings.data.flip,
+            every=every,
+            tensorboard=run_config.tensorboard,
+        )
+    except Interrupted as stop:
+        print(f"{stop}; run the same command to resume", file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    evaluation = evaluate(model, validation, progress=sys.stderr.isatty())
+    scores = evaluation.describe()
+    del scores["data"]
+    card = {
+        "training data": training.describe(),
+        "validation": {**scores, "fingerprint": validation.fingerprint},
+        "cost": {
+            "steps": result.step,
+            "images_seen": result.images_seen,
+            "seconds": round(result.seconds, 1),
+            "device": str(model.device),
+            "torch": torch.__version__,
+        },
+    }
+    model.save_pretrained(folder / "model", card=card)
+    return Trained(settings, model, training, result, evaluation)
+
+
+def show(trained: Trained, folder: Path) -> None:
+    """The closing table."""
+    likelihood = trained.validation.likelihood
+    table = Table(title=f"{trained.settings.preset} on {trained.training.id}")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    table.add_row("parameters", f"{trained.model.num_parameters:,}")
+    table.add_row("images seen", f"{trained.result.images_seen:,}")
+    table.add_row("training seconds", f"{trained.result.seconds:.1f}")
+    table.add_row(*likelihood_row(trained.validation, "validation"))
+    table.add_row("kind", likelihood.kind)
+    table.add_row("model", str(folder / "model"))
+    Console().print(table)
+
+
+def likelihood_row(evaluation: Evaluation, split: str) -> tuple[str, str]:
+    """Name and value of a likelihood: bits/dim, or why there is none."""
+    likelihood = evaluation.likelihood
+    if likelihood.kind == "noisy-density":
+        value = f"{likelihood.nats_per_dim:.4f} (no bits/dim: trained with Gaussian noise)"
+        return f"{split} density of noisy images, nats/dim", value
+    error = f" ± {likelihood.standard_error:.4f}" if len(likelihood.nats) > 1 else ""
+    return f"{split} bits/dim", f"{likelihood.bits_per_dim:.4f}{error}"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@final
+class _Watch:
+    """What a run looks at on its way: held-out bits/dim and sample grids."""
+
+    def __init__(self, settings: Settings, validation: ImageDataset, folder: Path) -> None:
+        count = min(settings.run.evaluation_images, len(validation))
+        self.images = torch.as_tensor(np.array(validation.images[:count]))
+        self.labels = None
+        if validation.labels is not None and settings.model.num_classes:
+            self.labels = torch.as_tensor(np.array(validation.labels[:count]))
+        self.samples = settings.run.samples
+        self.folder = folder
+
+    def score(self, progress: Progress) -> Mapping[str, float]:
+        """Likelihood of validation images."""
+        likelihood = log_likelihood(as_flow(progress.model), self.images, self.labels)
+        if likelihood.kind == "noisy-density":
+            return {"noisy_nats_per_dim": likelihood.nats_per_dim}
+        return {
+            "bits_per_dim": likelihood.bits_per_dim,
+            "standard_error": likelihood.standard_error,
+        }
+
+    def draw(self, progress: Progress) -> Mapping[str, float]:
+        """A grid of samples; the same seeds every time."""
+        model = as_flow(progress.model)
+        classes = model.num_classes
+        label = torch.arange(self.samples) % classes if classes else None
+        drawn = sample(model, self.samples, label, on_nonfinite="omit")
+        if len(drawn.seeds):
+            sheet = pictures.grid(drawn.images, model.levels)
+            pictures.save(sheet, self.folder / "samples" / f"step_{progress.step:08d}.png")
+        return {"nonfinite_samples": float(len(drawn.failures))}
+
+    def both(self, progress: Progress) -> Mapping[str, float]:
+        """`score` and `draw`."""
+        return {**self.score(progress), **self.draw(progress)}

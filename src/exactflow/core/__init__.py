@@ -1,0 +1,1 @@
+"""What a model is: abstract nouns, transforms, grey levels, randomness."""

@@ -1,0 +1,72 @@
+"""Frozen configurations changed by name: strict, with a suggestion for what is misspelt."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A frozen dataclass with some fields changed.
+
+    Args:
+        config: an instance.
+        changes: new values; lists stand for tuples and whole numbers for floats, as JSON and YAML
+            write them.
+
+    Raises:
+        ValueError: an unknown field, with a suggestion, or a value of the wrong type.
+    """
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise TypeError(f"expected a configuration, got {config!r}")
+    return dataclasses.replace(config, **checked(type(config), changes))
+
+
+def checked(config: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields, with values of the types that dataclass `config` declares; errors as above."""
+    hints = typing.get_type_hints(config)
+    known = [field.name for field in dataclasses.fields(config)]
+    for name in fields:
+        if name not in known:
+            raise ValueError(
+                f"unknown field {name!r} of {config.__name__}{suggestion(name, known)}"
+            )
+    return {name: _as(hints[name], v, f"{config.__name__}.{name}") for name, v in fields.items()}
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest known name, or all of them."""
+    choices = list(known)
+    near = difflib.get_close_matches(name, choices, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(choices)}"
+
+
+def _as(hint: Any, value: Any, name: str) -> Any:
+    """`value` as the type `hint`, converted only where nothing is lost."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        plain = [argument for argument in arguments if argument is not type(None)]
+        return _as(plain[0], value, name)
+    if origin is typing.Literal:
+        if value not in arguments:
+            choices = " | ".join(map(repr, arguments))
+            near = suggestion(str(value), [str(a) for a in arguments]).partition(";")[2]
+            raise ValueError(f"{name}: expected {choices}, got {value!r};{near}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(arguments):
+            raise ValueError(f"{name}: expected {len(arguments)} values, got {value!r}")
+        return tuple(_as(a, v, name) for a, v in zip(arguments, value, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and (
+        not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)
+    ):
+        raise ValueError(f"{name}: expected {hint.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,72 @@
+"""Grey levels and reals: the one file that knows how integers 0 .. levels-1 map to [-1, 1].
+
+Two maps are in use, and they are different numbers (specification, sections 4 and 5):
+
+* *dequantised* (likelihood): ``x = 2 (v + u) / levels - 1`` with u in [0, 1); a grey level is an
+  interval of width 2 / levels, so densities convert to bits without a remainder;
+* *centred* (noise-trained models): ``x = 2 v / (levels - 1) - 1``; the extreme levels are -1 and 1.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+PHOTOGRAPHIC_LEVELS = 256  # eight bits, what image files hold unless a data set says otherwise
+
+
+def check_images(images: Tensor, event_shape: tuple[int, int, int], levels: int) -> None:
+    """Raise ValueError unless `images` are integers 0 .. levels-1 of shape (B, *event_shape)."""
+    if images.is_floating_point() or images.is_complex() or images.dtype == torch.bool:
+        raise ValueError(
+            f"expected integer images 0 .. {levels - 1} as they come from the data, "
+            f"got {images.dtype}"
+        )
+    if images.dim() != 4 or tuple(images.shape[1:]) != event_shape:
+        raise ValueError(
+            f"expected images of shape (batch, {', '.join(map(str, event_shape))}), "
+            f"got {tuple(images.shape)}"
+        )
+    if images.numel() == 0:
+        raise ValueError("expected at least one image, got an empty batch")
+    if images.dtype == torch.uint8 and levels >= PHOTOGRAPHIC_LEVELS:
+        return  # the type itself guarantees the range: spares CUDA a synchronisation per step
+    low, high = int(images.min()), int(images.max())
+    if low < 0 or high >= levels:
+        raise ValueError(f"expected grey levels 0 .. {levels - 1}, got {low} .. {high}")
+
+
+def dequantize(
+    images: Integer[Tensor, "*shape"], noise: Float[Tensor, "*shape"], levels: int
+) -> Float[Tensor, "*shape"]:
+    """x = 2 (v + u) / levels - 1 in [-1, 1), u = `noise` in [0, 1); dtype of `noise`."""
+    return (images.to(noise.dtype) + noise) * (2.0 / levels) - 1.0
+
+
+def center(
+    images: Integer[Tensor, "*shape"], levels: int, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*shape"]:
+    """x = 2 v / (levels - 1) - 1 in [-1, 1]."""
+    return images.to(dtype) * (2.0 / (levels - 1)) - 1.0
+
+
+def quantize_dequantized(x: Float[Tensor, "*shape"], levels: int) -> Integer[Tensor, "*shape"]:
+    """The grey level whose interval holds x (inverse of `dequantize` for every u)."""
+    return ((x + 1.0) * (levels / 2)).floor().clamp(0, levels - 1).to(torch.uint8)
+
+
+def quantize_centered(x: Float[Tensor, "*shape"], levels: int) -> Integer[Tensor, "*shape"]:
+    """The nearest grey level (inverse of `center`)."""
+    return ((x + 1.0) * ((levels - 1) / 2)).round().clamp(0, levels - 1).to(torch.uint8)
+
+
+def display(images: Integer[Tensor, "*shape"], levels: int) -> Integer[Tensor, "*shape"]:
+    """Grey levels 0 .. levels-1 stretched to the 8 bits that image files and screens expect."""
+    top = PHOTOGRAPHIC_LEVELS - 1
+    return (images.to(torch.float32) * (top / (levels - 1))).round().to(torch.uint8)
+
+
+def nats_per_level_interval(levels: int) -> float:
+    """ln(levels / 2): minus the log-width of one grey level in [-1, 1], per dimension."""
+    return math.log(levels / 2)

@@ -1,0 +1,245 @@
+"""The nouns: what a model is. What one does with it (sample, score, train) lives elsewhere."""
+
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, final
+
+import torch
+from jaxtyping import Float, Int, Integer
+from torch import Tensor, nn
+
+from exactflow.core import images as grey
+from exactflow.core.prior import Prior
+from exactflow.core.serialization import write_model
+from exactflow.core.transform import Solver
+
+
+class NonFiniteError(ArithmeticError):
+    """A NaN or an infinity where a number must stand; the message says where and how far off."""
+
+
+@final
+@dataclass(frozen=True)
+class Preset:
+    """A named configuration: the model, how it is trained, and what is known of the result.
+
+    Attributes:
+        config: the model's frozen configuration.
+        training: fields of the trainer's configuration that differ from its defaults.
+        data: fields of the data configuration that differ from its defaults.
+        published: what the source reports of this model, with the source; "" for our own.
+    """
+
+    config: Any
+    training: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    data: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    published: str = ""
+
+
+class GenerativeModel(nn.Module, ABC):
+    """A distribution over images, possibly given a class label.
+
+    Attributes:
+        kind: the family's name in the registry.
+        config: frozen dataclass with everything that defines the architecture and its noise.
+    """
+
+    kind: ClassVar[str]
+    config: Any
+
+    @property
+    @abstractmethod
+    def event_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image."""
+
+    @property
+    @abstractmethod
+    def levels(self) -> int:
+        """Number of grey levels of the images the model is made for."""
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """Number of classes; 0 for an unconditional model."""
+
+    @property
+    @abstractmethod
+    def stages(self) -> Sequence[nn.Module]:
+        """The repeated parts in order: what a trainer compiles, checkpoints or shards singly."""
+
+    @abstractmethod
+    def loss(
+        self,
+        images: Integer[Tensor, "batch channels height width"],
+        label: Int[Tensor, " batch"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, " batch"]:
+        """Training loss of each image.
+
+        Args:
+            images: grey levels 0 .. levels-1 as they come from the data.
+            label: classes 0 .. num_classes-1, or `null_label`; None drops all labels.
+            generator: source of dequantisation noise and label dropout, on the images' device.
+        """
+
+    def forward(
+        self,
+        images: Integer[Tensor, "batch channels height width"],
+        label: Int[Tensor, " batch"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, " batch"]:
+        """`loss`, under the name that PyTorch's wrappers call."""
+        return self.loss(images, label, generator=generator)
+
+    @property
+    def dims(self) -> int:
+        """Number of dimensions of one image, C * H * W."""
+        return math.prod(self.event_shape)
+
+    @property
+    def null_label(self) -> int:
+        """The class that stands for a dropped label: one past the last real class."""
+        return self.num_classes
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable numbers."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters."""
+        return next(self.parameters()).dtype
+
+    def check_label(self, label: Tensor | None, batch: int) -> None:
+        """Raise ValueError unless `label` is None or (batch,) classes 0 .. num_classes (null)."""
+        if label is None:
+            return
+        if self.num_classes == 0:
+            raise ValueError("this model is unconditional: expected label=None, got labels")
+        if label.dtype != torch.int64 or tuple(label.shape) != (batch,):
+            raise ValueError(
+                f"expected labels of type torch.int64 and shape ({batch},), "
+                f"got {label.dtype} {tuple(label.shape)}"
+            )
+        if label.device.type == "cpu":  # elsewhere the embedding's own bounds check speaks up
+            low, high = int(label.min()), int(label.max())
+            if low < 0 or high > self.null_label:
+                raise ValueError(
+                    f"expected classes 0 .. {self.num_classes - 1}, or {self.null_label} for a "
+                    f"dropped label, got {low} .. {high}"
+                )
+
+    def save_pretrained(self, path: str | Path, *, card: Mapping[str, Any] | None = None) -> None:
+        """Write config.json (with `kind`), model.safetensors and a model card (README.md).
+
+        Args:
+            path: folder, made if absent.
+            card: what to say of the model beside its configuration: data, metrics, cost.
+        """
+        write_model(self, self.kind, self.config, Path(path), card or {})
+
+
+class Flow(GenerativeModel):
+    """A model given by an invertible map from images to a simple prior.
+
+    Attributes:
+        exact: whether prior and log-determinant give the density itself; false for augmented
+            flows, which give a bound.
+    """
+
+    exact: ClassVar[bool]
+
+    @property
+    @abstractmethod
+    def prior(self) -> Prior:
+        """Distribution of the latent."""
+
+    @property
+    @abstractmethod
+    def noise_std(self) -> float:
+        """Standard deviation of Gaussian training noise in [-1, 1] units; 0 = dequantisation.
+
+        A model trained with Gaussian noise has the density of noisy images: no bits/dim.
+        """
+
+    @abstractmethod
+    def encode(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        label: Int[Tensor, " batch"] | None = None,
+    ) -> tuple[Float[Tensor, "batch *latent"], Float[Tensor, " batch"]]:
+        """Latent of images in [-1, 1] and ln |det dz/dx|, summed, in nats."""
+
+    @abstractmethod
+    def trajectory(
+        self,
+        z: Float[Tensor, "batch *latent"],
+        label: Int[Tensor, " batch"] | None = None,
+        *,
+        solver: Solver | None = None,
+    ) -> Iterator[Float[Tensor, "batch channels height width"]]:
+        """From latent to image: the latent laid out as an image, then the result of each part.
+
+        Carries no gradient.
+
+        Args:
+            z: latents as `encode` gives them; not changed.
+            label: class of each sample; None for a dropped label.
+            solver: inverts the autoregressive parts; None for the reference inverse.
+        """
+
+    def decode(
+        self,
+        z: Float[Tensor, "batch *latent"],
+        label: Int[Tensor, " batch"] | None = None,
+        *,
+        solver: Solver | None = None,
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Images in [-1, 1] of latents: the end of `trajectory`."""
+        (x,) = deque(self.trajectory(z, label, solver=solver), maxlen=1)
+        return x
+
+    def from_grey_levels(
+        self, images: Integer[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Images in [-1, 1] without noise: centred, or the midpoint of every grey level."""
+        grey.check_images(images, self.event_shape, self.levels)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        if self.noise_std > 0:
+            return grey.center(images, self.levels, dtype)
+        return grey.dequantize(images, torch.full_like(images, 0.5, dtype=dtype), self.levels)
+
+    def to_grey_levels(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Integer[Tensor, "batch channels height width"]:
+        """Grey levels of images in [-1, 1]; only here is anything clipped to the range."""
+        quantize = grey.quantize_centered if self.noise_std > 0 else grey.quantize_dequantized
+        return quantize(x, self.levels)
+
+
+def log_density(
+    flow: Flow,
+    x: Float[Tensor, "batch channels height width"],
+    label: Int[Tensor, " batch"] | None = None,
+) -> Float[Tensor, " batch"]:
+    """ln p(x | label) in nats, with respect to x in [-1, 1] (change of variables).
+
+    Raises:
+        ValueError: for an augmented flow, which has a bound and no density.
+    """
+    if not flow.exact:
+        raise ValueError(f"{flow.kind} is an augmented flow: it has a bound, not a density")
+    z, log_abs_det = flow.encode(x, label)
+    return flow.prior.log_prob(z) + log_abs_det

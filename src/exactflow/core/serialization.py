@@ -1,0 +1,68 @@
+"""A model on disk: config.json with its `kind`, model.safetensors, and a card for people."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import nn
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"
+FORMAT_VERSION = 1
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file or leave what was there: a temporary name, fsync, then a rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_model(
+    model: nn.Module, kind: str, config: Any, folder: Path, card: Mapping[str, Any]
+) -> None:
+    """Write `model` into `folder`; see `GenerativeModel.save_pretrained`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    write_atomically(folder / WEIGHTS_FILE, save(state, metadata={"format": "pt", "kind": kind}))
+    description = {
+        "kind": kind,
+        "format_version": FORMAT_VERSION,
+        "config": dataclasses.asdict(config),
+        "card": dict(card),
+    }
+    text = json.dumps(description, indent=2, allow_nan=False) + "\n"
+    write_atomically(folder / CONFIG_FILE, text.encode())
+    count = sum(p.numel() for p in model.parameters())
+    write_atomically(folder / CARD_FILE, _card_text(kind, count, description).encode())
+
+
+def _card_text(kind: str, parameters: int, description: Mapping[str, Any]) -> str:
+    lines = [
+        "---",
+        "library_name: exactflow",
+        f"tags: [{kind}, normalizing-flow, image-generation]",
+        "---",
+        f"# A {kind} model ({parameters:,} parameters)",
+        "",
+        "Load with `exactflow.from_pretrained(path)`.",
+    ]
+    for title, content in [("Configuration", description["config"]), *description["card"].items()]:
+        lines += ["", f"## {str(title).capitalize()}", ""]
+        if isinstance(content, Mapping):
+            lines += ["| field | value |", "|---|---|"]
+            lines += [f"| {name} | {value} |" for name, value in content.items()]
+        else:
+            lines.append(str(content))
+    return "\n".join(lines) + "\n"

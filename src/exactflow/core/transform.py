@@ -1,0 +1,99 @@
+"""Invertible maps with their log-determinants, and the one reference inverse."""
+
+from abc import ABC, abstractmethod
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class Transform(nn.Module, ABC):
+    """An invertible map of one sample, applied to a batch."""
+
+    @abstractmethod
+    def forward(
+        self, x: Float[Tensor, "batch *shape"], label: Int[Tensor, " batch"] | None = None
+    ) -> tuple[Float[Tensor, "batch *latent"], Float[Tensor, " batch"]]:
+        """The image of x and ln |det dz/dx|, summed, in nats, float32 or better."""
+
+    @abstractmethod
+    def inverse(
+        self, z: Float[Tensor, "batch *latent"], label: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch *shape"]:
+        """The x with forward(x, label)[0] == z, up to rounding."""
+
+
+class AutoregressiveTransform(Transform):
+    """z_t = (x_t - shift_t(x_<t)) exp(-log_scale_t(x_<t)) over tokens t = 0 .. num_tokens - 1.
+
+    Tokens stand in generation order. `affine` is all that an inverse may know of the model; the
+    triangular structure (Papamakarios et al., MAF, arXiv 1705.07057, eq. 4) does the rest.
+    """
+
+    num_tokens: int
+
+    @abstractmethod
+    def affine(
+        self,
+        x: Float[Tensor, "batch stop dim"],
+        label: Int[Tensor, " batch"] | None = None,
+        cache: Any = None,
+        start: int = 0,
+        temperature: Float[Tensor, " batch"] | None = None,
+    ) -> tuple[Float[Tensor, "batch window dim"], Float[Tensor, "batch window dim"]]:
+        """Parameters (shift, log_scale) of the tokens start .. stop - 1.
+
+        Token t's parameters are a function of x[:, :t] alone; x[:, stop - 1] is never read.
+
+        Args:
+            x: tokens 0 .. stop - 1.
+            label: class of each sample; None where there is none.
+            cache: made by `new_cache`; holds what was computed of tokens 0 .. start - 2, so that
+                only x[:, start - 1 : stop - 1] is evaluated, and takes up what is computed of those.
+            start: first token asked for; without a cache it must be 0.
+            temperature: attention temperature of each sample, 1 where None.
+        """
+
+    @abstractmethod
+    def new_cache(self, x: Float[Tensor, "batch tokens dim"]) -> Any:
+        """An empty cache for one inversion of a batch of the size, dtype and device of `x`.
+
+        It belongs to one batch, one label and one temperature.
+        """
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        label: Int[Tensor, " batch"] | None = None,
+    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, " batch"]]:
+        """All tokens at once: one evaluation of the network."""
+        shift, log_scale = self.affine(x, label)
+        return (x - shift) * torch.exp(-log_scale), -log_scale.flatten(1).sum(1)
+
+    @torch.no_grad()
+    def inverse(
+        self,
+        z: Float[Tensor, "batch tokens dim"],
+        label: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """The reference: token by token, exact by construction; carries no gradient."""
+        x = torch.zeros_like(z)
+        cache = self.new_cache(x)
+        for t in range(self.num_tokens):
+            shift, log_scale = self.affine(x[:, : t + 1], label, cache, start=t)
+            x[:, t] = torch.addcmul(shift[:, 0], z[:, t], log_scale[:, 0].exp())
+        return x
+
+
+class Solver(Protocol):
+    """A way to invert one autoregressive transform."""
+
+    def __call__(
+        self,
+        transform: AutoregressiveTransform,
+        z: Float[Tensor, "batch tokens dim"],
+        label: Int[Tensor, " batch"] | None,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """The x with transform(x, label)[0] == z."""
+        ...

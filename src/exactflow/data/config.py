@@ -1,0 +1,91 @@
+"""What decides which pixels are read: the config a run records, and the error of this package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, final, get_args
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+# Folder, file and hub names under which a stored split is recognised (compared in lower case).
+SPLIT_NAMES: dict[str, Split] = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "test": "test",
+}
+
+
+@final
+class DataError(ValueError):
+    """Data that cannot be read as asked; the message says where, what was expected, what found."""
+
+
+@final
+@dataclass(frozen=True)
+class DataConfig:
+    """Everything that decides which pixels are read.
+
+    A split's members are chosen in the *split order*, a permutation of the stored images seeded by
+    `split_seed`; what was chosen is then read in stored order. So a test split that the source
+    brings itself stays as it is stored, whatever the seed, and a `limit` does not take the first
+    class of a sorted folder only.
+
+    Attributes:
+        source: "digits" (built in, 8x8, 17 levels), "fashion-mnist" (looked up in the usual
+            places), a folder of IDX files, a folder of images, a .parquet file or a folder of
+            them, or "hub:owner/name" (or "hub:/local/path") for the `datasets` library.
+        image_size: pixels; resize the short side to it (see `decode.py` for the filters), then cut
+            the central square. None keeps every image as it is stored.
+        channels: None as stored, 1 grey (ITU-R 601), 3 RGB.
+        flip: random horizontal flips, in training only; applied by the loader.
+        bits: bits kept per channel; the pixel is `v >> (8 - bits)`, with `2**bits` levels.
+        validation: path of a separate validation set. It may not lie inside the training folder,
+            where it would be trained on.
+        validation_fraction: part of the training images cut off for validation, where the source
+            has no validation split of its own.
+        test_fraction: the same for the test split; it is cut first, so that the test images do not
+            depend on `validation_fraction`.
+        split_seed: seed of the split order.
+        limit: at most the first `limit` images of the split order, per split; a smaller limit is a
+            subset of a larger one. It counts before unreadable images are skipped.
+        on_error: "raise", or "skip" to leave out (and log, and count) images that cannot be read.
+            Broken containers (IDX, parquet) always raise.
+        cache_dir: folder where large sets are decoded to; None means ~/.cache/exactflow.
+
+    Raises:
+        DataError: a field is out of its range.
+    """
+
+    source: str = "digits"
+    image_size: int | None = None
+    channels: int | None = None
+    flip: bool = False
+    bits: int = 8
+    validation: str | None = None
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.1
+    split_seed: int = 0
+    limit: int | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(bool(self.source), "source", "a name or a path", self.source)
+        _require(
+            self.image_size is None or self.image_size > 0, "image_size", "> 0", self.image_size
+        )
+        _require(self.channels in (None, 1, 3), "channels", "None, 1 or 3", self.channels)
+        _require(1 <= self.bits <= 8, "bits", "1 to 8", self.bits)
+        _require(self.split_seed >= 0, "split_seed", ">= 0", self.split_seed)
+        _require(self.limit is None or self.limit > 0, "limit", "> 0", self.limit)
+        _require(self.on_error in ("raise", "skip"), "on_error", '"raise" or "skip"', self.on_error)
+        for name in ("validation_fraction", "test_fraction"):
+            _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+
+
+def _require(holds: bool, name: str, expected: str, found: object) -> None:
+    if not holds:
+        raise DataError(f"DataConfig.{name}: expected {expected}, found {found!r}")

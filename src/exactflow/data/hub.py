@@ -1,0 +1,174 @@
+"""Sets of the Hugging Face hub, or folders in its formats, through the `datasets` library.
+
+Always map-style: a streamed and shuffled set cannot be resumed exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+
+from exactflow.data.config import SPLIT_NAMES, DataError, Split
+from exactflow.data.decode import Payload
+from exactflow.data.parquet import LABEL_COLUMNS
+from exactflow.data.records import (
+    Records,
+    Source,
+    StoredSplit,
+    check_labels,
+    integer_labels,
+    numbered_class_names,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+_ROWS_PER_READ = 256
+
+
+def open_hub(name: str, cache_dir: str | None) -> Source:
+    """Open "owner/name" of the hub, or a local path that `datasets` can load.
+
+    The splits train, validation (valid, val) and test are used, others are left alone.
+
+    Args:
+        name: repository id or path, without the "hub:".
+        cache_dir: where `datasets` keeps its files; None means its own default.
+
+    Raises:
+        DataError: it cannot be loaded, or has no training split or no single image column.
+        ImportError: `datasets` is missing; the message names the extra.
+    """
+    tables = _load(name, cache_dir)
+    found: dict[Split, str] = {
+        SPLIT_NAMES[key.lower()]: key for key in map(str, tables) if key.lower() in SPLIT_NAMES
+    }
+    if "train" not in found:
+        raise DataError(f"hub:{name}: expected a train split, found {', '.join(map(str, tables))}")
+    columns = _find_columns(tables[found["train"]], name)
+    splits: dict[Split, StoredSplit] = {
+        split: _open_split(tables[key], columns, name) for split, key in found.items()
+    }
+    class_names = _class_names(tables[found["train"]], columns[1])
+    class_names = class_names or numbered_class_names(list(splits.values()))
+    for split, stored in splits.items():
+        check_labels(stored.labels, class_names, f"hub:{name} ({split})")
+    local = Path(name).expanduser().exists()
+    return Source(
+        id=Path(name).name if local else name,
+        version=str(tables[found["train"]].info.version or "0.0.0"),
+        stamp=_stamp(tables),
+        class_names=class_names,
+        splits=splits,
+    )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class HubRecords(Records):
+    """The rows of a map-style `datasets.Dataset` whose images are left undecoded."""
+
+    table: Dataset
+    column: str
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def name(self, index: int) -> str:
+        return f"{self.source}[row {index}]"
+
+    def read(self, indices: np.ndarray) -> Iterator[Payload]:
+        for start in range(0, len(indices), _ROWS_PER_READ):
+            rows = self.table[indices[start : start + _ROWS_PER_READ].tolist()]
+            for value in rows[self.column]:
+                yield _payload(value)
+
+
+def _payload(value: dict[str, bytes | str | None] | None) -> Payload:
+    """The bytes, or the file where a table holds just its path."""
+    if value is None:
+        return None
+    encoded, path = value["bytes"], value["path"]
+    if isinstance(encoded, bytes):
+        return encoded
+    return Path(path) if isinstance(path, str) else None
+
+
+def _load(name: str, cache_dir: str | None) -> DatasetDict:
+    datasets = _datasets()
+    folder = Path(name).expanduser()
+    cache = None if cache_dir is None else str(Path(cache_dir).expanduser() / "datasets")
+    try:
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            tables = datasets.load_from_disk(str(folder))  # written by save_to_disk
+        else:
+            tables = datasets.load_dataset(
+                str(folder) if folder.exists() else name, cache_dir=cache
+            )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"hub:{name}: expected a loadable data set, found: {error}") from error
+    if isinstance(tables, datasets.DatasetDict):
+        return tables
+    return datasets.DatasetDict({"train": tables})
+
+
+def _find_columns(table: Dataset, name: str) -> tuple[str, str | None]:
+    """The names of the image column and of the label column, if any."""
+    datasets = _datasets()
+    images = [key for key, kind in table.features.items() if isinstance(kind, datasets.Image)]
+    if len(images) != 1:
+        raise DataError(
+            f"hub:{name}: expected one column of images, found {', '.join(images) or 'none'} "
+            f"among {', '.join(table.column_names)}"
+        )
+    labels = [
+        key
+        for key, kind in table.features.items()
+        if key in LABEL_COLUMNS and (isinstance(kind, datasets.ClassLabel) or "int" in kind.dtype)
+    ]
+    if len(labels) > 1:
+        raise DataError(f"hub:{name}: expected one label column, found {', '.join(labels)}")
+    return images[0], labels[0] if labels else None
+
+
+def _open_split(table: Dataset, columns: tuple[str, str | None], name: str) -> StoredSplit:
+    image, label = columns
+    undecoded = table.cast_column(image, _datasets().Image(decode=False))
+    records = HubRecords(undecoded, image, f"hub:{name}")
+    if label is None or label not in table.column_names:
+        return StoredSplit(records, None)
+    values = list(table[label])
+    if None in values:
+        raise DataError(f"hub:{name}: expected a label per row, found empty ones")
+    return StoredSplit(records, integer_labels(np.array(values, dtype=np.int64), f"hub:{name}"))
+
+
+def _class_names(table: Dataset, label: str | None) -> tuple[str, ...]:
+    if label is None or not isinstance(table.features[label], _datasets().ClassLabel):
+        return ()
+    return tuple(table.features[label].names)
+
+
+def _stamp(tables: DatasetDict) -> str:
+    """From the Arrow files that hold the tables."""
+    stamp = hashlib.sha256()
+    for files in tables.cache_files.values():
+        for entry in files:
+            status = Path(entry["filename"]).stat()
+            stamp.update(f"{entry['filename']}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return stamp.hexdigest()
+
+
+def _datasets() -> ModuleType:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("hub: sources need datasets: pip install 'exactflow[data]'") from error
+    return datasets

@@ -1,0 +1,162 @@
+"""Batches as pure functions of (seed, step): resume is one integer, the hardware changes nothing.
+
+Batch j is a slice of a permutation that is a function of (seed, epoch). Every rank computes the
+same permutation and takes its part of each batch, so the images of step j are the same for 1 x 8
+and 2 x 4, for any number of workers, and after any resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from exactflow.data.datasets import ImageDataset
+from exactflow.data.order import coin_flips, permutation
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some images of a data set.
+
+    Attributes:
+        images: uint8 (B, C, H, W), in 0 .. levels-1.
+        labels: int64 (B,), in 0 .. num_classes-1; None if the set is unlabelled.
+        indices: int64 (B,), where in the data set they are.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    indices: Tensor
+
+
+def training_batches(
+    dataset: ImageDataset,
+    batch_size: int,
+    *,
+    seed: int,
+    start: int = 0,
+    flip: bool = False,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """Shuffled batches without end.
+
+    An epoch is `len(dataset) // batch_size` batches; what is left over of its permutation is
+    dropped, another part in every epoch.
+
+    Args:
+        dataset: where the images are.
+        batch_size: images per step, over all ranks.
+        seed: of the order and the flips, >= 0.
+        start: global index of the first batch, >= 0: the number of steps taken so far.
+        flip: mirror images left to right with probability 1/2, a function of (seed, epoch, index).
+        num_workers: processes that gather batches ahead; 0 gathers in this one.
+        rank: which part of each batch is this process's.
+        world_size: number of parts; must divide `batch_size`.
+
+    Returns:
+        An endless iterator over batches of `batch_size // world_size` images.
+
+    Raises:
+        ValueError: at once, if an argument is out of its range.
+    """
+    if not 1 <= batch_size <= len(dataset):
+        raise ValueError(
+            f"batch_size: expected 1 .. {len(dataset)}, the number of training images, "
+            f"found {batch_size}"
+        )
+    if world_size < 1 or batch_size % world_size:
+        raise ValueError(f"world_size: expected a divisor of {batch_size}, found {world_size}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected 0 .. {world_size - 1}, found {rank}")
+    if seed < 0 or start < 0:
+        raise ValueError(f"seed and start: expected >= 0, found {seed} and {start}")
+    share = batch_size // world_size
+    part = slice(rank * share, (rank + 1) * share)
+    requests = _training_requests(len(dataset), batch_size, seed, start, flip, part)
+    return _gather_all(dataset, requests, num_workers)
+
+
+def evaluation_batches(
+    dataset: ImageDataset, batch_size: int, *, num_workers: int = 0
+) -> Iterator[Batch]:
+    """Every image once, in order and never flipped; the last batch may be smaller.
+
+    Raises:
+        ValueError: at once, if `batch_size` is not positive.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected >= 1, found {batch_size}")
+    starts = range(0, len(dataset), batch_size)
+    requests = (
+        _Request(np.arange(begin, min(begin + batch_size, len(dataset))), None) for begin in starts
+    )
+    return _gather_all(dataset, requests, num_workers)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """Indices of one batch, int64 (B,), and which of its images to mirror, bool (B,) or None."""
+
+    indices: np.ndarray
+    flips: np.ndarray | None
+
+
+def _training_requests(
+    size: int, batch_size: int, seed: int, start: int, flip: bool, part: slice
+) -> Iterator[_Request]:
+    steps_per_epoch = size // batch_size
+    first_epoch, first_step = divmod(start, steps_per_epoch)
+    for epoch in count(first_epoch):
+        order = permutation(size, "epoch", seed, epoch)
+        flips = coin_flips(size, seed, epoch) if flip else None
+        for step in range(first_step, steps_per_epoch):
+            indices = order[step * batch_size : (step + 1) * batch_size][part]
+            yield _Request(indices, None if flips is None else flips[indices])
+        first_step = 0
+
+
+def _gather(dataset: ImageDataset, request: _Request) -> Batch:
+    images = np.asarray(dataset.images[request.indices])  # a copy, since the index is an array
+    if request.flips is not None:
+        images[request.flips] = images[request.flips, ..., ::-1]
+    labels = None if dataset.labels is None else torch.from_numpy(dataset.labels[request.indices])
+    return Batch(torch.from_numpy(images), labels, torch.from_numpy(request.indices.copy()))
+
+
+def _gather_all(
+    dataset: ImageDataset, requests: Iterator[_Request], num_workers: int
+) -> Iterator[Batch]:
+    if num_workers == 0:
+        return (_gather(dataset, request) for request in requests)
+    loader = DataLoader(
+        _RequestedBatches(dataset),
+        sampler=requests,
+        batch_size=None,  # a request is a whole batch
+        num_workers=num_workers,
+        # The loader draws a seed for its workers; from the global generator it would make the
+        # noise of training depend on num_workers.
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+@final
+class _RequestedBatches(Dataset[Batch]):
+    """Lets the workers of a torch DataLoader answer requests."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, request: _Request) -> Batch:
+        return _gather(self._dataset, request)

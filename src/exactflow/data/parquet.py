@@ -1,0 +1,220 @@
+"""Parquet files with a column of encoded images, as the Hugging Face hub stores them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+
+from exactflow.data.config import SPLIT_NAMES, DataError, Split
+from exactflow.data.decode import Payload
+from exactflow.data.records import (
+    Records,
+    Source,
+    StoredSplit,
+    check_labels,
+    integer_labels,
+    local_id,
+    numbered_class_names,
+    version_and_stamp,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+LABEL_COLUMNS = ("label", "labels", "class")
+_IMAGE_COLUMNS = ("image", "img")  # preferred where several columns hold bytes
+_ROWS_PER_READ = 1024
+
+
+def open_parquet(path: Path) -> Source:
+    """Open one parquet file, or a folder of them.
+
+    Files of a folder named train-*, validation-* (or val-*, valid-*) and test-* are its splits;
+    otherwise all files together, in the order of their names, are the training split.
+
+    Raises:
+        DataError: a file is broken, or there is not exactly one column of images.
+        ImportError: pyarrow is missing; the message names the extra.
+    """
+    root = path if path.is_dir() else path.parent
+    groups = _split_files(path)
+    columns = _find_columns(groups["train"][0])
+    splits: dict[Split, StoredSplit] = {
+        split: _open_split(files, columns) for split, files in groups.items()
+    }
+    class_names = columns.class_names or numbered_class_names(list(splits.values()))
+    for split, stored in splits.items():
+        check_labels(stored.labels, class_names, f"{path} ({split})")
+    version, stamp = version_and_stamp([f for files in groups.values() for f in files], root)
+    labelled = any(stored.labels is not None for stored in splits.values())
+    return Source(local_id(path), version, stamp, class_names if labelled else (), splits)
+
+
+@final
+@dataclass(frozen=True)
+class Columns:
+    """Where the images and the labels are; `class_names` is empty where the file names none."""
+
+    image: str
+    label: str | None
+    class_names: tuple[str, ...]
+
+
+@final
+@dataclass(frozen=True)
+class ParquetRecords(Records):
+    """The rows of some parquet files, one after the other.
+
+    Attributes:
+        files: the files.
+        counts: number of rows of each.
+        column: name of the image column: struct{bytes, path} or plain binary.
+    """
+
+    files: tuple[Path, ...]
+    counts: tuple[int, ...]
+    column: str
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def name(self, index: int) -> str:
+        for file, count in zip(self.files, self.counts, strict=True):
+            if index < count:
+                return f"{file}[row {index}]"
+            index -= count
+        raise IndexError(index)
+
+    def read(self, indices: np.ndarray) -> Iterator[Payload]:
+        start = 0
+        for file, count in zip(self.files, self.counts, strict=True):
+            rows = indices[(indices >= start) & (indices < start + count)] - start
+            if len(rows):
+                yield from self._read_file(file, rows)
+            start += count
+
+    def _read_file(self, file: Path, rows: np.ndarray) -> Iterator[Payload]:
+        """The images of these rows (ascending); row groups without any are not read."""
+        pa = _pyarrow()
+        try:
+            with pa.parquet.ParquetFile(file) as parquet:
+                start = 0
+                for group in range(parquet.num_row_groups):
+                    stop = start + parquet.metadata.row_group(group).num_rows
+                    wanted = rows[(rows >= start) & (rows < stop)]
+                    if len(wanted):
+                        yield from self._read_group(parquet, group, wanted - start)
+                    start = stop
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{file}: expected a complete parquet file, found: {error}") from error
+
+    def _read_group(self, parquet: ParquetFile, group: int, rows: np.ndarray) -> Iterator[Payload]:
+        start = 0
+        batches = parquet.iter_batches(_ROWS_PER_READ, row_groups=[group], columns=[self.column])
+        for batch in batches:
+            wanted = rows[(rows >= start) & (rows < start + len(batch))] - start
+            start += len(batch)
+            for value in batch.column(0).take(_pyarrow().array(wanted)).to_pylist():
+                yield value["bytes"] if isinstance(value, dict) else value
+
+
+def _split_files(path: Path) -> dict[Split, list[Path]]:
+    if path.is_file():
+        return {"train": [path]}
+    files = sorted(path.glob("*.parquet"))
+    named: dict[Path, Split | None] = {
+        file: SPLIT_NAMES.get(file.stem.lower().split("-")[0]) for file in files
+    }
+    if not any(named.values()):
+        return {"train": files}
+    groups: dict[Split, list[Path]] = {}
+    for file, split in named.items():
+        if split is None:
+            raise DataError(
+                f"{file}: expected a name that begins with train-, validation- or test-, "
+                f"like those of the files beside it"
+            )
+        groups.setdefault(split, []).append(file)
+    if "train" not in groups:
+        raise DataError(f"{path}: expected train-*.parquet, found {', '.join(sorted(groups))} only")
+    return groups
+
+
+def _open_split(files: Sequence[Path], columns: Columns) -> StoredSplit:
+    pa = _pyarrow()
+    counts: list[int] = []
+    labels: list[np.ndarray] = []
+    for file in files:
+        try:
+            with pa.parquet.ParquetFile(file) as parquet:
+                _require_columns(file, parquet.schema_arrow, columns)
+                counts.append(parquet.metadata.num_rows)
+                if columns.label is not None:
+                    column = parquet.read([columns.label]).column(0)
+                    if column.null_count:
+                        raise DataError(f"{file}: expected a label per row, found empty ones")
+                    labels.append(column.to_numpy())
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{file}: expected a complete parquet file, found: {error}") from error
+    records = ParquetRecords(tuple(files), tuple(counts), columns.image)
+    if columns.label is None:
+        return StoredSplit(records, None)
+    return StoredSplit(records, integer_labels(np.concatenate(labels), str(files[0])))
+
+
+def _find_columns(file: Path) -> Columns:
+    pa = _pyarrow()
+    try:
+        schema = pa.parquet.read_schema(file)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: expected a parquet file, found: {error}") from error
+    candidates = [field.name for field in schema if _holds_images(field.type)]
+    preferred = [name for name in candidates if name in _IMAGE_COLUMNS] or candidates
+    if len(preferred) != 1:
+        raise DataError(
+            f"{file}: expected one column of images (binary, or struct with bytes), "
+            f"found {', '.join(preferred) or 'none'} among {', '.join(schema.names)}"
+        )
+    integers = [f.name for f in schema if f.name in LABEL_COLUMNS and pa.types.is_integer(f.type)]
+    if len(integers) > 1:
+        raise DataError(f"{file}: expected one label column, found {', '.join(integers)}")
+    label = integers[0] if integers else None
+    return Columns(preferred[0], label, _class_names(schema, label))
+
+
+def _require_columns(file: Path, schema: pa.Schema, columns: Columns) -> None:
+    for name in (columns.image, columns.label):
+        if name is not None and name not in schema.names:
+            raise DataError(f"{file}: expected the column {name}, found {', '.join(schema.names)}")
+
+
+def _holds_images(type_: pa.DataType) -> bool:
+    types = _pyarrow().types
+    if types.is_struct(type_):
+        return type_.get_field_index("bytes") >= 0
+    return types.is_binary(type_) or types.is_large_binary(type_)
+
+
+def _class_names(schema: pa.Schema, label: str | None) -> tuple[str, ...]:
+    """The class names that `datasets` leaves in the metadata of a file, if any."""
+    metadata = (schema.metadata or {}).get(b"huggingface")
+    if metadata is None or label is None:
+        return ()
+    feature = json.loads(metadata).get("info", {}).get("features", {}).get(label, {})
+    return tuple(feature.get("names") or ())
+
+
+def _pyarrow() -> ModuleType:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError("parquet files need pyarrow: pip install 'exactflow[data]'") from error
+    return pyarrow

@@ -1,0 +1,164 @@
+"""What every source is opened as: stored splits of undecoded images."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import final
+
+import numpy as np
+
+from exactflow.data.config import SPLIT_NAMES, DataError, Split
+from exactflow.data.decode import Payload
+
+log = logging.getLogger(__name__)
+
+
+class Records(ABC):
+    """The undecoded images of one stored split, in stored order."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many images there are."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What to call an image in an error: its file, and its row where a file holds many."""
+
+    @abstractmethod
+    def read(self, indices: np.ndarray) -> Iterator[Payload]:
+        """The images at `indices` (ascending), one by one.
+
+        Raises:
+            DataError: the file that holds them is broken.
+        """
+
+
+@final
+@dataclass(frozen=True)
+class FileRecords(Records):
+    """One file per image."""
+
+    files: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return str(self.files[index])
+
+    def read(self, indices: np.ndarray) -> Iterator[Payload]:
+        return (self.files[index] for index in indices)
+
+
+@final
+@dataclass(frozen=True)
+class StoredSplit:
+    """A split as the source stores it.
+
+    Attributes:
+        records: its images.
+        labels: int64 (len(records),), indices into the source's class names; or None.
+    """
+
+    records: Records
+    labels: np.ndarray | None
+
+
+@final
+@dataclass(frozen=True)
+class Source:
+    """An opened source; nothing is decoded yet.
+
+    Attributes:
+        id: its name in tables.
+        version: changes when the stored data do, the same for every copy of them.
+        stamp: changes when the files on this disk do (names, sizes, times); keys the cache.
+        class_names: names of the labels 0, 1, ...; empty if unlabelled.
+        splits: the stored splits; "train" is always there.
+        levels: number of values a pixel can take before `bits` is applied.
+    """
+
+    id: str
+    version: str
+    stamp: str
+    class_names: tuple[str, ...]
+    splits: dict[Split, StoredSplit]
+    levels: int = 256
+
+
+def integer_labels(values: np.ndarray, where: str) -> np.ndarray | None:
+    """Stored integer labels as int64; None where all are -1, the hub's way to withhold them.
+
+    Raises:
+        DataError: a label is negative.
+    """
+    labels = values.astype(np.int64)
+    if len(labels) and (labels == -1).all():
+        log.warning("%s: every label is -1; the split is taken as unlabelled", where)
+        return None
+    if len(labels) and labels.min() < 0:
+        raise DataError(f"{where}: expected labels from 0 upwards, found {labels.min()}")
+    return labels
+
+
+def numbered_class_names(splits: Sequence[StoredSplit]) -> tuple[str, ...]:
+    """Class names "0", "1", ... up to the largest label of all splits; empty if unlabelled."""
+    labels = [split.labels for split in splits if split.labels is not None]
+    count = max((int(values.max(initial=-1)) + 1 for values in labels), default=0)
+    return tuple(str(label) for label in range(count))
+
+
+def check_labels(labels: np.ndarray | None, class_names: tuple[str, ...], where: str) -> None:
+    """Raise a DataError for a label without a class name."""
+    if labels is not None and len(labels) and labels.max() >= len(class_names):
+        raise DataError(
+            f"{where}: expected labels 0 .. {len(class_names) - 1}, found {labels.max()}"
+        )
+
+
+def relabel(
+    split: StoredSplit, found: tuple[str, ...], expected: tuple[str, ...], where: str
+) -> StoredSplit:
+    """The split with labels that index `expected` in place of `found`.
+
+    Raises:
+        DataError: it has a class that the training split has not.
+    """
+    if split.labels is None:
+        return split
+    foreign = sorted(set(found) - set(expected))
+    if foreign:
+        raise DataError(
+            f"{where}: expected the classes of the training split, found also {', '.join(foreign)}"
+        )
+    index_of = {name: index for index, name in enumerate(expected)}
+    translate = np.array([index_of[name] for name in found], dtype=np.int64)
+    return replace(split, labels=translate[split.labels])
+
+
+def version_and_stamp(files: Sequence[Path], root: Path) -> tuple[str, str]:
+    """Identity of a list of files, without reading them.
+
+    Returns:
+        The version, from relative names and sizes, the same for every copy; and the stamp, from
+        full names, sizes and modification times.
+    """
+    version, stamp = hashlib.sha256(), hashlib.sha256(str(root.resolve()).encode())
+    for file in files:
+        status = file.stat()
+        line = f"{file.relative_to(root).as_posix()}\0{status.st_size}\n".encode()
+        version.update(line)
+        stamp.update(line + str(status.st_mtime_ns).encode())
+    return f"files-{version.hexdigest()[:12]}", stamp.hexdigest()
+
+
+def local_id(path: Path) -> str:
+    """Name of a local source: the file's or folder's own, or its parent's if it is just a split."""
+    path = path.resolve()
+    stem = path.stem if path.is_file() else path.name
+    return path.parent.name if stem.lower().split("-")[0] in SPLIT_NAMES else stem

@@ -1,0 +1,151 @@
+"""Which source a name means, and the two that need no file format of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import final
+
+import numpy as np
+
+from exactflow.data.config import DataConfig, DataError
+from exactflow.data.decode import Payload
+from exactflow.data.folders import IMAGE_SUFFIXES, open_folder
+from exactflow.data.hub import open_hub
+from exactflow.data.idx import has_idx_files, open_idx
+from exactflow.data.parquet import open_parquet
+from exactflow.data.records import Records, Source, StoredSplit, relabel
+
+# Where Debian's package dataset-fashion-mnist puts its files.
+_DEBIAN_DATASETS = Path("/usr/share/datasets")
+
+
+def open_source(config: DataConfig) -> Source:
+    """Open what `config.source` and `config.validation` name; nothing is decoded.
+
+    Raises:
+        DataError: it does not exist, is not what its format says, or the validation set lies
+            inside the training set, or the other way round.
+        ImportError: a library of the `data` extra is missing.
+    """
+    path: Path | None = None
+    if config.source == "digits":
+        source = open_digits()
+    elif config.source.startswith("hub:"):
+        source = open_hub(config.source.removeprefix("hub:"), config.cache_dir)
+    else:
+        path = _find_fashion_mnist() if config.source == "fashion-mnist" else Path(config.source)
+        path = path.expanduser()
+        source = _open_path(path)
+    if config.validation is None:
+        return source
+    validation = Path(config.validation).expanduser()
+    if path is not None:
+        _require_apart(path, validation)
+    return _with_validation(source, validation)
+
+
+def open_digits() -> Source:
+    """The 1,797 handwritten digits that scikit-learn carries: 8x8, values 0 .. 16, ten classes."""
+    from sklearn.datasets import load_digits  # slow to import, and only needed here
+
+    images, labels = load_digits(return_X_y=True)
+    pixels = np.asarray(images).astype(np.uint8).reshape(-1, 8, 8)
+    split = StoredSplit(ArrayRecords(pixels, "digits"), np.asarray(labels).astype(np.int64))
+    return Source(
+        id="digits",
+        version="uci-optdigits-1998",  # the data are frozen, whatever scikit-learn's version
+        stamp="digits",
+        class_names=tuple("0123456789"),
+        splits={"train": split},
+        levels=17,
+    )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ArrayRecords(Records):
+    """Images that lie decoded in memory, (n, H, W) uint8."""
+
+    images: np.ndarray
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        return f"{self.source}[{index}]"
+
+    def read(self, indices: np.ndarray) -> Iterator[Payload]:
+        return (self.images[index] for index in indices)
+
+
+def _open_path(path: Path) -> Source:
+    """Open a parquet file, or a folder by what lies in it."""
+    if path.suffix.lower() == ".parquet" and path.is_file():
+        return open_parquet(path)
+    if not path.is_dir():
+        raise DataError(
+            f"{path}: expected digits, fashion-mnist, hub:owner/name, a .parquet file or a folder "
+            f"of images, IDX or parquet files; found {'a file' if path.exists() else 'nothing'}"
+        )
+    if has_idx_files(path):
+        return open_idx(path)
+    if not any(path.glob("*.parquet")):
+        return open_folder(path)
+    images = [child.name for child in path.iterdir() if child.suffix.lower() in IMAGE_SUFFIXES]
+    if images:
+        raise DataError(f"{path}: expected parquet files only, found also the image {images[0]}")
+    return open_parquet(path)
+
+
+def _find_fashion_mnist() -> Path:
+    variable = os.environ.get("EXACTFLOW_DATA")
+    roots = [Path(variable).expanduser()] if variable else []
+    places = [root / "fashion-mnist" for root in (*roots, _DEBIAN_DATASETS)]
+    for place in places:
+        if place.is_dir():
+            return place
+    raise DataError(
+        f"fashion-mnist: expected its four IDX files, found none of the folders "
+        f"{', '.join(map(str, places))}; set EXACTFLOW_DATA to the folder that holds "
+        f"fashion-mnist{'' if variable else ' (it is not set)'}"
+    )
+
+
+def _require_apart(training: Path, validation: Path) -> None:
+    """Refuse a validation set inside the training folder, and the reverse; links are resolved."""
+    train, held_out = training.resolve(), validation.resolve()
+    if held_out.is_relative_to(train):
+        raise DataError(
+            f"validation: expected a path outside the training data {train}, found {held_out}, "
+            f"which would be trained on"
+        )
+    if train.is_relative_to(held_out):
+        raise DataError(
+            f"validation: expected a path that does not hold the training data {train}, "
+            f"found {held_out}"
+        )
+
+
+def _with_validation(source: Source, path: Path) -> Source:
+    """The source with the images at `path` as its validation split."""
+    if "validation" in source.splits:
+        raise DataError(
+            f"validation: expected none, since {source.id} has a validation split, found {path}"
+        )
+    other = _open_path(path)
+    if set(other.splits) != {"train"} or other.levels != source.levels:
+        raise DataError(
+            f"validation: expected one set of images with {source.levels} levels, found {path} "
+            f"with {other.levels} levels and the splits {', '.join(other.splits)}"
+        )
+    split = relabel(other.splits["train"], other.class_names, source.class_names, str(path))
+    return replace(
+        source,
+        version=f"{source.version}+{other.version}",
+        stamp=f"{source.stamp}+{other.stamp}",
+        splits={**source.splits, "validation": split},
+    )

@@ -1,0 +1,1 @@
+"""Measuring models on data, and showing what came of it."""

@@ -1,0 +1,89 @@
+"""Bits per dimension of a model on a data set: a number that names its data and its kind."""
+
+import time
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+
+from exactflow.core.model import Flow
+from exactflow.data.datasets import ImageDataset
+from exactflow.likelihood.log_likelihood import LogLikelihood, log_likelihood
+
+
+@final
+@dataclass(frozen=True)
+class Evaluation:
+    """A likelihood on a data set, with the data's identity and the cost.
+
+    Attributes:
+        likelihood: per image, with its kind.
+        data: `ImageDataset.describe()`.
+        seconds: wall-clock of scoring.
+        parameters: of the model.
+    """
+
+    likelihood: LogLikelihood
+    data: dict[str, Any]
+    seconds: float
+    parameters: int
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the per-image values, JSON-able; no bits/dim where there is none."""
+        likelihood = self.likelihood
+        noisy = likelihood.kind == "noisy-density"
+        error = None if noisy or len(likelihood.nats) < 2 else likelihood.standard_error
+        return {
+            "kind": likelihood.kind,
+            "bits_per_dim": None if noisy else likelihood.bits_per_dim,
+            "standard_error": error,
+            "nats_per_dim": likelihood.nats_per_dim,
+            "k": likelihood.k,
+            "levels": likelihood.levels,
+            "dequantization": "gaussian noise: density of noisy images" if noisy else "uniform",
+            "images": len(likelihood.nats),
+            "images_per_second": len(likelihood.nats) / self.seconds,
+            "seconds": self.seconds,
+            "parameters": self.parameters,
+            "data": self.data,
+        }
+
+
+def evaluate(
+    model: Flow,
+    dataset: ImageDataset,
+    *,
+    k: int = 1,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Evaluation:
+    """Score a data set; labels are used where the model is conditional.
+
+    Raises:
+        ValueError: shape or grey levels of data and model differ.
+    """
+    if dataset.event_shape != model.event_shape or dataset.levels != model.levels:
+        raise ValueError(
+            f"the model takes images {model.event_shape} with {model.levels} levels, "
+            f"{dataset.id} has {dataset.event_shape} with {dataset.levels}"
+        )
+    label = None
+    if model.num_classes:
+        if dataset.labels is None:
+            raise ValueError(f"a conditional model needs labels, {dataset.id} has none")
+        label = torch.as_tensor(np.array(dataset.labels))
+    began = time.perf_counter()
+    likelihood = log_likelihood(
+        model,
+        torch.as_tensor(np.array(dataset.images)),
+        label,
+        k,
+        seed,
+        batch_size=batch_size,
+        data=dataset.fingerprint,
+        progress=progress,
+    )
+    seconds = time.perf_counter() - began
+    return Evaluation(likelihood, dataset.describe(), seconds, model.num_parameters)

@@ -1,0 +1,82 @@
+"""Loading what `save_pretrained` wrote, from a folder or from the Hugging Face hub."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from exactflow import registry
+from exactflow.core.model import GenerativeModel
+from exactflow.core.serialization import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE
+
+
+def from_pretrained(
+    path_or_hub_id: str | Path, *, device: torch.device | str = "cpu"
+) -> GenerativeModel:
+    """The model that `save_pretrained` wrote, in evaluation mode.
+
+    Args:
+        path_or_hub_id: a folder (a run folder's `model/` is found by itself), or an id
+            "owner/name", which needs the extra `hub`.
+        device: where to put the model.
+
+    Raises:
+        FileNotFoundError: no such folder, and no hub id either.
+        ValueError: a folder that holds no model, a damaged one, or one of a newer format.
+    """
+    folder = _locate(path_or_hub_id)
+    description = read_config(folder)
+    with torch.device("meta"):
+        model = registry.from_config(description["kind"], description["config"])
+    try:
+        state = load_file(folder / WEIGHTS_FILE, device=str(device))
+        model.load_state_dict(state, assign=True)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE} does not hold the weights that {CONFIG_FILE} beside it "
+            f"describes: {error}"
+        ) from error
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model.eval()
+
+
+def read_config(folder: Path) -> dict:
+    """The contents of config.json: kind, config, card. Raises ValueError if it is none of ours."""
+    path = folder / CONFIG_FILE
+    try:
+        description = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"expected a model's {CONFIG_FILE} at {path}: {error}") from error
+    if not isinstance(description, dict) or not {"kind", "config"} <= description.keys():
+        raise ValueError(f"{path} is not an exactflow configuration: no 'kind' and 'config'")
+    version = description.get("format_version", 0)
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, this exactflow reads up to {FORMAT_VERSION}"
+        )
+    return description
+
+
+def _locate(path_or_hub_id: str | Path) -> Path:
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        nested = path / "model"
+        return nested if (nested / CONFIG_FILE).exists() else path
+    text = str(path_or_hub_id)
+    if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"expected a model folder or a hub id 'owner/name', got {text!r}: no such folder"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ImportError("hub ids need the extra: pip install 'exactflow[hub]'") from error
+    try:
+        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.md"]))
+    except Exception as error:  # the hub client raises dozens of kinds: all mean "not loaded"
+        raise FileNotFoundError(
+            f"no folder {text!r} here, and the hub did not give it: {error}"
+        ) from error

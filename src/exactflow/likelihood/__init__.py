@@ -1,0 +1,1 @@
+"""Scoring: likelihoods with their kind."""

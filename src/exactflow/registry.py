@@ -1,0 +1,64 @@
+"""Every family and every preset, by name. Adding a model is one entry here."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, final
+
+from exactflow.core.config import checked, override, suggestion
+from exactflow.core.model import GenerativeModel, Preset
+from exactflow.flows import tarflow
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A kind of model: its class, its configuration and its presets."""
+
+    model: type[GenerativeModel]
+    config: type
+    presets: Mapping[str, Preset]
+
+
+FAMILIES: dict[str, Family] = {
+    "tarflow": Family(tarflow.TarFlow, tarflow.TarFlowConfig, tarflow.PRESETS),
+}
+
+
+def names() -> list[str]:
+    """Names of all presets, family by family."""
+    return [name for family in FAMILIES.values() for name in family.presets]
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name. Raises ValueError with the nearest names."""
+    return family_of(name).presets[name]
+
+
+def build(name: str, **overrides: Any) -> GenerativeModel:
+    """A freshly initialised model.
+
+    Args:
+        name: a preset, see `names`.
+        overrides: fields of the model's configuration to change.
+
+    Raises:
+        ValueError: for an unknown preset or field, with a suggestion.
+    """
+    family = family_of(name)
+    return family.model(override(family.presets[name].config, overrides))
+
+
+def from_config(kind: str, fields: Mapping[str, Any]) -> GenerativeModel:
+    """A freshly initialised model of family `kind` from its configuration's fields."""
+    if kind not in FAMILIES:
+        raise ValueError(f"unknown kind of model {kind!r}{suggestion(kind, FAMILIES)}")
+    family = FAMILIES[kind]
+    return family.model(family.config(**checked(family.config, fields)))
+
+
+def family_of(name: str) -> Family:
+    """The family that preset `name` belongs to. Raises ValueError with the nearest names."""
+    for family in FAMILIES.values():
+        if name in family.presets:
+            return family
+    raise ValueError(f"unknown preset {name!r}{suggestion(name, names())}")

@@ -1,0 +1,1 @@
+"""Sampling: what one does with a model, knowing none."""

@@ -1,0 +1,132 @@
+"""Guidance of autoregressive flows: a guided transform is again an autoregressive transform.
+
+Guided samples no longer follow the model's density.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from exactflow.core.transform import AutoregressiveTransform
+
+
+@final
+@dataclass(frozen=True)
+class Guidance:
+    """How far to move from the unconditional towards (and past) the conditional parameters.
+
+    Attributes:
+        scale: w; 0 leaves the model as it is.
+        rule: "extrapolate" shifts and log-scales linearly (TarFlow, arXiv 2412.06329, section 3.5),
+            or multiply the Gaussians p_c^(1+w) / p_u^w, "gaussian-score" (STARFlow,
+            arXiv 2506.06276).
+        schedule: "linear" uses w t / (N - 1) for token t, "constant" w for all.
+        temperature: attention temperature of the unconditional branch; what an unconditional
+            model is guided by.
+    """
+
+    scale: float
+    rule: Literal["extrapolate", "gaussian-score"] = "extrapolate"
+    schedule: Literal["linear", "constant"] = "linear"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for unknown rules and schedules and for a useless temperature."""
+        if self.rule not in ("extrapolate", "gaussian-score"):
+            raise ValueError(
+                f"expected guidance rule 'extrapolate' or 'gaussian-score', got {self.rule!r}"
+            )
+        if self.schedule not in ("linear", "constant"):
+            raise ValueError(
+                f"expected guidance schedule 'linear' or 'constant', got {self.schedule!r}"
+            )
+        if not self.scale >= 0 or not self.temperature > 0:
+            raise ValueError(
+                "expected guidance scale >= 0 and temperature > 0, "
+                f"got {self.scale}, {self.temperature}"
+            )
+
+
+@final
+class GuidedCache:
+    """The transform's own cache for both branches, and the tokens of both."""
+
+    def __init__(self, tokens: Float[Tensor, "double tokens dim"], inner: Any) -> None:
+        self.tokens = tokens
+        self.inner = inner
+
+
+@final
+class GuidedTransform(AutoregressiveTransform):
+    """Both branches of `transform` in one batch, combined into guided parameters.
+
+    Args:
+        transform: the model's transform.
+        guidance: rule, scale and schedule.
+        null_label: the class of a dropped label; None for an unconditional model.
+    """
+
+    def __init__(
+        self, transform: AutoregressiveTransform, guidance: Guidance, null_label: int | None
+    ) -> None:
+        super().__init__()
+        self.transform = transform
+        self.guidance = guidance
+        self.null_label = null_label
+        self.num_tokens = transform.num_tokens
+
+    def new_cache(self, x: Float[Tensor, "batch tokens dim"]) -> GuidedCache:
+        """See `AutoregressiveTransform.new_cache`."""
+        tokens = torch.zeros_like(x).repeat(2, 1, 1)
+        return GuidedCache(tokens, self.transform.new_cache(tokens))
+
+    def affine(
+        self,
+        x: Float[Tensor, "batch stop dim"],
+        label: Int[Tensor, " batch"] | None = None,
+        cache: GuidedCache | None = None,
+        start: int = 0,
+        temperature: Float[Tensor, " batch"] | None = None,
+    ) -> tuple[Float[Tensor, "batch window dim"], Float[Tensor, "batch window dim"]]:
+        """See `AutoregressiveTransform.affine`; a temperature given here is the conditional's."""
+        batch, stop = x.shape[:2]
+        if cache is None:
+            pair = x.repeat(2, 1, 1)
+        else:  # only what is evaluated is copied: the rest is there from before
+            pair = cache.tokens[:, :stop]
+            first = max(start - 1, 0)
+            pair.unflatten(0, (2, batch))[:, :, first:] = x[:, first:]
+        if label is not None and self.null_label is not None:
+            label = torch.cat([label, torch.full_like(label, self.null_label)])
+        shift, log_scale = self.transform.affine(
+            pair,
+            label,
+            None if cache is None else cache.inner,
+            start,
+            self._temperatures(x, temperature),
+        )
+        return self._combine(*shift.chunk(2), *log_scale.chunk(2), start)
+
+    def _temperatures(self, x: Tensor, temperature: Tensor | None) -> Tensor | None:
+        if self.guidance.temperature == 1 and temperature is None:
+            return None
+        conditional = x.new_ones(len(x)) if temperature is None else temperature
+        return torch.cat([conditional, torch.full_like(conditional, self.guidance.temperature)])
+
+    def _combine(
+        self, shift: Tensor, shift_u: Tensor, log_scale: Tensor, log_scale_u: Tensor, start: int
+    ) -> tuple[Tensor, Tensor]:
+        w: float | Tensor = self.guidance.scale
+        if self.guidance.schedule == "linear" and self.num_tokens > 1:
+            stop = start + shift.shape[1]
+            place = torch.arange(start, stop, device=shift.device, dtype=shift.dtype)
+            w = (self.guidance.scale / (self.num_tokens - 1)) * place[:, None]
+        if self.guidance.rule == "extrapolate":
+            return shift + w * (shift - shift_u), log_scale + w * (log_scale - log_scale_u)
+        # s = min(sigma_c / sigma_u, 1)^2 keeps the precision positive for every w
+        s = torch.exp(2 * (log_scale - log_scale_u).clamp(max=0))
+        precision = 1 + w - w * s  # of the product, in units of the conditional's
+        return ((1 + w) * shift - w * s * shift_u) / precision, log_scale - 0.5 * precision.log()

@@ -1,0 +1,187 @@
+"""Samples of a flow: sample k belongs to seed k, and carries its cost and its certificate."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from rich.progress import track
+from torch import Tensor
+
+from exactflow.core.model import Flow
+from exactflow.core.random import generator, normal_rows
+from exactflow.core.transform import Solver
+from exactflow.sampling.autoregressive import Inversion, named_solver
+from exactflow.sampling.denoise import score_denoise
+from exactflow.sampling.guidance import Guidance
+
+
+@final
+@dataclass(frozen=True)
+class Samples:
+    """What `sample` drew.
+
+    Attributes:
+        x: images in [-1, 1] (not clipped), float32 or the model's float64.
+        images: the same as grey levels 0 .. levels-1.
+        seeds: seed of each sample; shorter than asked for only where samples were left out.
+        label: class of each sample, None where none was given.
+        evaluations: network passes, summed over blocks and batches (certificates excluded).
+        iterations: passes of each block in generation order, largest over batches.
+        seconds: wall-clock of everything.
+        certificate: max |f(u) - v| of each sample over all blocks and tokens: how far the latents
+            that these images really encode to, block by block, lie from those drawn.
+        failures: seed -> place, of samples left out because they were not finite.
+        trace: the latent laid out as an image, the result of each block in generation order, and
+            the denoised image if there is one: (steps, n, C, H, W); None unless asked for.
+    """
+
+    x: Float[Tensor, "n channels height width"]
+    images: UInt8[Tensor, "n channels height width"]
+    seeds: tuple[int, ...]
+    label: Int[Tensor, " n"] | None
+    evaluations: int
+    iterations: tuple[int, ...]
+    seconds: float
+    certificate: Float[Tensor, " n"]
+    failures: dict[int, str]
+    trace: Float[Tensor, "steps n channels height width"] | None
+
+
+def sample(
+    model: Flow,
+    n: int,
+    label: int | Sequence[int] | Tensor | None = None,
+    seed: int = 0,
+    solver: str | Solver = "auto",
+    guidance: float | Guidance = 0.0,
+    *,
+    denoise: bool | None = None,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    trace: bool = False,
+    on_nonfinite: Literal["raise", "omit"] = "raise",
+    progress: bool = False,
+) -> Samples:
+    """Draw `n` samples; sample k is a function of seed + k, whatever `n` and `batch_size`.
+
+    Args:
+        model: a flow.
+        n: number of samples.
+        label: one class for all, or n classes; None samples without a label.
+        seed: first seed.
+        solver: name of a solver, or one.
+        guidance: scale of the published rule with its linear ramp, or a `Guidance`.
+        denoise: one step of score denoising; None: for models trained with Gaussian noise.
+        temperature: factor on the prior's standard deviation.
+        batch_size: samples decoded together.
+        trace: keep the images between blocks.
+        on_nonfinite: what a NaN or an infinity does: an error, or left out and reported.
+        progress: show a bar over batches.
+
+    Raises:
+        NonFiniteError: names the block, token and seed.
+        ValueError: for labels or guidance the model cannot take.
+    """
+    if n < 1 or batch_size < 1 or not temperature >= 0:
+        raise ValueError(
+            f"expected n >= 1, batch_size >= 1 and temperature >= 0, "
+            f"got {n}, {batch_size}, {temperature}"
+        )
+    if on_nonfinite not in ("raise", "omit"):
+        raise ValueError(f"expected on_nonfinite 'raise' or 'omit', got {on_nonfinite!r}")
+    began = time.perf_counter()
+    labels = expand_label(model, label, n)
+    rule = _guidance(model, guidance, labels)
+    solve = named_solver(solver) if isinstance(solver, str) else solver
+    denoise = model.noise_std > 0 if denoise is None else denoise
+
+    batches = []
+    starts = range(0, n, batch_size)
+    for first in track(starts, "sampling", disable=not progress, transient=True):
+        seeds = range(seed + first, seed + min(first + batch_size, n))
+        inversion = Inversion(
+            solve,
+            seeds,
+            guidance=rule,
+            null_label=model.null_label if model.num_classes else None,
+            on_nonfinite=on_nonfinite,
+        )
+        chunk = None if labels is None else labels[first : first + len(seeds)]
+        images = _draw(model, inversion, chunk, temperature)
+        if not trace:
+            images = images[-1:]
+        if denoise:
+            images.append(score_denoise(model, images[-1], chunk))
+            inversion.watch(images[-1], "score denoising")
+        batches.append((inversion, torch.stack(images)))
+    return _gather(model, batches, labels, trace, began)
+
+
+def _draw(
+    model: Flow, inversion: Inversion, label: Tensor | None, temperature: float
+) -> list[Tensor]:
+    """Latent to image, one batch."""
+    noise = normal_rows(model.prior.shape, [generator(s, "sample") for s in inversion.seeds])
+    noise = noise.to(torch.promote_types(model.dtype, torch.float32)).to(model.device)
+    z = model.prior.from_noise(noise) * temperature
+    return list(model.trajectory(z, label, solver=inversion))
+
+
+def _gather(
+    model: Flow,
+    batches: list[tuple[Inversion, Tensor]],
+    labels: Tensor | None,
+    trace: bool,
+    began: float,
+) -> Samples:
+    """Put the batches together, without the samples that failed."""
+    inversions = [inversion for inversion, _ in batches]
+    seeds = [seed for inversion in inversions for seed in inversion.seeds]
+    failures = {seed: where for i in inversions for seed, where in i.failures.items()}
+    kept = [row for row, seed in enumerate(seeds) if seed not in failures]
+    steps = torch.cat([images for _, images in batches], dim=1)[:, kept]
+    records = [inversion.records for inversion in inversions]
+    residual = torch.cat([torch.stack([r.residual for r in rs]).amax(0) for rs in records])
+    return Samples(
+        x=steps[-1],
+        images=model.to_grey_levels(steps[-1]),
+        seeds=tuple(seeds[row] for row in kept),
+        label=None if labels is None else labels[kept],
+        evaluations=sum(r.evaluations for rs in records for r in rs),
+        iterations=tuple(max(r.evaluations for r in block) for block in zip(*records, strict=True)),
+        seconds=time.perf_counter() - began,
+        certificate=residual[kept],
+        failures=failures,
+        trace=steps if trace else None,
+    )
+
+
+def expand_label(
+    model: Flow, label: int | Sequence[int] | Tensor | None, n: int
+) -> Int[Tensor, " n"] | None:
+    """Labels of n samples on the model's device. Raises ValueError for what is no class."""
+    if label is None:
+        return None
+    labels = torch.as_tensor(label).cpu()
+    if labels.is_floating_point():
+        raise ValueError(f"expected integer classes, got {labels.dtype}")
+    labels = labels.to(torch.int64)
+    labels = labels.expand(n).contiguous() if labels.dim() == 0 else labels
+    model.check_label(labels, n)
+    return labels.to(model.device)
+
+
+def _guidance(model: Flow, guidance: float | Guidance, labels: Tensor | None) -> Guidance | None:
+    """The rule, or None where it would change nothing. Raises ValueError where it cannot act."""
+    rule = guidance if isinstance(guidance, Guidance) else Guidance(scale=float(guidance))
+    if rule.scale == 0:
+        return None
+    if labels is None and rule.temperature == 1:
+        raise ValueError(
+            "guidance without labels needs an attention temperature other than 1 for the branch "
+            "it moves away from: Guidance(scale=..., temperature=0.3)"
+        )
+    return rule

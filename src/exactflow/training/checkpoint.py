@@ -1,0 +1,337 @@
+"""A run on disk: checkpoints that are whole or absent, and the log that belongs to them.
+
+    run_dir/metrics.jsonl                              one JSON object per line
+    run_dir/checkpoints/step_00000500/model.safetensors    weights and buffers
+                                      ema.safetensors      the same with averaged weights, if any
+                                      optimizer.pt         loads with weights_only=True
+                                      state.json           where the run stands, hashes of the rest
+
+No generator state is saved: all randomness is a function of the seed and the step.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from exactflow.core.model import GenerativeModel
+from exactflow.core.serialization import write_atomically
+from exactflow.data.datasets import ImageDataset
+from exactflow.training.optim import TrainConfig
+
+MODEL_FILE = "model.safetensors"
+EMA_FILE = "ema.safetensors"
+OPTIMIZER_FILE = "optimizer.pt"
+STATE_FILE = "state.json"
+LOG_FILE = "metrics.jsonl"
+
+# What may differ when a run is resumed: it changes no weight.
+_FREE_FIELDS = frozenset(
+    {"activation_checkpointing", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"}
+)
+
+_NAME = re.compile(r"step_\d{8,}")
+
+
+@final
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps done.
+        images: images seen, step times batch size.
+        seconds: wall-clock time in all sessions of the run.
+        logged_step: step of the last line of the log when this was saved, 0 before the first.
+        loss_sum: sum of the losses of the steps since that line.
+        grad_norm_sum: the same of gradient norms.
+    """
+
+    step: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    logged_step: int = 0
+    loss_sum: float = 0.0
+    grad_norm_sum: float = 0.0
+
+    def logged(self) -> "RunState":
+        """The state once `step` has its line in the log."""
+        return dataclasses.replace(self, logged_step=self.step, loss_sum=0.0, grad_norm_sum=0.0)
+
+
+@final
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is whole: just written, or verified by its hashes.
+
+    Attributes:
+        folder: where its files lie.
+        state: where the run stood.
+        identity: what decides the weights at a given step: model, data, training configuration.
+    """
+
+    folder: Path
+    state: RunState
+    identity: Mapping[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The content of a .safetensors file, on the CPU."""
+        return safetensors.torch.load_file(self.folder / name)
+
+    def optimizer(self) -> dict[str, Any]:
+        """The optimizer's state dict, on the CPU."""
+        return torch.load(self.folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+
+    def require(self, identity: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming each difference, unless this is a run of that identity."""
+        names = sorted({*self.identity, *identity})
+        differences = [
+            f"  {name}: {self.identity.get(name)!r} in the checkpoint, {identity.get(name)!r} asked"
+            for name in names
+            if self.identity.get(name) != identity.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"cannot resume from {self.folder}: it belongs to another run.\n"
+                + "\n".join(differences)
+                + "\nAsk for what the checkpoint has, or train in another folder."
+            )
+
+
+@final
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: where they lie, made at the first save.
+        keep: how many of the newest are kept.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder = folder
+        self._keep = keep
+
+    def save(
+        self,
+        state: RunState,
+        identity: Mapping[str, Any],
+        files: Mapping[str, Callable[[], bytes]],
+    ) -> Checkpoint:
+        """Write a checkpoint under another name, sync it, rename it, remove the oldest ones.
+
+        Args:
+            state: where the run stands.
+            identity: see `Checkpoint`.
+            files: content by file name, made one at a time to save memory.
+
+        Raises:
+            OSError: it could not be written; earlier checkpoints are intact.
+        """
+        final_ = self._folder / f"step_{state.step:08d}"
+        partial = self._folder / f".{final_.name}.partial"
+        previous = self._names()[-1:]
+        try:
+            with explained_write(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            hashes = {name: _write(partial / name, make()) for name, make in files.items()}
+            text = json.dumps(_describe(state, identity, hashes), indent=2, allow_nan=False)
+            _write(partial / STATE_FILE, text.encode())
+            with explained_write(final_):
+                _sync_folder(partial)
+                partial.rename(final_)
+                _sync_folder(self._folder)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            safe = f"; the previous checkpoint {previous[0]} is intact" if previous else ""
+            raise OSError(error.errno, f"{error.strerror}{safe}") from error
+        for old in self._names()[: -self._keep]:
+            shutil.rmtree(old)
+        return Checkpoint(final_, state, identity)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest intact checkpoint; None if there is none.
+
+        Damaged ones are set aside as `step_*.damaged` with a warning that says what is wrong;
+        leftovers of an interrupted save are removed.
+        """
+        for leftover in self._folder.glob(".step_*.partial"):
+            shutil.rmtree(leftover)
+        for folder in reversed(self._names()):
+            try:
+                return _verified(folder)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                aside = folder.with_name(f"{folder.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+                warnings.warn(
+                    f"checkpoint {folder} is damaged ({error}): set aside as {aside.name}, "
+                    "training resumes from the one before, or from the start",
+                    stacklevel=2,
+                )
+        return None
+
+    def _names(self) -> list[Path]:
+        """Folders of finished checkpoints, oldest first."""
+        found = [p for p in self._folder.glob("step_*") if _NAME.fullmatch(p.name)]
+        return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+@final
+class MetricsLog:
+    """metrics.jsonl: after any number of interruptions the same as without them, but for timings.
+
+    Args:
+        run_dir: folder of the run, made if absent.
+        step: steps done. Lines of later ones are dropped, since these are about to be repeated;
+            so are torn lines.
+        tensorboard: write to `run_dir/tensorboard` too.
+
+    Raises:
+        OSError: a file could not be written, here or later.
+        ImportError: tensorboard is not installed.
+    """
+
+    def __init__(self, run_dir: Path, step: int, tensorboard: bool) -> None:
+        self._path = run_dir / LOG_FILE
+        with explained_write(self._path):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
+            kept = [line for line in lines if _line_counts(line, step)]
+            if kept != lines:
+                write_atomically(self._path, b"".join(kept))
+            self._board = _open_tensorboard(run_dir, step) if tensorboard else None
+            self._file = self._path.open("ab")
+        self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
+
+    @property
+    def last_step(self) -> int:
+        """Step of the last line; 0 before the first."""
+        return self.last.get("step", 0)
+
+    def write(self, line: Mapping[str, int | float]) -> None:
+        """Append a line. JSON has no NaN: what is not finite is written as "nan", "inf", "-inf"."""
+        self.last = {k: v if math.isfinite(v) else str(float(v)) for k, v in line.items()}
+        with explained_write(self._path):
+            self._file.write(json.dumps(self.last).encode() + b"\n")
+            self._file.flush()
+        if self._board is not None:
+            for name, value in line.items():
+                self._board.add_scalar(name, value, line["step"])
+
+    def sync(self) -> None:
+        """Return once all lines are on disk, where a power cut leaves them."""
+        with explained_write(self._path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def identity(
+    model: GenerativeModel, dataset: ImageDataset, config: TrainConfig, flip: bool
+) -> dict[str, Any]:
+    """What decides the weights after a given step, flat and as JSON gives it back."""
+    training = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_FIELDS}
+    fields = {
+        "model.kind": model.kind,
+        **{f"model.{name}": value for name, value in dataclasses.asdict(model.config).items()},
+        "data.fingerprint": dataset.fingerprint,
+        "data.flip": flip,
+        **{f"training.{name}": value for name, value in training.items()},
+    }
+    return json.loads(json.dumps(fields))
+
+
+def tensor_bytes(state: Mapping[str, Tensor]) -> bytes:
+    """A state dict as the content of a .safetensors file."""
+    return safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in state.items()})
+
+
+def optimizer_bytes(state: Mapping[str, Any]) -> bytes:
+    """An optimizer's state dict as `torch.save` writes it."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+@contextmanager
+def explained_write(path: Path) -> Iterator[None]:
+    """Turn an OSError inside into one that says what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"could not write {path}: {error.strerror}") from error
+
+
+def _write(path: Path, content: bytes) -> str:
+    """Write and sync a file; its SHA-256."""
+    with explained_write(path):
+        write_atomically(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _describe(
+    state: RunState, identity: Mapping[str, Any], hashes: Mapping[str, str]
+) -> dict[str, Any]:
+    canonical = json.dumps(identity, sort_keys=True)
+    return {
+        "state": dataclasses.asdict(state),
+        "identity": dict(identity),
+        "config_hash": hashlib.sha256(canonical.encode()).hexdigest(),
+        "sha256": dict(hashes),
+        "torch": torch.__version__,
+    }
+
+
+def _verified(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`. Raises OSError, ValueError, KeyError or TypeError if damaged."""
+    described = json.loads((folder / STATE_FILE).read_text())
+    for name, expected in described["sha256"].items():
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                raise ValueError(f"{name} does not have the SHA-256 it was saved with")
+    return Checkpoint(folder, RunState(**described["state"]), described["identity"])
+
+
+def _open_tensorboard(run_dir: Path, last_step: int) -> Any:
+    """A writer that hides what an interrupted session wrote after `last_step`."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "logging to TensorBoard needs tensorboard: pip install 'exactflow[track]'"
+        ) from error
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1)
+
+
+def _line_counts(line: bytes, last_step: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= last_step
+    except ValueError:
+        return False
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

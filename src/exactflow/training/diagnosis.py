@@ -1,0 +1,170 @@
+"""Why a step is not finite: the batch is run once more, stage by stage, and kept for later."""
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from exactflow.core.model import GenerativeModel
+from exactflow.core.serialization import write_atomically
+from exactflow.core.transform import AutoregressiveTransform
+
+_MAX_NAMES = 5  # parameters listed before "and N more"
+
+
+@final
+@dataclass(frozen=True)
+class Range:
+    """The least and the greatest finite number of a tensor, and how many are not finite."""
+
+    low: float
+    high: float
+    non_finite: int
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Range":
+        """The range of `values`; (nan, nan) where nothing is finite."""
+        finite = values[values.isfinite()].double()
+        lost = values.numel() - finite.numel()
+        if finite.numel() == 0:
+            return cls(float("nan"), float("nan"), lost)
+        return cls(float(finite.min()), float(finite.max()), lost)
+
+    def __str__(self) -> str:
+        text = f"{self.low:.4g} .. {self.high:.4g}"
+        return f"{text} and {self.non_finite} not finite" if self.non_finite else text
+
+
+@final
+@dataclass(frozen=True)
+class StageReport:
+    """What one stage did to the batch.
+
+    Attributes:
+        name: its place and its class.
+        latent: its first floating-point output.
+        log_scale: of an autoregressive transform; None for every other stage.
+        finite_input: whether all it was given was finite.
+        finite_output: whether all it returned was.
+    """
+
+    name: str
+    latent: Range
+    log_scale: Range | None
+    finite_input: bool
+    finite_output: bool
+
+    def __str__(self) -> str:
+        scale = "" if self.log_scale is None else f", log_scale {self.log_scale}"
+        return f"{self.name}: latent {self.latent}{scale}"
+
+
+def diagnose(model: GenerativeModel, rerun: Callable[[int], Tensor], parts: int) -> str:
+    """Where the first NaN or infinity of a step arises, in words and ranges.
+
+    Args:
+        model: as it was before the step; its gradients are overwritten.
+        rerun: the mean loss of micro-batch 0 .. parts-1, exactly as the step computed it.
+        parts: number of micro-batches.
+    """
+    with torch.compiler.set_stance("force_eager"), torch.enable_grad():
+        for part in range(parts):
+            reports: list[StageReport] = []
+            with _observed(model, reports):
+                loss = rerun(part)
+            text = "\n".join(f"  {report}" for report in reports)
+            if not (bool(loss.isfinite()) and all(r.finite_output for r in reports)):
+                return f"{_blame_forward(model, reports)}\n{text}"
+            model.zero_grad(set_to_none=True)
+            loss.backward()
+            broken = [n for n, p in model.named_parameters() if _gradient_is_broken(p)]
+            if broken:
+                return (
+                    "The forward pass is finite; gradients that are not: "
+                    f"{_enumerate(broken)}.\n{text}"
+                )
+    return (
+        "Run once more, every micro-batch is finite by itself: the sum of the gradients overflows, "
+        "or compiled and plain evaluation differ."
+    )
+
+
+def save_batch(path: Path, images: Tensor, labels: Tensor | None, step: int, seed: int) -> None:
+    """Keep the batch of a step; `torch.load(path, weights_only=True)` gives it back as a dict.
+
+    With the run's last checkpoint before `step`, this is all it takes to repeat the step.
+    """
+    buffer = io.BytesIO()
+    torch.save({"images": images, "labels": labels, "step": step, "seed": seed}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+@contextmanager
+def _observed(model: GenerativeModel, reports: list[StageReport]) -> Iterator[None]:
+    """Every stage evaluated inside adds a report, in the order of evaluation."""
+    handles = [
+        stage.register_forward_hook(_observer(f"stage {index}", reports), with_kwargs=True)
+        for index, stage in enumerate(model.stages)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _observer(name: str, reports: list[StageReport]) -> Callable[..., None]:
+    @torch.no_grad()
+    def observe(
+        stage: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        given, returned = _floats((*args, *kwargs.values())), _floats(output)
+        if not returned:
+            return
+        log_scale = None
+        if isinstance(stage, AutoregressiveTransform):
+            log_scale = Range.of(stage.affine(*args, **kwargs)[1])
+        reports.append(
+            StageReport(
+                name=f"{name} ({type(stage).__name__})",
+                latent=Range.of(returned[0]),
+                log_scale=log_scale,
+                finite_input=all(bool(t.isfinite().all()) for t in given),
+                finite_output=all(bool(t.isfinite().all()) for t in returned),
+            )
+        )
+
+    return observe
+
+
+def _floats(value: Any) -> list[Tensor]:
+    """The floating-point tensors of a stage's arguments or result."""
+    values = value if isinstance(value, tuple) else (value,)
+    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def _blame_forward(model: GenerativeModel, reports: list[StageReport]) -> str:
+    """The first stage that loses finiteness, and parameters that are themselves not finite."""
+    first = next((report for report in reports if not report.finite_output), None)
+    if first is None:
+        text = "Every stage is finite, the loss is not."
+    elif first.finite_input:
+        text = f"The first output that is not finite is that of {first.name}."
+    else:
+        text = f"The input of {first.name} is already not finite."
+    broken = [n for n, p in model.named_parameters() if not bool(p.isfinite().all())]
+    return f"{text} Parameters that are not finite: {_enumerate(broken)}." if broken else text
+
+
+def _gradient_is_broken(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and not bool(parameter.grad.isfinite().all())
+
+
+def _enumerate(names: list[str]) -> str:
+    shown = ", ".join(names[:_MAX_NAMES])
+    return f"{shown} and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else shown

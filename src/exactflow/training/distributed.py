@@ -1,0 +1,180 @@
+"""The process that trains: its place among others, its orders to stop, its clock and display."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import final
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+PLAIN_LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
+
+
+@final
+class Interrupted(Exception):
+    """Training stopped at a signal, after its state was saved: run the same command to resume.
+
+    Attributes:
+        step: optimizer steps done, all of them in the checkpoint.
+        exit_code: what a shell expects of a process that ended so: 128 + the signal's number.
+    """
+
+    def __init__(self, step: int, signum: int) -> None:
+        self.step = step
+        self.exit_code = 128 + signum
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name} after step {step}; run the same command to resume")
+
+
+@final
+@dataclass(frozen=True)
+class ProcessGroup:
+    """The processes that train one model together. So far there is always one.
+
+    Attributes:
+        rank: number of this process, 0 .. world_size-1.
+        world_size: how many there are.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for more than one process."""
+        if (self.rank, self.world_size) != (0, 1):
+            raise ValueError(
+                f"training runs in one process so far, got rank {self.rank} of {self.world_size}: "
+                "start it without torchrun, or with WORLD_SIZE=1"
+            )
+
+    @classmethod
+    def from_environment(cls) -> "ProcessGroup":
+        """The group that torchrun describes in RANK and WORLD_SIZE; alone where it does not."""
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files and speaks to people."""
+        return self.rank == 0
+
+    def all_reduce_mean(self, value: Tensor) -> Tensor:
+        """The mean of `value` over the processes."""
+        return value
+
+    def barrier(self) -> None:
+        """Return once every process has called this."""
+
+
+@final
+@dataclass
+class StopRequest:
+    """Whether, and by which signal, the process was asked to stop; None so far."""
+
+    signum: int | None = None
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turn the first SIGTERM or SIGINT into a request that the training loop looks up.
+
+    A second SIGINT aborts at once with KeyboardInterrupt. The handlers from before come back at
+    the end. Outside the main thread, where Python installs no handlers, signals are left alone.
+    """
+    request = StopRequest()
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT and request.signum is not None:
+            raise KeyboardInterrupt
+        request.signum = request.signum or signum
+
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@final
+class Display:
+    """How far training is, on stderr: a bar on a terminal, else a line every ten seconds.
+
+    Args:
+        total: steps of the run.
+        done: steps that earlier sessions took.
+        active: False shows nothing.
+    """
+
+    def __init__(self, total: int, done: int, active: bool) -> None:
+        self._total = total
+        self._active = active
+        self._last_line = time.monotonic()
+        self._bar = None
+        if active and sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task("training", total=total, completed=done, text="")
+            self._bar.start()
+
+    def update(self, step: int, loss: float, images_per_second: float) -> None:
+        """Show that `step` is done, with its loss."""
+        text = f"loss {loss:.4f}, {images_per_second:.1f} images/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+        elif self._active and (step == self._total or self._line_is_due()):
+            self._last_line = time.monotonic()
+            print(f"step {step}/{self._total}: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _line_is_due(self) -> bool:
+        return time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS
+
+
+@final
+class Clock:
+    """Seconds of the run in all its sessions, and the speed of training alone.
+
+    Args:
+        before: seconds of earlier sessions.
+    """
+
+    def __init__(self, before: float) -> None:
+        self._start = time.perf_counter() - before
+        self.lap()
+
+    def lap(self) -> None:
+        """Measure the speed from here on: what came before, or what was done besides, is past."""
+        self._lap, self._steps = time.perf_counter(), 0
+
+    def tick(self) -> None:
+        """A step is done."""
+        self._steps += 1
+
+    def seconds(self) -> float:
+        """Wall-clock time of the run."""
+        return time.perf_counter() - self._start
+
+    def steps_per_second(self) -> float:
+        """Speed since the last `lap`."""
+        return self._steps / (time.perf_counter() - self._lap)

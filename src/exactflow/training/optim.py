@@ -1,0 +1,199 @@
+"""How weights move: the configuration, the learning rate, AdamW, and their moving average."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+_FUSED_DEVICES = frozenset({"cpu", "cuda"})
+
+
+@final
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained; with the model, the data and the seed it determines every weight."""
+
+    batch_size: int = 128  # images per optimizer step, over all processes and micro-batches
+    accumulate: int = 1  # micro-batches per optimizer step, to save memory; divides batch_size
+    epochs: float = 100.0  # passes over the data, at the end of which the cosine ends
+    steps: int | None = None  # optimizer steps; given, it replaces epochs
+    learning_rate: float = 1e-4  # peak, reached at the end of the warm-up
+    min_learning_rate: float = 1e-6  # start of the warm-up and end of the cosine
+    warmup_epochs: float = 1.0  # passes of linear warm-up; at most half of the run is used
+    warmup_steps: int | None = None  # optimizer steps of warm-up; given, it replaces warmup_epochs
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's decay of the first and second moment
+    weight_decay: float = 1e-4  # decoupled, on every parameter
+    clip_norm: float | None = 1.0  # largest norm of the gradient of all parameters; None: no limit
+    ema_decay: float = 0.0  # of the moving average of weights, after its warm-up; 0: no average
+    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: by autocast, weights float32
+    compile: bool = False  # torch.compile each stage of the model; needs a C++ compiler
+    activation_checkpointing: bool = False  # recompute stages in the backward pass, to save memory
+    seed: int = 0  # of the order of the data and of all training noise
+    num_workers: int = 0  # processes that prepare batches; 0: none but this one
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    checkpoint_every: int = 500  # steps between checkpoints; the last step always has one
+    keep_checkpoints: int = 2  # how many of the newest are kept
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for the first field out of its range."""
+        rules = {
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "accumulate": (
+                self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
+                f"a divisor of batch_size={self.batch_size}",
+            ),
+            "epochs": (0 < self.epochs < math.inf, "a positive number"),
+            "steps": (self.steps is None or self.steps >= 1, "None or at least 1"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "a positive number"),
+            "min_learning_rate": (
+                0 <= self.min_learning_rate <= self.learning_rate,
+                f"0 .. learning_rate={self.learning_rate}",
+            ),
+            "warmup_epochs": (0 <= self.warmup_epochs < math.inf, "0 or more"),
+            "warmup_steps": (self.warmup_steps is None or self.warmup_steps >= 0, "None or >= 0"),
+            "betas": (all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
+            "clip_norm": (
+                self.clip_norm is None or self.clip_norm > 0,
+                "None or a positive number",
+            ),
+            "ema_decay": (0 <= self.ema_decay < 1, "in [0, 1)"),
+            "precision": (self.precision in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+            "seed": (self.seed >= 0, "0 or more"),
+            "num_workers": (self.num_workers >= 0, "0 or more"),
+            "log_every": (self.log_every >= 1, "at least 1"),
+            "checkpoint_every": (self.checkpoint_every >= 1, "at least 1"),
+            "keep_checkpoints": (self.keep_checkpoints >= 1, "at least 1"),
+        }
+        for name, (holds, expected) in rules.items():
+            if not holds:
+                raise ValueError(
+                    f"TrainConfig.{name}: expected {expected}, got {getattr(self, name)!r}"
+                )
+
+    def schedule(self, num_images: int) -> "Schedule":
+        """The run's length and learning rates on a data set of `num_images` images.
+
+        Raises:
+            ValueError: `warmup_steps` leaves nothing of the run.
+        """
+        epoch = max(num_images // self.batch_size, 1)  # as the loader counts: no smaller batch
+        total = max(1, round(self.epochs * epoch)) if self.steps is None else self.steps
+        warmup = self.warmup_steps
+        if warmup is None:
+            warmup = min(round(self.warmup_epochs * epoch), total // 2)
+        if warmup >= total:
+            raise ValueError(
+                f"TrainConfig.warmup_steps: expected less than the run's {total} steps, "
+                f"got {warmup}"
+            )
+        return Schedule(total, warmup, self.learning_rate, self.min_learning_rate)
+
+
+@final
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up from `low` to `peak`, then a cosine back to `low` at the last step.
+
+    Attributes:
+        total: optimizer steps of the run.
+        warmup: how many of them come before the peak.
+    """
+
+    total: int
+    warmup: int
+    peak: float
+    low: float
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of optimizer step 1 .. total."""
+        done = step - 1
+        if done < self.warmup:
+            height = done / self.warmup
+        else:
+            fraction = (done - self.warmup) / max(self.total - 1 - self.warmup, 1)
+            height = 0.5 * (1 + math.cos(math.pi * fraction))
+        return self.low + (self.peak - self.low) * height
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW on all trainable parameters, fused into one kernel where the device has one."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused={p.device.type for p in parameters} <= _FUSED_DEVICES,
+    )
+
+
+@contextmanager
+def recomputed(stages: Sequence[nn.Module], active: bool) -> Iterator[None]:
+    """Keep only the stages' inputs for the backward pass, which evaluates them a second time.
+
+    Names of parameters do not change. A stage that writes to its buffers would do so twice.
+    """
+    wrapped = list(stages) if active else []
+    for stage in wrapped:
+        stage.forward = partial(checkpoint, stage.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for stage in wrapped:
+            del stage.forward  # uncovers the method of the class
+
+
+@final
+class MovingAverage:
+    """Exponential moving average of a model's parameters; buffers are always the model's own.
+
+    At update t = 0, 1, ... the average moves by 1 - min(decay, (1 + t) / (10 + t)) of the way to
+    the weights, so that it soon forgets the initial ones.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._model = model
+        self._decay = decay
+        self._live = dict(model.named_parameters())
+        self._average = {name: p.detach().clone() for name, p in self._live.items()}
+
+    @torch.no_grad()
+    def update(self, t: int) -> None:
+        """Take up the weights after optimizer step t + 1."""
+        weight = 1 - min(self._decay, (1 + t) / (10 + t))
+        torch._foreach_lerp_(list(self._average.values()), list(self._live.values()), weight)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model has the averaged weights inside, and exactly its own again afterwards."""
+        own = {name: p.detach().clone() for name, p in self._live.items()}
+        self.apply()
+        try:
+            yield
+        finally:
+            self._set(own)
+
+    def apply(self) -> None:
+        """Give the model the averaged weights for good."""
+        self._set(self._average)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of the averaged model, under the model's own names."""
+        return {**self._model.state_dict(), **self._average}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the averaged parameters of a `state_dict`."""
+        for name, average in self._average.items():
+            average.copy_(state[name])
+
+    @torch.no_grad()
+    def _set(self, values: Mapping[str, Tensor]) -> None:
+        torch._foreach_copy_(list(self._live.values()), [values[name] for name in self._live])
