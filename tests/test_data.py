@@ -6,8 +6,10 @@ import gzip
 import io
 import json
 import logging
+import os
 import pickle
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,6 +34,7 @@ from exactflow.data import (
     store,
     training_batches,
 )
+from exactflow.data.datasets import split_members
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -114,8 +117,6 @@ def test_digits_have_17_levels_and_splits_that_cover_them() -> None:
 def test_cut_splits_are_disjoint_and_cover(
     count: int, validation: float, test: float, seed: int
 ) -> None:
-    from exactflow.data.datasets import split_members
-
     config = DataConfig(validation_fraction=validation, test_fraction=test, split_seed=seed)
     parts = [split_members(config, split, {"train": count})[1] for split in SPLITS]
     assert sorted(np.concatenate(parts)) == list(range(count))
@@ -404,8 +405,8 @@ def test_broken_parquet_files_are_named(tmp_path: Path) -> None:
 
 
 def test_missing_libraries_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     write(tmp_path / "x.parquet", b"")
     for source in (str(tmp_path / "x.parquet"), "hub:owner/name"):
         with pytest.raises(ImportError, match=r"pip install 'exactflow\[data\]'"):
@@ -476,8 +477,11 @@ def test_the_memory_map_equals_memory(tmp_path: Path, monkeypatch: pytest.Monkey
         np.testing.assert_array_equal(mapped.labels, in_memory.labels)
         assert mapped.describe() == in_memory.describe()
         assert mapped.skipped == (str(bad),)
-    assert len(pickle.dumps(second)) < 2000
+        assert mapped.images.filename is not None  # still a file, not a copy of it
     assert len(list(cache.iterdir())) == 2
+    os.utime(bad, ns=(0, 0))
+    assert len(whole(tmp_path / "set", **changes)) == 9
+    assert len(list(cache.iterdir())) == 4  # a touched file is decoded anew
     write(bad, png(pixels(4, 4)))
     assert len(whole(tmp_path / "set", **changes)) == 10
     write(bad, b"")
@@ -507,6 +511,7 @@ def test_progress_is_shown_late_and_on_a_terminal(
 def test_real_fashion_mnist() -> None:
     test = load(DataConfig(str(REAL / "fashion-mnist")), "test")
     assert (len(test), test.event_shape, test.class_names[9]) == (10_000, (1, 28, 28), "Ankle boot")
+    assert test.labels is not None
     assert list(test.labels[:5]) == [9, 2, 1, 1, 6]
     config = DataConfig(str(REAL / "fashion-mnist"), limit=600)
     assert [len(load(config, split)) for split in SPLITS] == [600, 600, 600]
@@ -536,6 +541,8 @@ def same(left: list[Batch], right: list[Batch]) -> bool:
     return all(
         torch.equal(a.images, b.images)
         and torch.equal(a.indices, b.indices)
+        and a.labels is not None
+        and b.labels is not None
         and torch.equal(a.labels, b.labels)
         for a, b in pairs
     )

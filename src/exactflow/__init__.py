@@ -30,7 +30,6 @@ _HOMES = {
     "reconstruct": "exactflow.sampling.latent",
     "sample": "exactflow.sampling.sample",
 }
-__all__ = ["__version__", *_HOMES, "registry"]
 
 
 def __getattr__(name: str) -> Any:
@@ -44,4 +43,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(["__version__", "registry", *_HOMES])

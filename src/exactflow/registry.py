@@ -6,7 +6,7 @@ from typing import Any, final
 
 from exactflow.core.config import checked, override, suggestion
 from exactflow.core.model import GenerativeModel, Preset
-from exactflow.flows import tarflow
+from exactflow.flows import tarflow, tarflow_presets
 
 
 @final
@@ -20,7 +20,7 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "tarflow": Family(tarflow.TarFlow, tarflow.TarFlowConfig, tarflow.PRESETS),
+    "tarflow": Family(tarflow.TarFlow, tarflow.TarFlowConfig, tarflow_presets.PRESETS),
 }
 
 

@@ -129,7 +129,7 @@ def merge(base: dict[str, Any], changes: Mapping[str, Any]) -> None:
         base[section] = {**base.get(section, {}), **fields}
 
 
-def data_of(model: GenerativeModel, location: str, words: Sequence[str]) -> DataConfig:
+def data_of(location: str, words: Sequence[str]) -> DataConfig:
     """The data a saved model was trained on, with changes.
 
     Raises:
@@ -162,7 +162,7 @@ def as_flow(model: GenerativeModel) -> Flow:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the first accelerator there is. Raises ValueError for one that is not."""
+    """The device; "auto" is the accelerator, if any. Raises ValueError for one that is absent."""
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")

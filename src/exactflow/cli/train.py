@@ -74,8 +74,8 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
             tensorboard=run_config.tensorboard,
         )
     except Interrupted as stop:
-        print(f"{stop}; run the same command to resume", file=sys.stderr)
-        sys.exit(128 + stop.signum)
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
     evaluation = evaluate(model, validation, progress=sys.stderr.isatty())
     scores = evaluation.describe()
     del scores["data"]

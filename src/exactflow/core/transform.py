@@ -1,7 +1,7 @@
 """Invertible maps with their log-determinants, and the one reference inverse."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -50,7 +50,7 @@ class AutoregressiveTransform(Transform):
             x: tokens 0 .. stop - 1.
             label: class of each sample; None where there is none.
             cache: made by `new_cache`; holds what was computed of tokens 0 .. start - 2, so that
-                only x[:, start - 1 : stop - 1] is evaluated, and takes up what is computed of those.
+                only x[:, start - 1 : stop - 1] is evaluated, and takes up what those give.
             start: first token asked for; without a cache it must be 0.
             temperature: attention temperature of each sample, 1 where None.
         """
@@ -86,6 +86,7 @@ class AutoregressiveTransform(Transform):
         return x
 
 
+@runtime_checkable
 class Solver(Protocol):
     """A way to invert one autoregressive transform."""
 

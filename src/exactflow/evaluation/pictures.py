@@ -51,7 +51,7 @@ def trajectory_grid(trace: Float[Tensor, "steps n channels height width"]) -> Im
     A latent reaches further than [-1, 1]: each column is divided by its 99th percentile, or by 1
     where that is less.
     """
-    steps, count = trace.shape[:2]
+    steps = len(trace)
     scale = torch.quantile(trace.abs().flatten(1), 0.99, dim=1).clamp(min=1)
     shown = (trace / scale.view(-1, 1, 1, 1, 1)).clamp(-1, 1)
     levels = 128  # steps of grey in the picture, fewer than a screen shows

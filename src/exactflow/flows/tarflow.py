@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core import images as grey
-from exactflow.core.model import Flow, Preset
+from exactflow.core.model import Flow
 from exactflow.core.prior import DiagonalGaussian
 from exactflow.core.transform import AutoregressiveTransform, Solver
 from exactflow.nn.attention import KVCache
@@ -145,10 +145,8 @@ class TarFlowBlock(AutoregressiveTransform):
             condition = self._condition(label)
             if cache is not None:
                 cache.condition = condition
-        h = (
-            self.input(previous.to(self.input.weight.dtype))
-            + condition[:, first : first + previous.shape[1]]
-        )
+        stop = first + previous.shape[1]
+        h = self.input(previous.to(self.input.weight.dtype)) + condition[:, first:stop]
         for index, layer in enumerate(self.layers):
             h = layer(h, None if cache is None else cache.layers[index], first, temperature)
         shift, log_scale = self._shift_and_log_scale(h, x.dtype)
@@ -215,8 +213,8 @@ class TarFlow(Flow):
         return self.config.noise_std
 
     @property
-    def stages(self) -> nn.ModuleList:
-        return self.blocks
+    def stages(self) -> list[nn.Module]:
+        return list(self.blocks)
 
     @property
     def prior(self) -> DiagonalGaussian:
@@ -318,94 +316,3 @@ class TarFlow(Flow):
             return grey.dequantize(images, noise, self.levels)
         noise = torch.randn(images.shape, generator=generator, dtype=dtype, device=images.device)
         return grey.center(images, self.levels, dtype) + self.noise_std * noise
-
-
-def _published(
-    image_size: int,
-    patch_size: int,
-    width: int,
-    sigma: float,
-    epochs: float,
-    batch_size: int,
-    published: str,
-    num_classes: int = 0,
-) -> Preset:
-    """A model of the paper: eight blocks of eight layers, no EMA, no clipping."""
-    return Preset(
-        TarFlowConfig(
-            image_shape=(3, image_size, image_size),
-            patch_size=patch_size,
-            width=width,
-            num_classes=num_classes,
-            noise_std=sigma,
-        ),
-        training={
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "clip_norm": None,
-            "precision": "bfloat16" if sigma else "float32",
-        },
-        data={"image_size": image_size, "channels": 3, "flip": True},
-        published=published,
-    )
-
-
-_PAPER = "arXiv 2412.06329"
-PRESETS: dict[str, Preset] = {
-    # Small ones of our own, for a CPU.
-    "tarflow-tiny": Preset(
-        TarFlowConfig((3, 8, 8), patch_size=2, width=64, blocks=2, layers_per_block=1),
-        training={"steps": 100, "warmup_steps": 10, "learning_rate": 2e-3, "batch_size": 64},
-        data={"source": "digits"},
-    ),
-    "tarflow-digits": Preset(
-        TarFlowConfig((1, 8, 8), patch_size=2, width=64, blocks=4, layers_per_block=2, levels=17),
-        training={
-            "steps": 1200,
-            "warmup_steps": 100,
-            "learning_rate": 2e-3,
-            "weight_decay": 0.01,
-            "ema_decay": 0.998,
-        },
-        data={"source": "digits"},
-    ),
-    "tarflow-fashion-mnist": Preset(
-        TarFlowConfig((1, 28, 28), patch_size=4, width=128, blocks=4, layers_per_block=3),
-        training={
-            "epochs": 20.0,
-            "warmup_steps": 200,
-            "learning_rate": 1e-3,
-            "ema_decay": 0.999,
-        },
-        data={"source": "fashion-mnist"},
-    ),
-    "tarflow-cifar10": Preset(
-        TarFlowConfig((3, 32, 32), patch_size=4, width=192, blocks=4, layers_per_block=4),
-        training={
-            "epochs": 20.0,
-            "warmup_steps": 200,
-            "learning_rate": 5e-4,
-            "ema_decay": 0.999,
-        },
-        data={"source": "hub:uoft-cs/cifar10", "flip": True},
-    ),
-    # The paper's, named [P-Ch-T-K-sigma]; likelihood recipe (uniform noise, float32) first.
-    "tarflow-imagenet64-2-768-8-8-uniform": _published(
-        64, 2, 768, 0.0, 100, 256, f"2.99 bits/dim, ImageNet 64x64 of unresolved version, {_PAPER}"
-    ),
-    "tarflow-imagenet64-2-768-8-8-0.05-unconditional": _published(
-        64, 2, 768, 0.05, 200, 256, f"FID 18.42 unconditional, {_PAPER}"
-    ),
-    "tarflow-imagenet64-2-768-8-8-0.05": _published(
-        64, 2, 768, 0.05, 200, 256, f"FID 2.90 at guidance 2.3, {_PAPER}", 1000
-    ),
-    "tarflow-imagenet64-4-1024-8-8-0.05": _published(
-        64, 4, 1024, 0.05, 300, 480, f"FID 3.99 at guidance 1.7, {_PAPER}", 1000
-    ),
-    "tarflow-imagenet128-4-1024-8-8-0.15": _published(
-        128, 4, 1024, 0.15, 320, 768, f"FID 5.03, {_PAPER}", 1000
-    ),
-    "tarflow-afhq256-8-768-8-8-0.07": _published(
-        256, 8, 768, 0.07, 4000, 256, "FID 15.42, official weights measured by arXiv 2505.24791", 3
-    ),
-}

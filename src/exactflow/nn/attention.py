@@ -21,7 +21,8 @@ class KVCache:
     def __init__(
         self, layers: int, batch: int, heads: int, tokens: int, head_dim: int, like: Tensor
     ) -> None:
-        self.layers = like.new_empty(layers, 2, batch, heads, tokens, head_dim).unbind(0)
+        shape = (2, batch, heads, tokens, head_dim)
+        self.layers = [like.new_empty(shape) for _ in range(layers)]
         self.condition: Tensor | None = None
 
 

@@ -108,7 +108,8 @@ class GuidedTransform(AutoregressiveTransform):
             start,
             self._temperatures(x, temperature),
         )
-        return self._combine(*shift.chunk(2), *log_scale.chunk(2), start)
+        (m, m_u), (a, a_u) = shift.chunk(2), log_scale.chunk(2)
+        return self._combine(m, m_u, a, a_u, start)
 
     def _temperatures(self, x: Tensor, temperature: Tensor | None) -> Tensor | None:
         if self.guidance.temperature == 1 and temperature is None:

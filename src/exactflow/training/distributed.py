@@ -1,5 +1,6 @@
 """The process that trains: its place among others, its orders to stop, its clock and display."""
 
+import math
 import os
 import signal
 import sys
@@ -163,18 +164,24 @@ class Clock:
         self._start = time.perf_counter() - before
         self.lap()
 
-    def lap(self) -> None:
-        """Measure the speed from here on: what came before, or what was done besides, is past."""
-        self._lap, self._steps = time.perf_counter(), 0
-
-    def tick(self) -> None:
-        """A step is done."""
-        self._steps += 1
-
+    @property
     def seconds(self) -> float:
         """Wall-clock time of the run."""
         return time.perf_counter() - self._start
 
+    @property
     def steps_per_second(self) -> float:
-        """Speed since the last `lap`."""
-        return self._steps / (time.perf_counter() - self._lap)
+        """Speed since the last lap, without what was done between steps; nan before a step."""
+        return self._steps / self._stepping if self._steps else math.nan
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """One step happens inside."""
+        start = time.perf_counter()
+        yield
+        self._stepping += time.perf_counter() - start
+        self._steps += 1
+
+    def lap(self) -> None:
+        """Measure the speed from here on."""
+        self._steps, self._stepping = 0, 0.0

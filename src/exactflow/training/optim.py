@@ -1,7 +1,7 @@
 """How weights move: the configuration, the learning rate, AdamW, and their moving average."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -135,7 +135,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 @contextmanager
-def recomputed(stages: Sequence[nn.Module], active: bool) -> Iterator[None]:
+def recomputed(stages: Iterable[nn.Module], active: bool) -> Iterator[None]:
     """Keep only the stages' inputs for the backward pass, which evaluates them a second time.
 
     Names of parameters do not change. A stage that writes to its buffers would do so twice.

@@ -174,7 +174,8 @@ class _Run:
             self.state = self.state.logged()
         self._report(log)  # what an interruption left unsaid
         while self.state.step < self.schedule.total and stop.signum is None:
-            loss = self._advance(next(batches))
+            with self.clock.step():
+                loss = self._advance(next(batches))
             display.update(self.state.step, loss, self._images_per_second())
             if self._is_due(self.config.checkpoint_every):
                 self._save(log)
@@ -239,7 +240,6 @@ class _Run:
             loss_sum=self.state.loss_sum + mean,
             grad_norm_sum=self.state.grad_norm_sum + size,
         )
-        self.clock.tick()
         return mean
 
     def _split(self, batch: Batch) -> list[_Part]:
@@ -296,7 +296,7 @@ class _Run:
             "grad_norm": state.grad_norm_sum / steps,
             "learning_rate": self.schedule.learning_rate(state.step),
             "images_per_second": self._images_per_second(),
-            "seconds": self.clock.seconds(),
+            "seconds": self.clock.seconds,
         }
         for call in calls:
             metrics = self._measure(call)
@@ -310,7 +310,7 @@ class _Run:
 
     def _measure(self, call: Callback) -> Mapping[str, float]:
         """What a callback finds out about the averaged model, in eval mode."""
-        told = Progress(self.state.step, self.state.images, self.clock.seconds(), self.model)
+        told = Progress(self.state.step, self.state.images, self.clock.seconds, self.model)
         self.model.eval()
         try:
             with nullcontext() if self.average is None else self.average.applied():
@@ -319,7 +319,7 @@ class _Run:
             self.model.train()
 
     def _images_per_second(self) -> float:
-        return self.clock.steps_per_second() * self.config.batch_size
+        return self.clock.steps_per_second * self.config.batch_size
 
     def _save(self, log: disk.MetricsLog) -> None:
         log.sync()
@@ -330,10 +330,9 @@ class _Run:
         average = self.average
         if average is not None:
             files[disk.EMA_FILE] = lambda: disk.tensor_bytes(average.state_dict())
-        state = replace(self.state, seconds=self.clock.seconds())
+        state = replace(self.state, seconds=self.clock.seconds)
         self.checkpoint = self.checkpoints.save(state, self.identity, files)
         self.group.barrier()
-        self.clock.lap()
 
     def _restore(self, found: disk.Checkpoint) -> None:
         found.require(self.identity)

@@ -1,0 +1,133 @@
+"""Seconds, memory and the machine they were measured on."""
+
+import ctypes
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What a number was measured on and with."""
+    commit = ""
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        commit = done.stdout.strip()
+    found = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit or "unknown",
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _cpu_model() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(action: Callable[[], Any], device: torch.device) -> float:
+    """Wall-clock seconds of one call."""
+    synchronize(device)
+    began = time.perf_counter()
+    action()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def interleaved(
+    actions: dict[str, Callable[[], Any]], pairs: int, device: torch.device, cap: float = 1e9
+) -> dict[str, list[float]]:
+    """Seconds of every action, A B A B, so that drift of the machine meets both alike.
+
+    Args:
+        actions: what to time; called once before by the caller, to warm up.
+        pairs: rounds; at least one is made.
+        device: where the work is done.
+        cap: no round starts after so many seconds.
+    """
+    took: dict[str, list[float]] = {name: [] for name in actions}
+    began = time.perf_counter()
+    for _ in range(pairs):
+        for name, action in actions.items():
+            took[name].append(seconds(action, device))
+        if time.perf_counter() - began > cap:
+            break
+    return took
+
+
+def ratios(slow: list[float], fast: list[float]) -> dict[str, float]:
+    """Median, least and greatest of the pairs' slow / fast."""
+    each = [a / b for a, b in zip(slow, fast, strict=True)]
+    return {"median": statistics.median(each), "min": min(each), "max": max(each)}
+
+
+def relative_error(first: Tensor, second: Tensor) -> float:
+    """Largest difference over the largest value; infinite where anything is not finite."""
+    first, second = first.detach().double(), second.detach().double()
+    error = (first - second).abs().max() / second.abs().max()
+    return float(error) if bool(error.isfinite()) else float("inf")
+
+
+def resident_megabytes(field: str) -> float:
+    """VmRSS or VmHWM, the peak, of this process; NaN where the system does not tell."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) / 1024
+    return float("nan")
+
+
+def peak_megabytes(action: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """Peak memory while `action` runs once, in all and beyond what was there before.
+
+    On the CPU, of the whole process: to be called in a fresh one. On a GPU, what PyTorch's
+    allocator handed out; "added" leaves out models that were already there.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device) / 2**20
+        action()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) / 2**20
+    else:
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        with suppress(OSError):  # forget the peak of the preparations
+            Path("/proc/self/clear_refs").write_text("5")
+        before = resident_megabytes("VmRSS")
+        action()
+        peak = resident_megabytes("VmHWM")
+    return {"peak": peak, "added": peak - before}

@@ -1,0 +1,94 @@
+"""What users see for bad input, without the checker of annotations: prints JSON, case by case."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+import exactflow
+from exactflow.flows.tarflow import TarFlow, TarFlowConfig
+
+warnings.simplefilter("error")
+torch.set_num_threads(1)
+MODEL = TarFlow(TarFlowConfig((1, 4, 4), 2, 64, 2, 1, num_classes=3))
+PLAIN = TarFlow(TarFlowConfig((1, 4, 4), 2, 64, 2, 1))
+GREY = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+X = torch.zeros(1, 1, 4, 4)
+BROKEN = Path(sys.argv[1])  # a folder to write broken files into
+
+
+def converted(content: object) -> None:
+    path = BROKEN / "broken.pth"
+    torch.save(content, path)
+    exactflow.convert(path)
+
+
+def text_file() -> None:
+    path = BROKEN / "text.pth"
+    path.write_text("not a checkpoint")
+    exactflow.convert(path)
+
+
+def truncated_weights() -> None:
+    PLAIN.save_pretrained(BROKEN / "model")
+    file = BROKEN / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    exactflow.from_pretrained(BROKEN / "model")
+
+
+def foreign_config() -> None:
+    folder = BROKEN / "foreign"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    exactflow.from_pretrained(folder)
+
+
+CASES = {
+    "encode: shape": lambda: MODEL.encode(torch.zeros(1, 3, 4, 4)),
+    "encode: three axes": lambda: MODEL.encode(torch.zeros(1, 4, 4)),
+    "encode: integers": lambda: MODEL.encode(GREY),
+    "decode: shape": lambda: MODEL.decode(torch.zeros(1, 3, 4)),
+    "loss: floats": lambda: MODEL.loss(X),
+    "loss: too bright": lambda: MODEL.loss(torch.full((1, 1, 4, 4), 256)),
+    "loss: negative": lambda: MODEL.loss(torch.full((1, 1, 4, 4), -1)),
+    "loss: empty": lambda: MODEL.loss(GREY[:0]),
+    "label: -1": lambda: MODEL.encode(X, torch.tensor([-1])),
+    "label: too large": lambda: MODEL.encode(X, torch.tensor([4])),
+    "label: count": lambda: MODEL.encode(torch.zeros(2, 1, 4, 4), torch.tensor([1])),
+    "label: floats": lambda: MODEL.encode(X, torch.tensor([1.0])),
+    "label: unconditional": lambda: PLAIN.encode(X, torch.tensor([0])),
+    "score: floats": lambda: exactflow.log_likelihood(MODEL, X),
+    "score: k": lambda: exactflow.log_likelihood(MODEL, GREY, k=0),
+    "score: label": lambda: exactflow.log_likelihood(MODEL, GREY, torch.tensor([0, 7])),
+    "sample: n": lambda: exactflow.sample(PLAIN, 0),
+    "sample: solver": lambda: exactflow.sample(PLAIN, 1, solver="magic"),
+    "sample: label": lambda: exactflow.sample(PLAIN, 1, label=3),
+    "sample: labels": lambda: exactflow.sample(MODEL, 3, label=[0, 1]),
+    "sample: guidance without label": lambda: exactflow.sample(MODEL, 1, guidance=1.0),
+    "sample: negative guidance": lambda: exactflow.sample(MODEL, 1, label=0, guidance=-1.0),
+    "sample: denoise": lambda: exactflow.sample(PLAIN, 1, denoise=True),
+    "build: preset": lambda: exactflow.build("tarflow-tinny"),
+    "build: field": lambda: exactflow.build("tarflow-tiny", blokcs=3),
+    "build: type": lambda: exactflow.build("tarflow-tiny", blocks="three"),
+    "load: no folder": lambda: exactflow.from_pretrained(BROKEN / "nowhere"),
+    "load: empty folder": lambda: exactflow.from_pretrained(BROKEN),
+    "load: truncated": truncated_weights,
+    "load: foreign": foreign_config,
+    "convert: no file": lambda: exactflow.convert(BROKEN / "none.pth"),
+    "convert: text": text_file,
+    "convert: list": lambda: converted([1, 2]),
+    "convert: other model": lambda: converted({"conv.weight": torch.zeros(3)}),
+    "convert: code": lambda: converted(MODEL),
+}
+
+results = {}
+for name, call in CASES.items():
+    try:
+        call()
+    except Exception as error:
+        results[name] = [type(error).__name__, str(error)]
+    else:
+        results[name] = ["nothing", "no error was raised"]
+print(json.dumps(results))

@@ -1,0 +1,65 @@
+"""Models that the laws are tested on: a named dict of constructors with the edge cases."""
+
+import torch
+
+from exactflow.core.model import Flow
+from exactflow.flows.tarflow import TarFlow, TarFlowConfig
+
+SMALL = {"width": 64, "blocks": 2, "layers_per_block": 1}
+
+CONFIGS: dict[str, TarFlowConfig] = {
+    "rgb": TarFlowConfig((3, 4, 4), patch_size=2, **SMALL),
+    "one channel, patch 1": TarFlowConfig((1, 3, 3), patch_size=1, **SMALL),
+    "not square, odd": TarFlowConfig((1, 3, 6), patch_size=3, **SMALL),
+    "one token": TarFlowConfig((2, 2, 2), patch_size=2, **SMALL),
+    "two tokens": TarFlowConfig((1, 2, 4), patch_size=2, **SMALL),
+    "conditional": TarFlowConfig((1, 4, 4), patch_size=2, num_classes=3, **SMALL),
+    "volume preserving": TarFlowConfig((1, 4, 4), patch_size=2, volume_preserving=True, **SMALL),
+    "softplus": TarFlowConfig((1, 4, 4), patch_size=2, scale="softplus", **SMALL),
+    "starflow": TarFlowConfig(
+        (1, 4, 4), patch_size=2, scale="softplus", soft_clip=4.0, final_norm=True, **SMALL
+    ),
+    "two heads, deep": TarFlowConfig((1, 4, 4), 2, width=128, blocks=3, layers_per_block=2),
+    "gaussian noise": TarFlowConfig((1, 4, 4), patch_size=2, noise_std=0.1, **SMALL),
+}
+
+
+def perturb(model: Flow, scale: float = 0.2, seed: int = 0) -> Flow:
+    """Output maps away from zero, so that every part of the model is felt."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            width = parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 5.0
+            factor = 0.15 if "output.weight" in name else scale
+            parameter.add_(noise.to(parameter) * factor / width)
+    return model
+
+
+def make(name: str, dtype: torch.dtype = torch.float64) -> Flow:
+    """The model of that name with perturbed weights, in evaluation mode."""
+    torch.manual_seed(0)
+    return perturb(TarFlow(CONFIGS[name])).to(dtype).eval()
+
+
+def some_images(model: Flow, count: int = 3, seed: int = 1) -> torch.Tensor:
+    """Images in [-1, 1] of the model's shape and dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(count, *model.event_shape, generator=generator, dtype=torch.float64) * 2 - 1
+    return x.to(model.dtype)
+
+
+def some_grey_levels(model: Flow, count: int = 3, seed: int = 1) -> torch.Tensor:
+    """Integer images of the model's shape."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (count, *model.event_shape)
+    return torch.randint(0, model.levels, size, generator=generator, dtype=torch.uint8)
+
+
+def some_labels(model: Flow, count: int = 3) -> torch.Tensor | None:
+    """A label for each image, the last one dropped; None for an unconditional model."""
+    if not model.num_classes:
+        return None
+    labels = torch.arange(count) % model.num_classes
+    labels[-1] = model.null_label
+    return labels

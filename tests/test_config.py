@@ -1,0 +1,120 @@
+"""Settings: strict, with suggestions; preset, file and words in that order."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+
+from exactflow.cli.settings import data_of, parse_words, resolve
+from exactflow.core.config import override
+
+
+@dataclass(frozen=True)
+class Toy:
+    count: int = 1
+    rate: float = 0.5
+    maybe: float | None = None
+    mode: Literal["fast", "slow"] = "fast"
+    pair: tuple[float, float] = (0.9, 0.95)
+    on: bool = False
+
+
+def test_values_take_the_declared_type() -> None:
+    changed = override(Toy(), {"rate": 2, "maybe": 1, "pair": [0, 1], "on": True})
+    assert changed == Toy(rate=2.0, maybe=1.0, pair=(0.0, 1.0), on=True)
+    assert isinstance(changed.rate, float)
+    assert override(Toy(maybe=1.0), {"maybe": None}).maybe is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"coutn": 1}, "did you mean 'count'"),
+        ({"count": 1.5}, "Toy.count: expected int, got 1.5"),
+        ({"count": True}, "expected int, got True"),
+        ({"on": 1}, "expected bool, got 1"),
+        ({"rate": "high"}, "expected float, got 'high'"),
+        ({"mode": "slwo"}, r"'fast' \| 'slow', got 'slwo'; did you mean 'slow'"),
+        ({"pair": [1]}, "expected 2 values"),
+        ({"count": None}, "expected int, got None"),
+    ],
+)
+def test_wrong_values_are_named(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        override(Toy(), changes)
+
+
+def test_words_are_yaml_values() -> None:
+    words = ["training.learning_rate=1e-3", "model.image_shape=[1, 8, 8]", "data.flip=true"]
+    assert parse_words(words) == {
+        "training": {"learning_rate": 1e-3},
+        "model": {"image_shape": [1, 8, 8]},
+        "data": {"flip": True},
+    }
+    assert parse_words(["data.source=a=b"]) == {"data": {"source": "a=b"}}
+    assert parse_words(["data.limit=null"]) == {"data": {"limit": None}}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("steps=3", "SECTION.FIELD=VALUE"),
+        ("trainig.steps=3", "did you mean 'training'"),
+        ("training.steps", "SECTION.FIELD=VALUE"),
+        ("model.width=[1", "not a YAML value"),
+    ],
+)
+def test_words_that_mean_nothing(word: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_words([word])
+
+
+def test_file_over_preset_and_words_over_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "preset: tarflow-digits\ntraining: {steps: 70, warmup_steps: 5}\nmodel: {blocks: 3}\n"
+    )
+    settings = resolve(["training.steps=80"], file)
+    assert settings.preset == "tarflow-digits"
+    assert settings.training.steps == 80
+    assert settings.training.warmup_steps == 5
+    assert settings.model.blocks == 3
+    assert settings.training.ema_decay == 0.998, "the preset's own"
+
+
+def test_a_resolved_configuration_resolves_to_itself(tmp_path: Path) -> None:
+    settings = resolve(["tarflow-digits", "training.steps=300", "data.limit=9"], None)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settings.describe()))
+    assert resolve([], file).describe() == settings.describe()
+
+
+@pytest.mark.parametrize(
+    ("words", "content", "message"),
+    [
+        (["tarflow-digitz"], None, "did you mean 'tarflow-digits'"),
+        ([], None, "expected a preset"),
+        (["tarflow-tiny", "training.stpes=1"], None, "did you mean 'steps'"),
+        (["training.steps=1", "tarflow-tiny"], None, "one preset and then"),
+        (["tarflow-imagenet64-2-768-8-8-uniform"], None, "names no data set"),
+        (["tarflow-tiny"], "trianing: {steps: 1}", "did you mean 'training'"),
+        (["tarflow-tiny"], "training: 3", "expected a mapping under 'training'"),
+        (["tarflow-tiny"], "- a\n- b", "expected a mapping"),
+        (["tarflow-tiny"], "a: [", "not YAML"),
+        (["tarflow-tiny", "run.samples=0"], None, "run.samples"),
+    ],
+)
+def test_settings_that_cannot_be(words: list, content: str | None, message: str, tmp_path) -> None:
+    file = None
+    if content is not None:
+        file = tmp_path / "c.yaml"
+        file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        resolve(words, file)
+
+
+def test_a_model_that_does_not_say_its_data_needs_a_source(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.source"):
+        data_of(str(tmp_path), [])
