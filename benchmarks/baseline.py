@@ -25,18 +25,25 @@ from exactflow.flows.tarflow import TarFlow, TarFlowConfig
 
 @final
 class Past:
-    """Keys and values of every layer, grown by one token per step."""
+    """Keys and values of every layer, grown by one token per step.
 
-    def __init__(self, layers: int) -> None:
-        self.keys: list[Tensor | None] = [None] * layers
-        self.values: list[Tensor | None] = [None] * layers
+    The public code keeps one tensor per token and concatenates all of them at every step. With
+    `merged`, what was concatenated is kept instead: the same quadratic copies in fewer pieces.
+    """
+
+    def __init__(self, layers: int, merged: bool) -> None:
+        self.merged = merged
+        self.keys: list[list[Tensor]] = [[] for _ in range(layers)]
+        self.values: list[list[Tensor]] = [[] for _ in range(layers)]
 
     def grow(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values of the layer, the new ones last."""
-        old_key, old_value = self.keys[layer], self.values[layer]
-        if old_key is not None and old_value is not None:
-            key, value = torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
-        self.keys[layer], self.values[layer] = key, value
+        keys, values = self.keys[layer], self.values[layer]
+        keys.append(key)
+        values.append(value)
+        key, value = torch.cat(keys, 2), torch.cat(values, 2)
+        if self.merged:
+            keys[:], values[:] = [key], [value]
         return key, value
 
 
@@ -111,6 +118,7 @@ class Block(nn.Module):
         tokens, dim, channels = config.num_tokens, config.token_dim, config.width
         order = torch.arange(tokens)
         self.reverse = reverse
+        self.merged_cache = False
         self.register_buffer("order", order.flip(0) if reverse else order)
         self.register_buffer("mask", torch.ones(tokens, tokens).tril())
         self.project_in = nn.Linear(dim, channels)
@@ -182,7 +190,7 @@ class Block(nn.Module):
         """Token by token; with guidance, a second pass over a second cache for every token."""
         u = self.permute(tokens).clone()
         count = u.shape[1]
-        past, past_free = Past(len(self.layers)), Past(len(self.layers))
+        past, past_free = (Past(len(self.layers), self.merged_cache) for _ in range(2))
         for t in range((stop or count) - 1):
             token = u[:, t : t + 1]
             log_scale, shift = self.step(token, t, label, past)
@@ -255,9 +263,13 @@ class Baseline(nn.Module):
         side = self.config.patch_size
         return F.fold(tokens.transpose(1, 2), (height, width), side, stride=side)
 
-    def sample(
-        self, noise: Tensor, label: Tensor | None = None, guidance: float = 0.0
-    ) -> Tensor:
+    def merge_caches(self) -> None:
+        """From now on, grow caches the gentler way: see `Past`."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.merged_cache = True
+
+    def sample(self, noise: Tensor, label: Tensor | None = None, guidance: float = 0.0) -> Tensor:
         """Images of standard normal noise."""
         return self.decode(noise * self.variance.sqrt(), label, guidance)
 
@@ -297,15 +309,18 @@ class Baseline(nn.Module):
 
 def corresponding(model: TarFlow, baseline: Baseline) -> Iterator[tuple[Tensor, Tensor]]:
     """Every parameter of the model with that of the baseline."""
-    theirs = {name: p for name, p in baseline.named_parameters()}
+    theirs = dict(baseline.named_parameters())
     names = (
         (".input.", ".project_in."),
         (".output.", ".project_out."),
         (".position", ".place"),
         (".class_embedding", ".classes"),
-        (".feed_forward.norm.", ".perceptron.0."),
-        (".feed_forward.expand.", ".perceptron.1."),
-        (".feed_forward.contract.", ".perceptron.3."),
+        (".attention_norm.", ".attention.norm."),
+        (".qkv.", ".attention.qkv."),
+        (".proj.", ".attention.proj."),
+        (".mlp_norm.", ".perceptron.0."),
+        (".expand.", ".perceptron.1."),
+        (".contract.", ".perceptron.3."),
     )
     for name, parameter in model.named_parameters():
         for ours, other in names:

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import math
 import os
 import platform
 import statistics
@@ -9,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit or "unknown",
+        "load at the end": f"{os.getloadavg()[0]:.1f}",
     }
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
@@ -65,30 +67,42 @@ def seconds(action: Callable[[], Any], device: torch.device) -> float:
 
 
 def interleaved(
-    actions: dict[str, Callable[[], Any]], pairs: int, device: torch.device, cap: float = 1e9
+    actions: dict[str, Callable[[], Any]],
+    pairs: int,
+    device: torch.device,
+    *,
+    at_least: float = 0.0,
+    at_most: float = math.inf,
 ) -> dict[str, list[float]]:
     """Seconds of every action, A B A B, so that drift of the machine meets both alike.
 
     Args:
         actions: what to time; called once before by the caller, to warm up.
-        pairs: rounds; at least one is made.
+        pairs: rounds, one at least.
         device: where the work is done.
-        cap: no round starts after so many seconds.
+        at_least: seconds that are spent, on up to ten times as many rounds, where one is short.
+        at_most: no round starts after so many seconds.
     """
     took: dict[str, list[float]] = {name: [] for name in actions}
     began = time.perf_counter()
-    for _ in range(pairs):
+    for done in range(10 * pairs):
+        spent = time.perf_counter() - began
+        if done and (spent > at_most or (done >= pairs and spent >= at_least)):
+            break
         for name, action in actions.items():
             took[name].append(seconds(action, device))
-        if time.perf_counter() - began > cap:
-            break
     return took
 
 
 def ratios(slow: list[float], fast: list[float]) -> dict[str, float]:
-    """Median, least and greatest of the pairs' slow / fast."""
+    """Median, least and greatest of the pairs' slow / fast; "best" is that of the least times."""
     each = [a / b for a, b in zip(slow, fast, strict=True)]
-    return {"median": statistics.median(each), "min": min(each), "max": max(each)}
+    return {
+        "median": statistics.median(each),
+        "min": min(each),
+        "max": max(each),
+        "best": min(slow) / min(fast),
+    }
 
 
 def relative_error(first: Tensor, second: Tensor) -> float:

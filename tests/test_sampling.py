@@ -146,9 +146,9 @@ def test_temperature_of_attention_divides_the_logits() -> None:
     got = block.affine(x, temperature=torch.tensor([0.5], dtype=torch.float64))[0]
     with torch.no_grad():
         for layer in block.layers:
-            width = layer.attention.qkv.weight.shape[1]
-            layer.attention.qkv.weight[:width] *= 2
-            layer.attention.qkv.bias[:width] *= 2
+            width = layer.qkv.weight.shape[1]
+            layer.qkv.weight[:width] *= 2
+            layer.qkv.bias[:width] *= 2
     torch.testing.assert_close(got, block.affine(x)[0], rtol=0, atol=1e-12)
 
 

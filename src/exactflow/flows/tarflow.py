@@ -19,8 +19,7 @@ from exactflow.core import images as grey
 from exactflow.core.model import Flow
 from exactflow.core.prior import DiagonalGaussian
 from exactflow.core.transform import AutoregressiveTransform, Solver
-from exactflow.nn.attention import KVCache
-from exactflow.nn.causal import TransformerLayer
+from exactflow.nn.causal import DecodingCache, TransformerLayer
 
 EMBEDDING_STD = 0.01  # initial spread of position and class embeddings
 VARIANCE_MOMENTUM = 0.1  # weight of a new batch in the volume-preserving prior's variance
@@ -117,39 +116,37 @@ class TarFlowBlock(AutoregressiveTransform):
         """Image order to generation order and back: the permutation is its own inverse."""
         return tokens.flip(1) if self.reverse else tokens
 
-    def new_cache(self, x: Float[Tensor, "batch tokens dim"]) -> KVCache:
+    def new_cache(self, x: Float[Tensor, "batch tokens dim"]) -> DecodingCache:
         """See `AutoregressiveTransform.new_cache`."""
-        config = self.config
-        heads = config.width // config.head_dim
-        dtype = self.input.weight.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-        like = torch.empty(0, dtype=dtype, device=x.device)
-        return KVCache(len(self.layers), len(x), heads, self.num_tokens - 1, config.head_dim, like)
+        return DecodingCache(list(self.layers), len(x), self.num_tokens - 1)
 
     def affine(
         self,
         x: Float[Tensor, "batch stop dim"],
         label: Int[Tensor, " batch"] | None = None,
-        cache: KVCache | None = None,
+        cache: DecodingCache | None = None,
         start: int = 0,
         temperature: Float[Tensor, " batch"] | None = None,
     ) -> tuple[Float[Tensor, "batch window dim"], Float[Tensor, "batch window dim"]]:
         """See `AutoregressiveTransform.affine`; the output at token t parametrises token t + 1."""
         first = max(start - 1, 0)
         previous = x[:, first:-1]
-        if previous.shape[1] == 0:  # token 0 has nothing before it
+        batch, window = previous.shape[:2]
+        if window == 0:  # token 0 has nothing before it
             return torch.zeros_like(x), torch.zeros_like(x)
-        condition = self._condition(label) if cache is None else cache.condition
+        condition = None if cache is None else cache.condition
         if condition is None:
             condition = self._condition(label)
             if cache is not None:
                 cache.condition = condition
-        stop = first + previous.shape[1]
-        h = self.input(previous.to(self.input.weight.dtype)) + condition[:, first:stop]
-        for index, layer in enumerate(self.layers):
-            h = layer(h, None if cache is None else cache.layers[index], first, temperature)
-        shift, log_scale = self._shift_and_log_scale(h, x.dtype)
+        h = self.input(previous.to(self.input.weight.dtype)) + condition[:, first : first + window]
+        h = h.flatten(0, 1)
+        if cache is not None:
+            h = cache(h, first, temperature)
+        else:
+            for layer in self.layers:
+                h = layer(h, batch, temperature)
+        shift, log_scale = self._shift_and_log_scale(h.unflatten(0, (batch, window)), x.dtype)
         if start == 0:
             shift, log_scale = F.pad(shift, (0, 0, 1, 0)), F.pad(log_scale, (0, 0, 1, 0))
         return shift, log_scale

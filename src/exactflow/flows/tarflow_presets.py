@@ -45,7 +45,7 @@ PRESETS: dict[str, Preset] = {
     "tarflow-digits": Preset(
         TarFlowConfig((1, 8, 8), patch_size=2, width=64, blocks=4, layers_per_block=2, levels=17),
         training={
-            "steps": 1200,
+            "steps": 1600,
             "warmup_steps": 100,
             "learning_rate": 2e-3,
             "weight_decay": 0.01,

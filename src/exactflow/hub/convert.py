@@ -24,9 +24,11 @@ _TARFLOW_NAMES = (
     (r"\.proj_in\.", ".input."),
     (r"\.proj_out\.", ".output."),
     (r"\.attn_blocks\.", ".layers."),
-    (r"\.mlp\.norm\.", ".feed_forward.norm."),
-    (r"\.mlp\.main\.0\.", ".feed_forward.expand."),
-    (r"\.mlp\.main\.2\.", ".feed_forward.contract."),
+    (r"\.attention\.norm\.", ".attention_norm."),
+    (r"\.attention\.(qkv|proj)\.", r".\1."),
+    (r"\.mlp\.norm\.", ".mlp_norm."),
+    (r"\.mlp\.main\.0\.", ".expand."),
+    (r"\.mlp\.main\.2\.", ".contract."),
 )
 _TARFLOW_FILE = re.compile(
     r"model_(?P<patch>\d+)_(?P<width>\d+)_(?P<blocks>\d+)_(?P<layers>\d+)_(?P<noise>[\d.]+|uniform)$"

@@ -1,77 +1,44 @@
-"""Causal self-attention with a preallocated cache: one function for training and decoding."""
-
-from typing import final
+"""Causal self-attention, with or without a cache: one function for training and decoding."""
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 
-@final
-class KVCache:
-    """Keys and values of every layer for one decoding of one batch, allocated once.
-
-    Attributes:
-        layers: per layer, keys and values, (2, batch, heads, tokens, head_dim).
-        condition: what is added to every token's embedding, (batch or 1, tokens, channels); a
-            function of the label only, so the first use fills it in.
-    """
-
-    def __init__(
-        self, layers: int, batch: int, heads: int, tokens: int, head_dim: int, like: Tensor
-    ) -> None:
-        shape = (2, batch, heads, tokens, head_dim)
-        self.layers = [like.new_empty(shape) for _ in range(layers)]
-        self.condition: Tensor | None = None
-
-
-@final
-class CausalSelfAttention(nn.Module):
-    """Pre-norm multi-head attention in which position t sees positions 0 .. t.
+def causal_attention(
+    qkv: Float[Tensor, "rows three_channels"],
+    batch: int,
+    head_dim: int,
+    cache: Float[Tensor, "2 batch heads tokens head_dim"] | None = None,
+    start: int = 0,
+    temperature: Float[Tensor, " batch"] | None = None,
+) -> Float[Tensor, "rows channels"]:
+    """Multi-head attention in which position t sees positions 0 .. t.
 
     Args:
-        channels: width, a multiple of `head_dim`.
+        qkv: queries, keys and values of positions start .. start + window - 1 of every sample,
+            (batch * window, 3 * channels), each part in heads of `head_dim`.
+        batch: number of samples.
         head_dim: width of one head; logits are scaled by 1 / sqrt(head_dim).
+        cache: keys and values of positions 0 .. start - 1; takes up those of the window.
+        start: first position; 0 without a cache.
+        temperature: divides the logits of each sample.
     """
-
-    def __init__(self, channels: int, head_dim: int) -> None:
-        super().__init__()
-        if channels % head_dim:
-            raise ValueError(f"expected width to be a multiple of {head_dim}, got {channels}")
-        self.head_dim = head_dim
-        self.norm = nn.LayerNorm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
-
-    def forward(
-        self,
-        h: Float[Tensor, "batch window channels"],
-        cache: Float[Tensor, "2 batch heads tokens head_dim"] | None = None,
-        start: int = 0,
-        temperature: Float[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch window channels"]:
-        """Attention output, without the residual.
-
-        Args:
-            h: positions start .. start + window - 1.
-            cache: keys and values of positions 0 .. start - 1; takes up those of the window.
-            start: first position of `h`; 0 without a cache.
-            temperature: divides the logits of each sample.
-        """
-        batch, window, channels = h.shape
-        qkv = self.qkv(self.norm(h)).view(batch, window, 3, -1, self.head_dim)
-        qkv = qkv.permute(2, 0, 3, 1, 4)
-        query, (key, value) = qkv[0], qkv[1:]
-        if temperature is not None:
-            query = query / temperature.to(query.dtype).view(-1, 1, 1, 1)
-        mask = None
-        if cache is not None:
-            cache[:, :, :, start : start + window] = qkv[1:]
-            key, value = cache[:, :, :, : start + window]
-            if start > 0 and window > 1:  # is_causal aligns top-left: wrong behind a prefix
-                mask = torch.ones(window, start + window, dtype=torch.bool, device=h.device)
-                mask = mask.tril(start)
-        causal = mask is None and window > 1
-        out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
-        return self.proj(out.transpose(1, 2).reshape(batch, window, channels))
+    heads = qkv.shape[1] // (3 * head_dim)
+    parts = qkv.view(batch, -1, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
+    query, window = parts[0], parts.shape[3]
+    if temperature is not None:
+        query = query / temperature.to(query.dtype).view(-1, 1, 1, 1)
+    if cache is None:
+        out = F.scaled_dot_product_attention(query, parts[1], parts[2], is_causal=True)
+    else:
+        stop = start + window
+        cache.narrow(3, start, window).copy_(parts[1:])
+        key, value = cache.narrow(3, 0, stop).unbind(0)
+        if window == 1 or start == 0:
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=window > 1)
+        else:  # is_causal aligns top-left: wrong behind a prefix
+            seen = torch.ones(window, stop, dtype=torch.bool, device=query.device).tril(start)
+            out = F.scaled_dot_product_attention(query, key, value, seen)
+    return out.transpose(1, 2).reshape(-1, heads * head_dim)

@@ -1,45 +1,138 @@
-"""A causal pre-norm transformer."""
+"""A causal pre-norm transformer layer: h <- h + Attention(h); h <- h + MLP(h)."""
 
-from typing import final
+from typing import NamedTuple, final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exactflow.nn.attention import CausalSelfAttention
+from exactflow.nn.attention import causal_attention
+
+NORM_EPS = 1e-5
+MANY_SAMPLES = 8  # from here on, a CPU multiplies faster by matrices stored by columns
+FEW_ELEMENTS = 8192  # below this, starting threads costs a CPU more than the work
 
 
-@final
-class FeedForward(nn.Module):
-    """Pre-norm perceptron of four times the width, GELU in its exact (erf) form."""
+class LayerWeights(NamedTuple):
+    """The tensors of one layer, as `transformer_layer` takes them."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(channels)
-        self.expand = nn.Linear(channels, 4 * channels)
-        self.contract = nn.Linear(4 * channels, channels)
+    attention_scale: Tensor
+    attention_offset: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor
+    proj: Tensor
+    proj_bias: Tensor
+    mlp_scale: Tensor
+    mlp_offset: Tensor
+    expand: Tensor
+    expand_bias: Tensor
+    contract: Tensor
+    contract_bias: Tensor
 
-    def forward(self, h: Float[Tensor, "... channels"]) -> Float[Tensor, "... channels"]:
-        """The perceptron's output, without the residual."""
-        return self.contract(F.gelu(self.expand(self.norm(h))))
+
+def transformer_layer(
+    h: Float[Tensor, "rows channels"],
+    w: LayerWeights,
+    batch: int,
+    head_dim: int,
+    cache: Float[Tensor, "2 batch heads tokens head_dim"] | None = None,
+    start: int = 0,
+    temperature: Float[Tensor, " batch"] | None = None,
+) -> Float[Tensor, "rows channels"]:
+    """One layer on (batch * window) rows; arguments as in `causal_attention`."""
+    size = w.attention_scale.shape
+    y = torch.layer_norm(h, size, w.attention_scale, w.attention_offset, NORM_EPS)
+    y = F.linear(y, w.qkv, w.qkv_bias)
+    y = causal_attention(y, batch, head_dim, cache, start, temperature)
+    h = h + F.linear(y, w.proj, w.proj_bias)
+    y = torch.layer_norm(h, size, w.mlp_scale, w.mlp_offset, NORM_EPS)
+    y = _gelu(F.linear(y, w.expand, w.expand_bias))
+    return h + F.linear(y, w.contract, w.contract_bias)
 
 
 @final
 class TransformerLayer(nn.Module):
-    """h <- h + Attention(h); h <- h + FeedForward(h)."""
+    """The layer's parameters, PyTorch's default initialisation.
+
+    Args:
+        channels: width, a multiple of `head_dim`.
+        head_dim: width of one attention head.
+    """
 
     def __init__(self, channels: int, head_dim: int) -> None:
         super().__init__()
-        self.attention = CausalSelfAttention(channels, head_dim)
-        self.feed_forward = FeedForward(channels)
+        self.head_dim = head_dim
+        self.attention_norm = nn.LayerNorm(channels, NORM_EPS)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+        self.mlp_norm = nn.LayerNorm(channels, NORM_EPS)
+        self.expand = nn.Linear(channels, 4 * channels)
+        self.contract = nn.Linear(4 * channels, channels)
+
+    def weights(self) -> LayerWeights:
+        """The parameters themselves."""
+        parts = self.attention_norm, self.qkv, self.proj, self.mlp_norm, self.expand, self.contract
+        return LayerWeights(*(tensor for part in parts for tensor in (part.weight, part.bias)))
 
     def forward(
         self,
-        h: Float[Tensor, "batch window channels"],
-        cache: Float[Tensor, "2 batch heads tokens head_dim"] | None = None,
-        start: int = 0,
+        h: Float[Tensor, "rows channels"],
+        batch: int,
         temperature: Float[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch window channels"]:
-        """One layer; arguments as in `CausalSelfAttention`."""
-        h = h + self.attention(h, cache, start, temperature)
-        return h + self.feed_forward(h)
+    ) -> Float[Tensor, "rows channels"]:
+        """The layer without a cache."""
+        return transformer_layer(h, self.weights(), batch, self.head_dim, temperature=temperature)
+
+
+@final
+class DecodingCache:
+    """What one decoding of one batch keeps of a stack of layers; everything is allocated once.
+
+    Args:
+        layers: the layers; their weights are taken as they are now.
+        batch: number of samples.
+        tokens: number of positions.
+
+    Attributes:
+        condition: what is added to every token's embedding, (batch or 1, tokens, channels); a
+            function of the label only, so its first use fills it in.
+    """
+
+    def __init__(self, layers: list[TransformerLayer], batch: int, tokens: int) -> None:
+        self.batch = batch
+        self.head_dim = layers[0].head_dim
+        weight = layers[0].qkv.weight
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        shape = (2, batch, weight.shape[1] // self.head_dim, tokens, self.head_dim)
+        self._keys_values = [torch.empty(shape, dtype=dtype, device=weight.device) for _ in layers]
+        self._weights = [_for_decoding(layer.weights(), batch) for layer in layers]
+        self.condition: Tensor | None = None
+
+    def __call__(
+        self,
+        h: Float[Tensor, "rows channels"],
+        start: int,
+        temperature: Float[Tensor, " batch"] | None,
+    ) -> Float[Tensor, "rows channels"]:
+        """All layers on positions start .. start + window - 1."""
+        for w, cache in zip(self._weights, self._keys_values, strict=True):
+            h = transformer_layer(h, w, self.batch, self.head_dim, cache, start, temperature)
+        return h
+
+
+def _for_decoding(w: LayerWeights, batch: int) -> LayerWeights:
+    """The same matrices, in the layout that suits products of a few rows."""
+    if w.qkv.device.type != "cpu" or batch < MANY_SAMPLES:
+        return w
+    return LayerWeights(*(t.t().contiguous().t() if t.dim() == 2 else t for t in w))
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """x Phi(x) in its exact form."""
+    if x.numel() > FEW_ELEMENTS or x.device.type != "cpu":
+        return F.gelu(x)
+    # A transposed view is not handed to oneDNN, whose threads take longer to start than to work.
+    return F.gelu(x.view(2, -1).t()).t().view_as(x)

@@ -1,0 +1,165 @@
+"""The benchmarks' baseline is the same model, and their machinery runs. No wall-clock is asserted:
+what is measured depends on the machine, that both sides agree does not.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+import exactflow
+from exactflow.flows.tarflow import TarFlow, TarFlowConfig
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+SIZES = {"image_shape": (3, 8, 8), "patch_size": 2, "width": 64, "layers_per_block": 2}
+CONFIGS = {
+    "unconditional": TarFlowConfig(**SIZES, blocks=3),
+    "conditional": TarFlowConfig(**SIZES, blocks=2, num_classes=3),
+    "volume-preserving": TarFlowConfig(**SIZES, blocks=2, volume_preserving=True),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def path() -> Iterator[None]:
+    """The benchmarks import each other as scripts do; their names go again afterwards."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+    for name in ("baseline", "measure", "tarflow", "gpu"):
+        sys.modules.pop(name, None)
+
+
+def script(name: str) -> ModuleType:
+    return __import__(name)
+
+
+def perturbed(config: TarFlowConfig) -> TarFlow:
+    model = script("tarflow").perturbed_model(config, torch.device("cpu"))
+    if config.volume_preserving:
+        model.get_buffer("variance").uniform_(0.5, 2.0)
+    return model
+
+
+def close(first: Tensor, second: Tensor) -> bool:
+    return script("measure").relative_error(first, second) <= 1e-5
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_baseline_is_the_same_model(name: str) -> None:
+    config = CONFIGS[name]
+    model = perturbed(config)
+    baseline = script("baseline").from_exactflow(model)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand((4, *config.image_shape), generator=generator) * 2 - 1
+    noise = torch.randn((4, config.num_tokens, config.token_dim), generator=generator)
+    label = torch.tensor([0, 2, 1, 3]) if config.num_classes else None  # 3: dropped
+    with torch.no_grad():
+        z, log_abs_det = model.encode(x, label)
+        their_z, their_log_abs_det = baseline.encode(x, label)
+    assert close(their_z, z)
+    if config.volume_preserving:
+        assert not their_log_abs_det.any()
+    else:
+        assert close(their_log_abs_det, log_abs_det)
+        assert (
+            float(log_abs_det.abs().min()) > 0.1
+        )  # weights are perturbed: the test says something
+    assert close(baseline.sample(noise, label), model.decode(model.prior.from_noise(noise), label))
+
+
+@pytest.mark.parametrize("name", ["unconditional", "conditional"])
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_baseline_guides_alike(name: str, schedule: str) -> None:
+    model = perturbed(CONFIGS[name])
+    baseline = script("baseline").from_exactflow(model)
+    label = [0, 1, 2] if model.num_classes else None
+    rule = exactflow.Guidance(1.5, schedule=schedule, temperature=1.0 if label else 0.5)
+    ours = exactflow.sample(model, 3, label, guidance=rule)
+    z = script("tarflow").latents(model.config, 3, torch.device("cpu"))
+    theirs = baseline.decode(
+        z,
+        None if label is None else torch.tensor(label),
+        1.5,
+        temperature=rule.temperature,
+        ramp=schedule == "linear",
+    )
+    assert close(theirs, ours.x)
+    assert not close(theirs, exactflow.sample(model, 3, label).x)  # guidance does something
+
+
+def test_variants_are_refused() -> None:
+    with pytest.raises(ValueError, match="public formulation"):
+        script("baseline").Baseline(TarFlowConfig(**SIZES, soft_clip=4.0))
+
+
+@pytest.mark.filterwarnings("ignore:.*training noise:UserWarning")
+@pytest.mark.parametrize("case", ["uncond", "cond", "vp"])
+def test_baseline_gives_the_published_numbers(case: str, golden: Path) -> None:
+    folder = golden / "tarflow"
+    if not (folder / f"{case}.json").is_file():
+        pytest.skip(f"tests/golden/tarflow has no {case}")
+    told = json.loads((folder / f"{case}.json").read_text())
+    expected = torch.load(folder / f"{case}.expected.pt", weights_only=True)
+    model = exactflow.convert(folder / told["checkpoint"])
+    baseline = script("baseline").from_exactflow(model)
+    label = expected.get("y")
+    with torch.no_grad():
+        z, log_abs_det = baseline.encode(expected["x"], label)
+    assert close(z, expected["z"])
+    if told["nvp"]:
+        assert close(log_abs_det / model.dims, expected["mean_logdet"])
+    assert close(baseline.sample(expected["noise"], label), expected["sample"])
+    if "sample_guided" in expected and told["guidance"]:
+        guided = baseline.decode(
+            expected["noise"] * baseline.variance.sqrt(),
+            label,
+            told["guidance"],
+            temperature=told["attn_temp"],
+            ramp=told["annealed_guidance"],
+        )
+        assert close(guided, expected["sample_guided"])
+
+
+def test_comparison_runs_and_checks_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = script("tarflow")
+    cpu = torch.device("cpu")
+    jobs = benchmark.jobs(benchmark.QUICK, (1, 2))
+    report = benchmark.run(jobs, 1, cpu, memory=False)
+    json.dumps(report)
+    assert len(report["results"]) == len(jobs) == 7
+    for job, result in zip(jobs, report["results"], strict=True):
+        assert not job.checked or result["error"] <= benchmark.TOLERANCE
+        assert benchmark.row(result).count("|") == benchmark.HEADER.splitlines()[0].count("|")
+        assert all(len(took) == 1 for took in result["seconds"].values())
+
+    def skewed(model: TarFlow) -> torch.nn.Module:
+        other = script("baseline").from_exactflow(model)
+        with torch.no_grad():
+            other.blocks[0].place.add_(0.01)
+        return other
+
+    monkeypatch.setattr(benchmark, "from_exactflow", skewed)
+    for job in jobs:
+        if job.checked:
+            with pytest.raises(AssertionError, match="differ"):
+                benchmark.run_job(job, 1, cpu, memory=False, at_least=0.0)
+
+
+def test_gpu_sections_run_on_a_tiny_model() -> None:
+    gpu = script("gpu")
+    cpu = torch.device("cpu")
+    smoke = gpu.section_smoke(gpu.TINY, cpu)
+    assert smoke["ok"], smoke
+    sections = {"smoke": smoke}
+    for name in ("training", "likelihood", "sampling"):
+        sections[name] = gpu.SECTIONS[name][0](gpu.TINY, cpu)
+        assert sections[name]["rows"]
+    text = gpu.markdown({"model": "tiny", "hardware": {}, "sections": sections})
+    assert "FAILED" not in text
+    # [4-1024-8-8] at 64: 817 M parameters, 256 tokens
+    assert gpu.training_flop(gpu.LARGE.config) == pytest.approx(1.28e12, rel=0.02)
