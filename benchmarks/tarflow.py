@@ -26,7 +26,9 @@ from torch import Tensor, nn
 
 import exactflow
 from exactflow.core.random import generator, normal_rows, uniform_rows
+from exactflow.core.transform import AutoregressiveTransform
 from exactflow.flows.tarflow import TarFlow, TarFlowBlock, TarFlowConfig
+from exactflow.sampling.guidance import GuidedTransform
 from exactflow.training.optim import TrainConfig, make_optimizer
 
 Kind = Literal[
@@ -118,11 +120,14 @@ def our_action(job: Job, model: TarFlow) -> Action:
         z = latents(job.config, job.batch, device)
         return lambda: [model.decode(z)]
     if job.kind == "guided sampling":
-        labels = [row % CLASSES for row in range(job.batch)]
+        z = latents(job.config, job.batch, device)
+        labels = torch.tensor([row % CLASSES for row in range(job.batch)], device=device)
         rule = exactflow.Guidance(GUIDANCE)
-        return lambda: [
-            exactflow.sample(model, job.batch, labels, guidance=rule, batch_size=job.batch).x
-        ]
+
+        def guided(transform: AutoregressiveTransform, v: Tensor, y: Tensor | None) -> Tensor:
+            return GuidedTransform(transform, rule, model.null_label).inverse(v, y)
+
+        return lambda: [model.decode(z, labels, solver=guided)]
     images = pictures(job.config, job.batch, device)
     if job.kind == "likelihood":
         return lambda: [exactflow.log_likelihood(model, images, batch_size=job.batch).nats]

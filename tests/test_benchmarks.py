@@ -131,7 +131,7 @@ def test_comparison_runs_and_checks_itself(monkeypatch: pytest.MonkeyPatch) -> N
     jobs = benchmark.jobs(benchmark.QUICK, (1, 2))
     report = benchmark.run(jobs, 1, cpu, memory=False)
     json.dumps(report)
-    assert len(report["results"]) == len(jobs) == 7
+    assert len(report["results"]) == len(jobs) == 9
     for job, result in zip(jobs, report["results"], strict=True):
         assert not job.checked or result["error"] <= benchmark.TOLERANCE
         assert benchmark.row(result).count("|") == benchmark.HEADER.splitlines()[0].count("|")

@@ -129,27 +129,31 @@ class TarFlowBlock(AutoregressiveTransform):
         temperature: Float[Tensor, " batch"] | None = None,
     ) -> tuple[Float[Tensor, "batch window dim"], Float[Tensor, "batch window dim"]]:
         """See `AutoregressiveTransform.affine`; the output at token t parametrises token t + 1."""
-        first = max(start - 1, 0)
-        previous = x[:, first:-1]
-        batch, window = previous.shape[:2]
-        if window == 0:  # token 0 has nothing before it
+        if x.shape[1] == 1:  # token 0 has nothing before it
             return torch.zeros_like(x), torch.zeros_like(x)
-        condition = None if cache is None else cache.condition
-        if condition is None:
+        if cache is None:
+            # The last position is evaluated in vain: N suits fast kernels better than N - 1.
+            read, first = x, 0
             condition = self._condition(label)
-            if cache is not None:
-                cache.condition = condition
-        h = self.input(previous.to(self.input.weight.dtype)) + condition[:, first : first + window]
-        h = h.flatten(0, 1)
-        if cache is not None:
-            h = cache(h, first, temperature)
         else:
+            first = max(start - 1, 0)
+            read = x[:, first:-1]
+            if cache.condition is None:
+                cache.condition = self._condition(label)
+            condition = cache.condition
+        batch, window = read.shape[0], read.shape[1]
+        h = self.input(read.to(self.input.weight.dtype)) + condition[:, first : first + window]
+        h = h.flatten(0, 1)
+        if cache is None:
             for layer in self.layers:
                 h = layer(h, batch, temperature)
-        shift, log_scale = self._shift_and_log_scale(h.unflatten(0, (batch, window)), x.dtype)
-        if start == 0:
-            shift, log_scale = F.pad(shift, (0, 0, 1, 0)), F.pad(log_scale, (0, 0, 1, 0))
-        return shift, log_scale
+        else:
+            h = cache(h, first, temperature)
+        raw = self.output(h if self.norm is None else self.norm(h)).to(x.dtype)
+        raw = raw.view(batch, window, -1)
+        if start == 0:  # no change of token 0; the raw output 0 stands for it
+            raw = F.pad(raw, (0, 0, 1, x.shape[1] - 1 - window))
+        return self._shift_and_log_scale(raw)
 
     def _condition(self, label: Tensor | None) -> Float[Tensor, "batch_or_1 tokens channels"]:
         """Position embedding in generation order plus the class vector, the mean when dropped."""
@@ -162,9 +166,8 @@ class TarFlowBlock(AutoregressiveTransform):
         table = torch.cat([self.class_embedding, dropped])
         return position + table[label][:, None]
 
-    def _shift_and_log_scale(self, h: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _shift_and_log_scale(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Shift and log-scale, in the dtype of the tokens, which is never below float32."""
-        raw = self.output(h if self.norm is None else self.norm(h)).to(dtype)
         if self.config.soft_clip:
             raw = self.config.soft_clip * torch.tanh(raw / self.config.soft_clip)
         if self.config.volume_preserving:
