@@ -279,3 +279,18 @@ def test_weights_in_bfloat16_work() -> None:
     z, log_abs_det = model.encode(x)
     assert z.dtype == log_abs_det.dtype == torch.float32
     torch.testing.assert_close(model.decode(z), x, rtol=0, atol=0.05)
+
+
+def test_training_attention_takes_no_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dense mask would shut the flash kernels out: training says "causal" and nothing else."""
+    seen = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def recording(query, key, value, attn_mask=None, **options) -> torch.Tensor:
+        seen.append((attn_mask, options.get("is_causal")))
+        return original(query, key, value, attn_mask, **options)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", recording)
+    model = make("two heads, deep").train()
+    model.loss(some_grey_levels(model)).mean().backward()
+    assert seen == [(None, True)] * (3 * 2)

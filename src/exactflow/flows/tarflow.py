@@ -19,7 +19,8 @@ from exactflow.core import images as grey
 from exactflow.core.model import Flow
 from exactflow.core.prior import DiagonalGaussian
 from exactflow.core.transform import AutoregressiveTransform, Solver
-from exactflow.nn.causal import DecodingCache, TransformerLayer
+from exactflow.nn.causal import TransformerLayer
+from exactflow.nn.decoding import DecodingCache
 
 EMBEDDING_STD = 0.01  # initial spread of position and class embeddings
 VARIANCE_MOMENTUM = 0.1  # weight of a new batch in the volume-preserving prior's variance

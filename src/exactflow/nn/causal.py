@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from exactflow.nn.attention import causal_attention
 
 NORM_EPS = 1e-5
-MANY_SAMPLES = 8  # from here on, a CPU multiplies faster by matrices stored by columns
 FEW_ELEMENTS = 8192  # below this, starting threads costs a CPU more than the work
 
 
@@ -47,7 +46,7 @@ def transformer_layer(
     y = causal_attention(y, batch, head_dim, cache, start, temperature)
     h = h + F.linear(y, w.proj, w.proj_bias)
     y = torch.layer_norm(h, size, w.mlp_scale, w.mlp_offset, NORM_EPS)
-    y = _gelu(F.linear(y, w.expand, w.expand_bias))
+    y = gelu(F.linear(y, w.expand, w.expand_bias))
     return h + F.linear(y, w.contract, w.contract_bias)
 
 
@@ -85,52 +84,7 @@ class TransformerLayer(nn.Module):
         return transformer_layer(h, self.weights(), batch, self.head_dim, temperature=temperature)
 
 
-@final
-class DecodingCache:
-    """What one decoding of one batch keeps of a stack of layers; everything is allocated once.
-
-    Args:
-        layers: the layers; their weights are taken as they are now.
-        batch: number of samples.
-        tokens: number of positions.
-
-    Attributes:
-        condition: what is added to every token's embedding, (batch or 1, tokens, channels); a
-            function of the label only, so its first use fills it in.
-    """
-
-    def __init__(self, layers: list[TransformerLayer], batch: int, tokens: int) -> None:
-        self.batch = batch
-        self.head_dim = layers[0].head_dim
-        weight = layers[0].qkv.weight
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
-        shape = (2, batch, weight.shape[1] // self.head_dim, tokens, self.head_dim)
-        self._keys_values = [torch.empty(shape, dtype=dtype, device=weight.device) for _ in layers]
-        self._weights = [_for_decoding(layer.weights(), batch) for layer in layers]
-        self.condition: Tensor | None = None
-
-    def __call__(
-        self,
-        h: Float[Tensor, "rows channels"],
-        start: int,
-        temperature: Float[Tensor, " batch"] | None,
-    ) -> Float[Tensor, "rows channels"]:
-        """All layers on positions start .. start + window - 1."""
-        for w, cache in zip(self._weights, self._keys_values, strict=True):
-            h = transformer_layer(h, w, self.batch, self.head_dim, cache, start, temperature)
-        return h
-
-
-def _for_decoding(w: LayerWeights, batch: int) -> LayerWeights:
-    """The same matrices, in the layout that suits products of a few rows."""
-    if w.qkv.device.type != "cpu" or batch < MANY_SAMPLES:
-        return w
-    return LayerWeights(*(t.t().contiguous().t() if t.dim() == 2 else t for t in w))
-
-
-def _gelu(x: Tensor) -> Tensor:
+def gelu(x: Float[Tensor, "rows channels"]) -> Float[Tensor, "rows channels"]:
     """x Phi(x) in its exact form."""
     if x.numel() > FEW_ELEMENTS or x.device.type != "cpu":
         return F.gelu(x)
