@@ -142,6 +142,8 @@ def test_info(run: Path, tmp_path: Path) -> None:
         (["convert", "no.pth", "out"], "no such file"),
         (["info", "tarflow-tini"], "did you mean 'tarflow-tiny'"),
         (["smaple"], "sample"),
+        (["train", "--out", "x", "trainig.steps=3", "tarflow-digits"], "did you mean 'training'"),
+        (["info", "training.steps=3"], "takes no settings"),
         (["sample", "x", "--seeed", "3"], "--seed"),
     ],
 )

@@ -76,7 +76,7 @@ def test_file_over_preset_and_words_over_file(tmp_path: Path) -> None:
     file.write_text(
         "preset: tarflow-digits\ntraining: {steps: 70, warmup_steps: 5}\nmodel: {blocks: 3}\n"
     )
-    settings = resolve(["training.steps=80"], file)
+    settings = resolve(None, ["training.steps=80"], file)
     assert settings.preset == "tarflow-digits"
     assert settings.training.steps == 80
     assert settings.training.warmup_steps == 5
@@ -85,34 +85,35 @@ def test_file_over_preset_and_words_over_file(tmp_path: Path) -> None:
 
 
 def test_a_resolved_configuration_resolves_to_itself(tmp_path: Path) -> None:
-    settings = resolve(["tarflow-digits", "training.steps=300", "data.limit=9"], None)
+    settings = resolve("tarflow-digits", ["training.steps=300", "data.limit=9"], None)
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(settings.describe()))
-    assert resolve([], file).describe() == settings.describe()
+    assert resolve(None, [], file).describe() == settings.describe()
 
 
 @pytest.mark.parametrize(
-    ("words", "content", "message"),
+    ("preset", "word", "content", "message"),
     [
-        (["tarflow-digitz"], None, "did you mean 'tarflow-digits'"),
-        ([], None, "expected a preset"),
-        (["tarflow-tiny", "training.stpes=1"], None, "did you mean 'steps'"),
-        (["training.steps=1", "tarflow-tiny"], None, "one preset and then"),
-        (["tarflow-imagenet64-2-768-8-8-uniform"], None, "names no data set"),
-        (["tarflow-tiny"], "trianing: {steps: 1}", "did you mean 'training'"),
-        (["tarflow-tiny"], "training: 3", "expected a mapping under 'training'"),
-        (["tarflow-tiny"], "- a\n- b", "expected a mapping"),
-        (["tarflow-tiny"], "a: [", "not YAML"),
-        (["tarflow-tiny", "run.samples=0"], None, "run.samples"),
+        ("tarflow-digitz", None, None, "did you mean 'tarflow-digits'"),
+        (None, None, None, "expected a preset"),
+        ("tarflow-tiny", "training.stpes=1", None, "did you mean 'steps'"),
+        ("tarflow-imagenet64-2-768-8-8-uniform", None, None, "names no data set"),
+        ("tarflow-tiny", None, "trianing: {steps: 1}", "did you mean 'training'"),
+        ("tarflow-tiny", None, "training: 3", "expected a mapping under 'training'"),
+        ("tarflow-tiny", None, "- a\n- b", "expected a mapping"),
+        ("tarflow-tiny", None, "a: [", "not YAML"),
+        ("tarflow-tiny", "run.samples=0", None, "run.samples"),
     ],
 )
-def test_settings_that_cannot_be(words: list, content: str | None, message: str, tmp_path) -> None:
+def test_settings_that_cannot_be(
+    preset: str | None, word: str | None, content: str | None, message: str, tmp_path: Path
+) -> None:
     file = None
     if content is not None:
         file = tmp_path / "c.yaml"
         file.write_text(content)
     with pytest.raises(ValueError, match=message):
-        resolve(words, file)
+        resolve(preset, [word] if word else [], file)
 
 
 def test_a_model_that_does_not_say_its_data_needs_a_source(tmp_path: Path) -> None:

@@ -1,17 +1,18 @@
 """What can be typed. Nothing here imports torch: `--help` answers at once."""
 
+import re
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal, final
 
 import tyro
 
-Overrides = Annotated[
-    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[KEY=VALUE ...]")
-]
+# KEY=VALUE words, wherever they stand on the command line: `main` takes them out and hands them on
+Settings = tyro.conf.Suppress[tuple[str, ...]]
+_SETTING = re.compile(r"[\w.]+=")
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -20,15 +21,14 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 class Train:
     """Train a preset, or resume: the same command continues an interrupted run.
 
-    Keys are model.*, training.*, data.* and run.*, as `exactflow info PRESET` lists them, e.g.
-    `exactflow train tarflow-digits training.steps=500 data.limit=1000`. The model takes its image
-    shape, grey levels and number of classes from the data unless they are given.
+    Any number of KEY=VALUE words may follow, with the keys model.*, training.*, data.* and run.*
+    that `exactflow info PRESET` lists: `exactflow train tarflow-digits training.steps=500`. The
+    model takes its image shape, grey levels and number of classes from the data unless given.
     """
 
-    words: Annotated[
-        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PRESET [KEY=VALUE ...]")
-    ] = ()
-    """Preset (or none, if --config names one), then settings to change."""
+    preset: Annotated[str | None, tyro.conf.Positional] = None
+    """What to train; may also stand in the --config file."""
+    settings: Settings = ()
     config: Path | None = None
     """YAML file with `preset` and the sections model, training, data, run."""
     out: Path | None = None
@@ -76,13 +76,12 @@ class Sample:
 class Evaluate:
     """Score held-out images: bits/dim with its standard error, its kind and its data.
 
-    Keys are data.*; by default the data the model was trained on.
+    KEY=VALUE words with keys data.* change the data; by default those the model was trained on.
     """
 
     model: Annotated[str, tyro.conf.Positional]
     """Model folder, run folder or hub id."""
-    overrides: Overrides = ()
-    """Settings of the data to change, e.g. data.limit=500."""
+    settings: Settings = ()
     split: Literal["train", "validation", "test"] = "test"
     k: int = 1
     """Dequantisation draws per image; 1 is the published protocol."""
@@ -98,13 +97,12 @@ class Evaluate:
 class Encode:
     """Encode images, decode them again, and interpolate between their latents.
 
-    Keys are data.*; by default the data the model was trained on.
+    KEY=VALUE words with keys data.* change the data; by default those the model was trained on.
     """
 
     model: Annotated[str, tyro.conf.Positional]
     """Model folder, run folder or hub id."""
-    overrides: Overrides = ()
-    """Settings of the data to change, e.g. data.source=photos/."""
+    settings: Settings = ()
     split: Literal["train", "validation", "test"] = "test"
     n: int = 8
     """Number of images, from the start of the split."""
@@ -145,10 +143,12 @@ class Info:
 @final
 @dataclass(frozen=True)
 class Demo:
-    """Train, score and sample a small TarFlow on built-in images, and write a report."""
+    """Train, score and sample a small TarFlow on built-in images, and write a report.
 
-    overrides: Overrides = ()
-    """Settings to change, as for train."""
+    KEY=VALUE words change settings, as for train.
+    """
+
+    settings: Settings = ()
     out: Path = Path("runs/demo")
     """Run folder."""
 
@@ -169,12 +169,20 @@ _VERBS = {
 
 def main() -> None:
     """Run one command; exits with 0, 1 (an error, in one message), 2 (usage) or 128 + signal."""
+    words = sys.argv[1:]
+    settings = tuple(word for word in words if _SETTING.match(word))
     command = tyro.extras.subcommand_cli_from_dict(
         {verb: kind for verb, (kind, _) in _VERBS.items()},
         prog="exactflow",
         description="Image models with a likelihood you can trust.",
+        args=[word for word in words if word not in settings],
         config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
     )
+    if settings:
+        if not isinstance(command, Train | Evaluate | Encode | Demo):
+            print(f"error: this command takes no settings, got {settings[0]}", file=sys.stderr)
+            sys.exit(2)
+        command = replace(command, settings=settings)
     module = next(home for kind, home in _VERBS.values() if isinstance(command, kind))
     try:
         import_module(module).run(command)

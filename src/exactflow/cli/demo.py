@@ -28,7 +28,7 @@ TRACED = 8  # samples in the picture of the way from latent to image
 def run(command: Demo) -> None:
     """Train, score beside two baselines, sample, write report.html."""
     began = time.perf_counter()
-    settings = resolve((PRESET, *PACE, *command.overrides), None)
+    settings = resolve(PRESET, (*PACE, *command.settings), None)
     trained = train(settings, command.out, "cpu")
     held_out = load(trained.settings.data, "test")
     scored = evaluate(trained.model, held_out)

@@ -18,7 +18,7 @@ from exactflow.sampling.latent import interpolate, reconstruct
 def run(command: Encode) -> None:
     """Write latents, reconstructions with their error, and interpolations."""
     model = load_flow(command.model, command.device)
-    dataset = load(data_of(command.model, command.overrides), command.split)
+    dataset = load(data_of(command.model, command.settings), command.split)
     if dataset.event_shape != model.event_shape or dataset.levels != model.levels:
         raise ValueError(
             f"the model takes images {model.event_shape} with {model.levels} levels, "

@@ -17,7 +17,7 @@ from exactflow.evaluation.bits_per_dim import evaluate
 def run(command: Evaluate) -> None:
     """Score a split and print the number with everything it depends on."""
     model = load_flow(command.model, command.device)
-    dataset = load(data_of(command.model, command.overrides), command.split)
+    dataset = load(data_of(command.model, command.settings), command.split)
     evaluation = evaluate(
         model,
         dataset,

@@ -71,17 +71,14 @@ class Settings:
             return as_flow(registry.from_config(kind, asdict(self.model)))
 
 
-def resolve(words: Sequence[str], file: Path | None) -> Settings:
+def resolve(preset_name: str | None, words: Sequence[str], file: Path | None) -> Settings:
     """Preset, then file, then words. Raises ValueError for what is unknown, with a suggestion."""
-    named = [word for word in words if "=" not in word]
-    if len(named) > 1 or (named and named[0] != words[0]):
-        raise ValueError(f"expected one preset and then KEY=VALUE words, got {' '.join(words)!r}")
     changes = read_file(file) if file else {}
-    preset_name = named[0] if named else changes.get("preset")
+    preset_name = preset_name or changes.get("preset")
     if not isinstance(preset_name, str):
         raise ValueError(f"expected a preset: {', '.join(registry.names())}")
     preset = registry.preset(preset_name)
-    merge(changes, parse_words([word for word in words if "=" in word]))
+    merge(changes, parse_words(words))
     if "source" not in {**preset.data, **changes.get("data", {})}:
         raise ValueError(f"{preset_name} names no data set: give data.source=FOLDER (or another)")
     return Settings(

@@ -41,7 +41,7 @@ class Trained:
 
 def run(command: Train) -> None:
     """Train, score the validation split, save the model."""
-    settings = resolve(command.words, command.config)
+    settings = resolve(command.preset, command.settings, command.config)
     folder = command.out or Path("runs") / settings.preset
     trained = train(settings, folder, command.device)
     show(trained, folder)

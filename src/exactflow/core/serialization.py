@@ -35,7 +35,7 @@ def write_model(
     """Write `model` into `folder`; see `GenerativeModel.save_pretrained`."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    write_atomically(folder / WEIGHTS_FILE, save(state, metadata={"format": "pt", "kind": kind}))
+    write_atomically(folder / WEIGHTS_FILE, save(state, metadata={"format": "pt"}))
     description = {
         "kind": kind,
         "format_version": FORMAT_VERSION,

@@ -119,7 +119,8 @@ class TarFlowBlock(AutoregressiveTransform):
 
     def new_cache(self, x: Float[Tensor, "batch tokens dim"]) -> DecodingCache:
         """See `AutoregressiveTransform.new_cache`."""
-        return DecodingCache(list(self.layers), len(x), self.num_tokens - 1)
+        layers = [layer for layer in self.layers if isinstance(layer, TransformerLayer)]
+        return DecodingCache(layers, len(x), self.num_tokens - 1)
 
     def affine(
         self,
