@@ -74,7 +74,7 @@ def test_the_model_follows_the_data(tmp_path: Path) -> None:
 
 
 def test_sample_writes_pictures_and_their_cost(run: Path, tmp_path: Path) -> None:
-    cli("sample", run, "--n", 3, "--seed", 5, "--trace", "True", "--out", "s", cwd=tmp_path)
+    cli("sample", run, "--n", 3, "--seed", 5, "--trace", "--out", "s", cwd=tmp_path)
     names = {path.name for path in (tmp_path / "s").iterdir()}
     seeds = {f"seed_{seed:06d}.png" for seed in (5, 6, 7)}
     assert names == {"samples.png", "samples.json", "trace.png", *seeds}

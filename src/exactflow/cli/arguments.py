@@ -176,7 +176,7 @@ def main() -> None:
         prog="exactflow",
         description="Image models with a likelihood you can trust.",
         args=[word for word in words if word not in settings],
-        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
+        config=(tyro.conf.OmitArgPrefixes,),
     )
     if settings:
         if not isinstance(command, Train | Evaluate | Encode | Demo):

@@ -61,6 +61,6 @@ def run(command: Sample) -> None:
     }
     write_atomically(out / "samples.json", (json.dumps(cost, indent=2) + "\n").encode())
     console.print(
-        f"{len(drawn.seeds)} samples in {drawn.seconds:.1f} s, {drawn.evaluations} evaluations, "
+        f"{len(drawn.seeds)} samples in {drawn.seconds:.2f} s, {drawn.evaluations} evaluations, "
         f"largest round-trip residual {float(drawn.certificate.max()):.1e}: {out / 'samples.png'}"
     )
