@@ -115,10 +115,7 @@ def _write(
                 ["training", f"{trained.result.seconds:.1f} s"],
                 ["images seen", f"{trained.result.images_seen:,}"],
                 ["scoring", f"{scored.describe()['images_per_second']:.0f} images/s"],
-                [
-                    "sampling",
-                    f"{drawn.seconds:.2f} s for {len(drawn.seeds)}, {drawn.evaluations} evaluations",
-                ],
+                ["64 samples", f"{drawn.seconds:.2f} s, {drawn.evaluations} evaluations"],
                 ["largest round-trip residual", f"{float(drawn.certificate.max()):.1e}"],
                 ["everything", f"{seconds:.0f} s"],
             ],

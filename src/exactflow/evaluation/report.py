@@ -65,7 +65,7 @@ def _table(table: Table) -> str:
 
 
 def _cell(text: str) -> str:
-    kind = ' class="number"' if text[:1].isdigit() else ""
+    kind = ' class="number"' if text[:1].isdigit() and not text[-1:].isalpha() else ""
     return f"<td{kind}>{escape(text)}</td>"
 
 
