@@ -27,11 +27,11 @@ def causal_attention(
     """
     heads = qkv.shape[1] // (3 * head_dim)
     parts = qkv.view(batch, -1, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
-    query, window = parts[0], parts.shape[3]
+    (query, key, value), window = parts.unbind(0), parts.shape[3]
     if temperature is not None:
         query = query / temperature.to(query.dtype).view(-1, 1, 1, 1)
     if cache is None:
-        out = F.scaled_dot_product_attention(query, parts[1], parts[2], is_causal=True)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     else:
         stop = start + window
         cache.narrow(3, start, window).copy_(parts[1:])
