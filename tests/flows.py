@@ -1,7 +1,8 @@
-"""Models that the laws are tested on: a named dict of constructors with the edge cases."""
+"""Models that the laws are tested on: the registry's tiny presets, and the edge cases by name."""
 
 import torch
 
+from exactflow import registry
 from exactflow.core.model import Flow
 from exactflow.flows.tarflow import TarFlow, TarFlowConfig
 
@@ -24,6 +25,10 @@ CONFIGS: dict[str, TarFlowConfig] = {
 }
 
 
+TINY = [name for name in registry.names() if name.endswith("-tiny")]
+NAMES = [*TINY, *CONFIGS]
+
+
 def perturb(model: Flow, scale: float = 0.2, seed: int = 0) -> Flow:
     """Output maps away from zero, so that every part of the model is felt."""
     generator = torch.Generator().manual_seed(seed)
@@ -39,7 +44,9 @@ def perturb(model: Flow, scale: float = 0.2, seed: int = 0) -> Flow:
 def make(name: str, dtype: torch.dtype = torch.float64) -> Flow:
     """The model of that name with perturbed weights, in evaluation mode."""
     torch.manual_seed(0)
-    return perturb(TarFlow(CONFIGS[name])).to(dtype).eval()
+    model = registry.build(name) if name in TINY else TarFlow(CONFIGS[name])
+    assert isinstance(model, Flow)
+    return perturb(model).to(dtype).eval()
 
 
 def some_images(model: Flow, count: int = 3, seed: int = 1) -> torch.Tensor:

@@ -12,10 +12,7 @@ from exactflow import registry
 from exactflow.core.model import Flow, log_density
 from exactflow.core.transform import AutoregressiveTransform
 from exactflow.flows.tarflow import TarFlow, TarFlowConfig
-from flows import CONFIGS, make, perturb, some_grey_levels, some_images, some_labels
-
-NAMES = list(CONFIGS)
-SMALL_PRESETS = [name for name in registry.names() if name.endswith("tiny")]
+from flows import CONFIGS, NAMES, TINY, make, perturb, some_grey_levels, some_images, some_labels
 
 
 def blocks(model: Flow) -> list[AutoregressiveTransform]:
@@ -222,7 +219,7 @@ def test_label_dropout_in_training_only() -> None:
     assert not torch.allclose(model.eval().loss(images, labels), loss(None))
 
 
-@pytest.mark.parametrize("name", SMALL_PRESETS)
+@pytest.mark.parametrize("name", TINY)
 def test_tiny_presets_learn_within_seconds(name: str) -> None:
     torch.manual_seed(0)
     model = registry.build(name)

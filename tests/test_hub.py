@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 import exactflow
 from exactflow import registry
-from flows import CONFIGS, make, some_images, some_labels
+from flows import NAMES, make, some_images, some_labels
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_saved_is_loaded_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = make(name, dtype)

@@ -14,7 +14,7 @@ from exactflow.sampling.denoise import score_denoise
 from exactflow.sampling.guidance import Guidance, GuidedTransform
 from exactflow.sampling.latent import interpolate, reconstruct
 from exactflow.sampling.sample import sample
-from flows import CONFIGS, make, perturb, some_grey_levels, some_labels
+from flows import CONFIGS, NAMES, make, perturb, some_grey_levels, some_labels
 
 
 def only_block(model: Flow, index: int = 0) -> AutoregressiveTransform:
@@ -43,7 +43,7 @@ def test_default_and_named_solvers_agree_and_unknown_ones_are_refused() -> None:
     torch.testing.assert_close(sample(model, 2).x, sample(model, 2, solver=sequential).x)
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", NAMES)
 def test_samples_encode_to_the_latents_drawn(name: str) -> None:
     model = make(name)
     labels = some_labels(model, 4)
