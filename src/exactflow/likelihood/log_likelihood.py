@@ -101,7 +101,7 @@ def log_likelihood(
     model.check_label(None if label is None else label.cpu(), len(images))
     starts = range(0, len(images), batch_size)
     nats = []
-    for first in track(starts, "scoring", disable=not progress, transient=True):
+    for first in track(starts, "scoring", transient=True) if progress else starts:
         rows = slice(first, first + batch_size)
         chunk = None if label is None else label[rows].to(model.device)
         draws = [

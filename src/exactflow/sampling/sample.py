@@ -100,7 +100,7 @@ def sample(
 
     batches = []
     starts = range(0, n, batch_size)
-    for first in track(starts, "sampling", disable=not progress, transient=True):
+    for first in track(starts, "sampling", transient=True) if progress else starts:
         seeds = range(seed + first, seed + min(first + batch_size, n))
         inversion = Inversion(
             solve,
