@@ -34,7 +34,7 @@ def case(name: str):
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:
     assert got.shape == expected.shape
-    assert float((got - expected).abs().max()) <= TOLERANCE * float(expected.abs().max())
+    assert float((got - expected).detach().abs().max()) <= TOLERANCE * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("name", CASES)
