@@ -118,7 +118,7 @@ def test_initialisation() -> None:
     config = TarFlowConfig((3, 32, 32), 4, 256, 2, 1, num_classes=10)
     model = TarFlow(config)
     for block in model.blocks:
-        assert float(block.output.weight.abs().max()) == 0
+        assert float(block.output.weight.detach().abs().max()) == 0
         bias = block.output.bias.abs()
         assert 0.5 / 16 < float(bias.max()) <= 1 / 16, "uniform on +- 1 / sqrt(width)"
         assert abs(float(block.position.std()) - 0.01) < 1e-3
