@@ -113,6 +113,7 @@ def test_cifar_parameter_counts(classes: int, count: int) -> None:
         assert TarFlow(config).num_parameters == count
 
 
+@torch.no_grad()
 def test_initialisation() -> None:
     torch.manual_seed(0)
     config = TarFlowConfig((3, 32, 32), 4, 256, 2, 1, num_classes=10)
