@@ -9,6 +9,7 @@ import yaml
 
 from exactflow.cli.settings import data_of, parse_words, resolve
 from exactflow.core.config import override
+from exactflow.data import DataConfig, load
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,17 @@ def test_file_over_preset_and_words_over_file(tmp_path: Path) -> None:
     assert settings.training.warmup_steps == 5
     assert settings.model.blocks == 3
     assert settings.training.ema_decay == 0.998, "the preset's own"
+
+
+def test_the_model_follows_the_data_unless_file_or_words_say_otherwise(tmp_path: Path) -> None:
+    digits = load(DataConfig(limit=8), "train")
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: tarflow-tiny\ntraining: {steps: 70}\n")
+    fitted = resolve(None, [], file).fitted(digits).model
+    assert (fitted.image_shape, fitted.levels) == ((1, 8, 8), 17)
+    file.write_text("preset: tarflow-tiny\nmodel: {levels: 32}\n")
+    assert resolve(None, [], file).fitted(digits).model.levels == 32
+    assert resolve("tarflow-tiny", ["model.levels=5"], None).fitted(digits).model.levels == 5
 
 
 def test_a_resolved_configuration_resolves_to_itself(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from exactflow.cli.settings import data_of, load_flow
 from exactflow.core.serialization import write_atomically
 from exactflow.data import load
 from exactflow.evaluation import pictures
+from exactflow.evaluation.bits_per_dim import check_fits
 from exactflow.sampling.latent import interpolate, reconstruct
 
 
@@ -19,11 +20,7 @@ def run(command: Encode) -> None:
     """Write latents, reconstructions with their error, and interpolations."""
     model = load_flow(command.model, command.device)
     dataset = load(data_of(command.model, command.settings), command.split)
-    if dataset.event_shape != model.event_shape or dataset.levels != model.levels:
-        raise ValueError(
-            f"the model takes images {model.event_shape} with {model.levels} levels, "
-            f"{dataset.id} has {dataset.event_shape} with {dataset.levels}"
-        )
+    check_fits(model, dataset)
     images = torch.as_tensor(np.array(dataset.images[: command.n]))
     label = None
     if model.num_classes and dataset.labels is not None:

@@ -17,7 +17,6 @@ from exactflow.hub.pretrained import from_pretrained
 from exactflow.training import TrainConfig
 
 SECTIONS = ("model", "training", "data", "run")
-FROM_DATA = ("image_shape", "levels", "num_classes")  # fields that follow the data if not given
 
 
 @final
@@ -87,7 +86,7 @@ def resolve(preset_name: str | None, words: Sequence[str], file: Path | None) ->
         override(_made(TrainConfig, preset.training), changes.get("training", {})),
         override(_made(DataConfig, preset.data), changes.get("data", {})),
         override(RunConfig(), changes.get("run", {})),
-        frozenset(changes.get("model", {})) if not file else frozenset(FROM_DATA),
+        frozenset(changes.get("model", {})),
     )
 
 

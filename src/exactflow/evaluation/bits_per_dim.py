@@ -64,11 +64,7 @@ def evaluate(
     Raises:
         ValueError: shape or grey levels of data and model differ.
     """
-    if dataset.event_shape != model.event_shape or dataset.levels != model.levels:
-        raise ValueError(
-            f"the model takes images {model.event_shape} with {model.levels} levels, "
-            f"{dataset.id} has {dataset.event_shape} with {dataset.levels}"
-        )
+    check_fits(model, dataset)
     label = None
     if model.num_classes:
         if dataset.labels is None:
@@ -87,3 +83,12 @@ def evaluate(
     )
     seconds = time.perf_counter() - began
     return Evaluation(likelihood, dataset.describe(), seconds, model.num_parameters)
+
+
+def check_fits(model: Flow, dataset: ImageDataset) -> None:
+    """Raise ValueError unless shape and grey levels of data and model are the same."""
+    if dataset.event_shape != model.event_shape or dataset.levels != model.levels:
+        raise ValueError(
+            f"the model takes images {model.event_shape} with {model.levels} levels, "
+            f"{dataset.id} has {dataset.event_shape} with {dataset.levels}"
+        )
