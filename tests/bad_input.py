@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 
 import exactflow
+from exactflow.core.transform import Decoding
 from exactflow.flows.tarflow import TarFlow, TarFlowConfig
+from exactflow.sampling.autoregressive import Adaptive, GaussSeidelJacobi, Jacobi
+from exactflow.sampling.planner import make_plan
 
 warnings.simplefilter("error")
 torch.set_num_threads(1)
@@ -64,6 +67,12 @@ CASES = {
     "score: label": lambda: exactflow.log_likelihood(MODEL, GREY, torch.tensor([0, 7])),
     "sample: n": lambda: exactflow.sample(PLAIN, 0),
     "sample: solver": lambda: exactflow.sample(PLAIN, 1, solver="magic"),
+    "sample: tolerance": lambda: exactflow.sample(PLAIN, 1, tolerance=-1.0),
+    "sample: segments": lambda: exactflow.sample(PLAIN, 1, solver=GaussSeidelJacobi((1, 2))),
+    "solver: start": lambda: Jacobi(start="noise"),
+    "solver: window": lambda: Adaptive(window=0),
+    "solver: step": lambda: Decoding(step="fast"),
+    "plan: batch": lambda: make_plan(PLAIN, 0),
     "sample: label": lambda: exactflow.sample(PLAIN, 1, label=3),
     "sample: labels": lambda: exactflow.sample(MODEL, 3, label=[0, 1]),
     "sample: guidance without label": lambda: exactflow.sample(MODEL, 1, guidance=1.0),

@@ -64,7 +64,7 @@ def test_commands_and_python_example(folder: Path) -> None:
         assert words[0] == "exactflow", words
         seen.add(words[1])
         run([*exactflow, *words[1:], *(SHORT if words[1] in SLOW_VERBS else [])], folder)
-    assert seen == {"info", "train", "evaluate", "sample", "encode"}
+    assert seen == {"info", "train", "evaluate", "sample", "plan", "convergence", "encode"}
     (example,) = blocks("python")
     assert len(example.strip().splitlines()) <= 12
     run([sys.executable, "-c", example], folder)

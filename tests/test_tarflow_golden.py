@@ -9,8 +9,9 @@ import torch
 import exactflow
 from exactflow import registry
 from exactflow.flows.tarflow import TarFlow, TarFlowConfig
-from exactflow.sampling.autoregressive import Inversion, sequential
+from exactflow.sampling.autoregressive import Sequential
 from exactflow.sampling.guidance import Guidance
+from exactflow.sampling.inversion import Inversion
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared" / "golden" / "tarflow"
@@ -75,7 +76,7 @@ def test_guided_samples(name: str) -> None:
     )
     noise = expected["noise"]
     null = model.null_label if model.num_classes else None
-    solver = Inversion(sequential, range(len(noise)), guidance=guidance, null_label=null)
+    solver = Inversion(Sequential(), range(len(noise)), guidance=guidance, null_label=null)
     close(model.decode(noise, labels, solver=solver), expected["sample_guided"])
 
 

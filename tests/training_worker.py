@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from exactflow.core.images import center
 from exactflow.core.model import GenerativeModel
-from exactflow.core.transform import AutoregressiveTransform
+from exactflow.core.transform import AutoregressiveTransform, Decoding
 from exactflow.data.datasets import ImageDataset
 from exactflow.training import FitResult, Progress, TrainConfig, fit
 from exactflow.training import checkpoint as disk
@@ -69,7 +69,7 @@ class ToyStage(AutoregressiveTransform):
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.1)
 
-    def new_cache(self, x: Tensor) -> None:
+    def new_cache(self, x: Tensor, decoding: Decoding | None = None) -> None:
         return None
 
     def affine(

@@ -49,7 +49,12 @@ class Sample:
     """One class for all, or one for each sample."""
     seed: int = 0
     """Seed of the first sample."""
-    solver: str = "auto"
+    solver: Literal[
+        "auto", "sequential", "jacobi", "gauss-seidel-jacobi", "selective", "adaptive"
+    ] = "auto"
+    """"auto" does what `exactflow plan` found best here, else it is sequential."""
+    tolerance: float | None = None
+    """Backward error that counts as exact; by default what rounding leaves; 0 for exact tokens."""
     guidance: float = 0.0
     """Guidance scale w; 0 samples the model itself."""
     guidance_rule: Literal["extrapolate", "gaussian-score"] = "extrapolate"
@@ -63,6 +68,8 @@ class Sample:
     """Factor on the prior's standard deviation."""
     trace: bool = False
     """Also draw the way from latent to image."""
+    profile: bool = False
+    """Also write inversion.png: what every pass evaluated and settled."""
     on_nonfinite: Literal["raise", "omit"] = "raise"
     """A NaN or infinity: an error, or left out and counted."""
     batch_size: int = 64
@@ -116,6 +123,47 @@ class Encode:
 
 @final
 @dataclass(frozen=True)
+class Plan:
+    """Measure how this model is inverted fastest on this machine; `sample` does so from then on.
+
+    Solver, look-ahead, way of evaluating a token and precision are chosen for every block, and kept
+    beside the model in plan.json. Nothing slower than the sequential inverse is ever chosen.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Model folder, run folder or hub id."""
+    batch_size: tuple[int, ...] = (1, 16)
+    """Numbers of samples decoded together; a plan serves all that are no larger."""
+    tolerance: float | None = None
+    """Backward error that counts as exact; by default what rounding leaves."""
+    device: Device = "auto"
+
+
+@final
+@dataclass(frozen=True)
+class Convergence:
+    """Say how soon Jacobi iteration inverts each block: two metrics, and the iterations themselves.
+
+    KEY=VALUE words with keys data.* change the data; by default those the model was trained on.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Model folder, run folder or hub id."""
+    settings: Settings = ()
+    split: Literal["train", "validation", "test"] = "test"
+    n: int = 64
+    """Number of images, from the start of the split; they are evaluated together."""
+    norm: Literal["2", "1", "fro"] = "2"
+    """Matrix norm of the metrics: largest singular value, largest column sum, or Frobenius."""
+    seed: int = 0
+    """Seed of the noise, where the model was trained with Gaussian noise."""
+    out: Path = Path("runs/convergence")
+    """Folder for convergence.json and convergence.png."""
+    device: Device = "auto"
+
+
+@final
+@dataclass(frozen=True)
 class Convert:
     """Read a published TarFlow .pth file and write a model folder."""
 
@@ -153,14 +201,16 @@ class Demo:
     """Run folder."""
 
 
-Command = Train | Sample | Evaluate | Encode | Convert | Info | Demo
+Command = Train | Sample | Plan | Evaluate | Encode | Convergence | Convert | Info | Demo
 
 # verb -> (what it takes, where it is carried out)
 _VERBS = {
     "train": (Train, "exactflow.cli.train"),
     "sample": (Sample, "exactflow.cli.sample"),
+    "plan": (Plan, "exactflow.cli.plan"),
     "evaluate": (Evaluate, "exactflow.cli.evaluate"),
     "encode": (Encode, "exactflow.cli.encode"),
+    "convergence": (Convergence, "exactflow.cli.convergence"),
     "convert": (Convert, "exactflow.cli.convert"),
     "info": (Info, "exactflow.cli.info"),
     "demo": (Demo, "exactflow.cli.demo"),
@@ -179,7 +229,7 @@ def main() -> None:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     if settings:
-        if not isinstance(command, Train | Evaluate | Encode | Demo):
+        if not isinstance(command, Train | Evaluate | Encode | Convergence | Demo):
             print(f"error: this command takes no settings, got {settings[0]}", file=sys.stderr)
             sys.exit(2)
         command = replace(command, settings=settings)

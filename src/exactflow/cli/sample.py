@@ -9,6 +9,7 @@ from exactflow.cli.arguments import Sample
 from exactflow.cli.settings import load_flow
 from exactflow.core.serialization import write_atomically
 from exactflow.evaluation import pictures
+from exactflow.evaluation.profiles import inversion_plot
 from exactflow.sampling.guidance import Guidance
 from exactflow.sampling.sample import sample
 
@@ -32,10 +33,12 @@ def run(command: Sample) -> None:
             command.guidance_schedule,
             command.attention_temperature,
         ),
+        tolerance=command.tolerance,
         denoise=command.denoise,
         temperature=command.temperature,
         batch_size=command.batch_size,
         trace=command.trace,
+        profile=command.profile,
         on_nonfinite=command.on_nonfinite,
         progress=sys.stderr.isatty(),
     )
@@ -50,6 +53,8 @@ def run(command: Sample) -> None:
         pictures.save(pictures.single(image, model.levels), out / f"seed_{seed:06d}.png")
     if drawn.trace is not None:
         pictures.save(pictures.trajectory_grid(drawn.trace[:, :8]), out / "trace.png")
+    if drawn.passes is not None:
+        write_atomically(out / "inversion.png", inversion_plot(drawn.passes))
     cost = {
         "seeds": drawn.seeds,
         "label": None if drawn.label is None else drawn.label.tolist(),
@@ -57,10 +62,13 @@ def run(command: Sample) -> None:
         "iterations": drawn.iterations,
         "seconds": drawn.seconds,
         "certificate": drawn.certificate.tolist(),
+        "repairs": drawn.repairs,
         "failures": drawn.failures,
     }
     write_atomically(out / "samples.json", (json.dumps(cost, indent=2) + "\n").encode())
     console.print(
         f"{len(drawn.seeds)} samples in {drawn.seconds:.2f} s, {drawn.evaluations} evaluations, "
-        f"largest round-trip residual {float(drawn.certificate.max()):.1e}: {out / 'samples.png'}"
+        f"largest round-trip residual {float(drawn.certificate.max()):.1e}"
+        + (f", {sum(drawn.repairs)} repairs" if any(drawn.repairs) else "")
+        + f": {out / 'samples.png'}"
     )

@@ -47,10 +47,12 @@ class GenerativeModel(nn.Module, ABC):
     Attributes:
         kind: the family's name in the registry.
         config: frozen dataclass with everything that defines the architecture and its noise.
+        home: folder the model was loaded from, where what belongs to it is kept; None if none.
     """
 
     kind: ClassVar[str]
     config: Any
+    home: Path | None = None
 
     @property
     @abstractmethod

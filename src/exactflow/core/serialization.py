@@ -13,6 +13,7 @@ from torch import nn
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
+PLAN_FILE = "plan.json"  # how to invert this model fast here; of no use to other weights
 FORMAT_VERSION = 1
 
 
@@ -34,6 +35,7 @@ def write_model(
 ) -> None:
     """Write `model` into `folder`; see `GenerativeModel.save_pretrained`."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / PLAN_FILE).unlink(missing_ok=True)
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     write_atomically(folder / WEIGHTS_FILE, save(state, metadata={"format": "pt"}))
     description = {

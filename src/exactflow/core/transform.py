@@ -1,7 +1,8 @@
 """Invertible maps with their log-determinants, and the one reference inverse."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +25,30 @@ class Transform(nn.Module, ABC):
         """The x with forward(x, label)[0] == z, up to rounding."""
 
 
+@final
+@dataclass(frozen=True)
+class Decoding:
+    """How caches evaluate the network, and what they keep from one inversion to the next.
+
+    Attributes:
+        dtype: of weights, keys and values; None: the network's own.
+        step: how one token of every sample is evaluated: "eager", operator by operator;
+            "compiled", as one function on a CPU; "graph", as a captured CUDA graph (whole windows
+            too).
+        memory: buffers and graphs, reused by the caches made with this object or with one that
+            shares it: at most one of them may be in use at a time.
+    """
+
+    dtype: torch.dtype | None = None
+    step: Literal["eager", "compiled", "graph"] = "eager"
+    memory: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an unknown step."""
+        if self.step not in ("eager", "compiled", "graph"):
+            raise ValueError(f"expected step eager | compiled | graph, got {self.step!r}")
+
+
 class AutoregressiveTransform(Transform):
     """z_t = (x_t - shift_t(x_<t)) exp(-log_scale_t(x_<t)) over tokens t = 0 .. num_tokens - 1.
 
@@ -44,7 +69,8 @@ class AutoregressiveTransform(Transform):
     ) -> tuple[Float[Tensor, "batch window dim"], Float[Tensor, "batch window dim"]]:
         """Parameters (shift, log_scale) of the tokens start .. stop - 1.
 
-        Token t's parameters are a function of x[:, :t] alone; x[:, stop - 1] is never read.
+        Token t's parameters are a function of x[:, :t] alone; x[:, stop - 1] is never read. With a
+        cache, the result is valid until its next use.
 
         Args:
             x: tokens 0 .. stop - 1.
@@ -56,10 +82,13 @@ class AutoregressiveTransform(Transform):
         """
 
     @abstractmethod
-    def new_cache(self, x: Float[Tensor, "batch tokens dim"]) -> Any:
+    def new_cache(
+        self, x: Float[Tensor, "batch tokens dim"], decoding: Decoding | None = None
+    ) -> Any:
         """An empty cache for one inversion of a batch of the size, dtype and device of `x`.
 
-        It belongs to one batch, one label and one temperature.
+        It belongs to one batch, one label and one temperature. Raises ValueError for a way of
+        decoding that this network, device or dtype does not have.
         """
 
     def forward(
@@ -76,11 +105,12 @@ class AutoregressiveTransform(Transform):
         self,
         z: Float[Tensor, "batch tokens dim"],
         label: Int[Tensor, " batch"] | None = None,
+        decoding: Decoding | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
         """The reference: token by token, exact by construction; carries no gradient."""
         x = torch.zeros_like(z)
         with torch.inference_mode():  # a third of a small model's time is autograd's bookkeeping
-            cache = self.new_cache(x)
+            cache = self.new_cache(x, decoding)
             for t in range(self.num_tokens):
                 shift, log_scale = self.affine(x[:, : t + 1], label, cache, start=t)
                 torch.addcmul(shift, z[:, t : t + 1], log_scale.exp(), out=x[:, t : t + 1])

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from exactflow.core import images as grey
 from exactflow.core.model import Flow
 from exactflow.core.prior import DiagonalGaussian
-from exactflow.core.transform import AutoregressiveTransform, Solver
-from exactflow.nn.causal import TransformerLayer
+from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
+from exactflow.nn.causal import NetworkWeights, TransformerLayer
 from exactflow.nn.decoding import DecodingCache
 
 EMBEDDING_STD = 0.01  # initial spread of position and class embeddings
@@ -117,10 +117,21 @@ class TarFlowBlock(AutoregressiveTransform):
         """Image order to generation order and back: the permutation is its own inverse."""
         return tokens.flip(1) if self.reverse else tokens
 
-    def new_cache(self, x: Float[Tensor, "batch tokens dim"]) -> DecodingCache:
+    def new_cache(
+        self, x: Float[Tensor, "batch tokens dim"], decoding: Decoding | None = None
+    ) -> DecodingCache:
         """See `AutoregressiveTransform.new_cache`."""
-        layers = [layer for layer in self.layers if isinstance(layer, TransformerLayer)]
-        return DecodingCache(layers, len(x), self.num_tokens - 1)
+        how = decoding or Decoding()
+        network = NetworkWeights(
+            self.input.weight,
+            self.input.bias,
+            tuple(layer.weights() for layer in self.layers if isinstance(layer, TransformerLayer)),
+            None if self.norm is None else self.norm.weight,
+            self.output.weight,
+            self.output.bias,
+        )
+        head_dim, tokens = self.config.head_dim, self.num_tokens - 1
+        return DecodingCache(network, head_dim, len(x), tokens, how.dtype, how.step, how.memory)
 
     def affine(
         self,
@@ -133,26 +144,19 @@ class TarFlowBlock(AutoregressiveTransform):
         """See `AutoregressiveTransform.affine`; the output at token t parametrises token t + 1."""
         if x.shape[1] == 1:  # token 0 has nothing before it
             return torch.zeros_like(x), torch.zeros_like(x)
+        first, window = max(start - 1, 0), x.shape[1] - 1 - max(start - 1, 0)
         if cache is None:
             # The last position is evaluated in vain: N suits fast kernels better than N - 1.
-            read, first = x, 0
-            condition = self._condition(label)
-        else:
-            first = max(start - 1, 0)
-            read = x[:, first:-1]
-            if cache.condition is None:
-                cache.condition = self._condition(label)
-            condition = cache.condition
-        batch, window = read.shape[0], read.shape[1]
-        h = self.input(read.to(self.input.weight.dtype)) + condition[:, first : first + window]
-        h = h.flatten(0, 1)
-        if cache is None:
+            window += 1
+            h = self.input(x.to(self.input.weight.dtype)) + self._condition(label)[:, :window]
+            h = h.flatten(0, 1)
             for layer in self.layers:
-                h = layer(h, batch, temperature)
+                h = layer(h, len(x), temperature)
+            raw = self.output(h if self.norm is None else self.norm(h))
         else:
-            h = cache(h, first, temperature)
-        raw = self.output(h if self.norm is None else self.norm(h)).to(x.dtype)
-        raw = raw.view(batch, window, -1)
+            cache.condition(lambda: self._condition(label))
+            raw = cache(x, first, temperature)
+        raw = raw.to(x.dtype).view(len(x), window, -1)
         if start == 0:  # no change of token 0; the raw output 0 stands for it
             raw = F.pad(raw, (0, 0, 1, x.shape[1] - 1 - window))
         return self._shift_and_log_scale(raw)

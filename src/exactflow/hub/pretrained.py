@@ -40,6 +40,7 @@ def from_pretrained(
         ) from error
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    model.home = folder
     return model.eval()
 
 

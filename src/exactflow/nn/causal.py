@@ -30,6 +30,17 @@ class LayerWeights(NamedTuple):
     contract_bias: Tensor
 
 
+class NetworkWeights(NamedTuple):
+    """The tensors of a whole causal network, from tokens to what it says of the next ones."""
+
+    input: Tensor
+    input_bias: Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor | None  # scale of an RMS norm before the output map
+    output: Tensor
+    output_bias: Tensor
+
+
 def transformer_layer(
     h: Float[Tensor, "rows channels"],
     w: LayerWeights,

@@ -1,111 +1,64 @@
-"""Inverting a flow's autoregressive parts, with what it cost and how exact it came out."""
+"""Inverting one autoregressive transform: token by token, all at once, and in between.
 
-import time
+A block is u = F(u) with F strictly triangular (fixed-point form of MAF's eq. 4, arXiv 1705.07057).
+Every solver here sees `AutoregressiveTransform.affine` and nothing else of the model.
+"""
+
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, final
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import Literal, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from exactflow.core.model import NonFiniteError
-from exactflow.core.transform import AutoregressiveTransform, Solver
-from exactflow.sampling.guidance import Guidance, GuidedTransform
+from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
+from exactflow.sampling.certificate import WHILE_SOLVING, solved, tolerance_of
 
-
-def sequential(transform: AutoregressiveTransform, z: Tensor, label: Tensor | None) -> Tensor:
-    """Token by token with a cache: the reference inverse."""
-    return transform.inverse(z, label)
-
-
-SOLVERS: dict[str, Solver] = {"auto": sequential, "sequential": sequential}
-
-
-def named_solver(name: str) -> Solver:
-    """The solver of that name. Raises ValueError naming the known ones."""
-    if name not in SOLVERS:
-        raise ValueError(f"expected solver {' | '.join(sorted(SOLVERS))}, got {name!r}")
-    return SOLVERS[name]
+Start = Literal["latent", "zeros"]
+NAMES = ("auto", "sequential", "jacobi", "gauss-seidel-jacobi", "selective", "adaptive")
+WILD = 1e3  # guesses that far beyond the latents are taken back: they could overflow the network
 
 
 @final
 @dataclass(frozen=True)
-class BlockRecord:
-    """What inverting one block took and gave.
+class Sequential:
+    """Token by token with a cache: the reference inverse."""
+
+    decoding: Decoding = field(default_factory=Decoding)
+
+    def __call__(
+        self,
+        transform: AutoregressiveTransform,
+        z: Float[Tensor, "batch tokens dim"],
+        label: Int[Tensor, " batch"] | None,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """See `Solver`."""
+        return transform.inverse(z, label, self.decoding)
+
+
+@final
+@dataclass(frozen=True)
+class Jacobi:
+    """u <- F(u) on all tokens at once, no cache; a sample leaves when all its tokens are solved.
+
+    After n iterations the first n tokens are exact, so that the number of tokens suffices. The
+    published samplers (arXiv 2505.12849, 2505.24791) stop the batch as one, on its last change.
 
     Attributes:
-        evaluations: network passes, whatever their width.
-        tokens: tokens evaluated per sample.
-        seconds: wall-clock, certificate included.
-        residual: max |f(u) - v| of each sample over the block's tokens, from one parallel pass:
-            u is the exact inverse of a latent that far from the given one.
+        iterations: at most so many; None: as many as it takes.
+        start: first guess, the latent itself or zeros behind its first token.
+        tolerance: backward error to stop at; None: by the network's dtype.
     """
 
-    evaluations: int
-    tokens: int
-    seconds: float
-    residual: Float[Tensor, " batch"]
+    iterations: int | None = None
+    start: Start = "latent"
+    tolerance: float | None = None
 
-
-@final
-class CountedTransform(AutoregressiveTransform):
-    """A transform that counts what is asked of it."""
-
-    def __init__(self, transform: AutoregressiveTransform) -> None:
-        super().__init__()
-        self.transform = transform
-        self.num_tokens = transform.num_tokens
-        self.evaluations = 0
-        self.tokens = 0
-
-    def new_cache(self, x: Float[Tensor, "batch tokens dim"]) -> Any:
-        """See `AutoregressiveTransform.new_cache`."""
-        return self.transform.new_cache(x)
-
-    def affine(
-        self,
-        x: Float[Tensor, "batch stop dim"],
-        label: Int[Tensor, " batch"] | None = None,
-        cache: Any = None,
-        start: int = 0,
-        temperature: Float[Tensor, " batch"] | None = None,
-    ) -> tuple[Float[Tensor, "batch window dim"], Float[Tensor, "batch window dim"]]:
-        """See `AutoregressiveTransform.affine`; the first token alone costs no evaluation."""
-        read = x.shape[1] - 1 - max(start - 1, 0)
-        self.evaluations += read > 0
-        self.tokens += read
-        return self.transform.affine(x, label, cache, start, temperature)
-
-
-@final
-class Inversion:
-    """A solver that guides, certifies, watches for non-finite values and keeps records.
-
-    Args:
-        solver: what does the work, block by block.
-        seeds: the samples' names in error messages.
-        guidance: None for none.
-        null_label: see `GuidedTransform`.
-        on_nonfinite: "raise" NonFiniteError, or "omit": mark the sample in `failed` and go on.
-    """
-
-    def __init__(
-        self,
-        solver: Solver,
-        seeds: Sequence[int],
-        *,
-        guidance: Guidance | None = None,
-        null_label: int | None = None,
-        on_nonfinite: Literal["raise", "omit"] = "raise",
-    ) -> None:
-        self.solver = solver
-        self.seeds = list(seeds)
-        self.guidance = guidance
-        self.null_label = null_label
-        self.on_nonfinite = on_nonfinite
-        self.records: list[BlockRecord] = []
-        self.failures: dict[int, str] = {}
+    def __post_init__(self) -> None:
+        """Raise ValueError for what cannot be done."""
+        _check(self.iterations, self.start)
 
     @torch.no_grad()
     def __call__(
@@ -114,41 +67,205 @@ class Inversion:
         z: Float[Tensor, "batch tokens dim"],
         label: Int[Tensor, " batch"] | None,
     ) -> Float[Tensor, "batch tokens dim"]:
-        """Invert one block; see `Solver`."""
-        began = time.perf_counter()
-        system = transform
-        if self.guidance is not None:
-            system = GuidedTransform(transform, self.guidance, self.null_label)
-        counted = CountedTransform(system)
-        u = self.solver(counted, z, label)
-        residual = (system(u, label)[0] - z).abs().amax((1, 2))
-        self.watch(u, f"block {len(self.records) + 1} in generation order")
-        self.records.append(
-            BlockRecord(
-                counted.evaluations,
-                counted.tokens,
-                time.perf_counter() - began,
-                residual,
-            )
-        )
+        """See `Solver`."""
+        tolerance = WHILE_SOLVING * tolerance_of(transform, self.tolerance)
+        u = first_guess(z, self.start)
+        active = torch.arange(len(z), device=z.device)
+        for iteration in range(self.iterations or z.shape[1]):
+            old, v = u[active], z[active]
+            new, log_scale = _image(transform, old, v, None if label is None else label[active])
+            done = solved(old, new, log_scale, tolerance).all(1)
+            u[active] = torch.where(done[:, None, None], old, _tame(new, v, iteration + 1))
+            active = active[~done]
+            if not len(active):
+                break
         return u
 
-    def watch(self, result: Float[Tensor, "batch *shape"], place: str) -> None:
-        """Record or raise the first non-finite entry of every sample that has one.
 
-        The first axis of a sample's result is what the message calls a token.
-        """
-        finite = result.isfinite().flatten(2).all(-1)
-        if bool(finite.all()):
-            return
-        for row in (~finite).any(1).nonzero()[:, 0].tolist():
-            token = int((~finite[row]).nonzero()[0, 0])
-            self.failures.setdefault(self.seeds[row], f"{place}, token {token}")
-        if self.on_nonfinite == "raise":
-            seed, where = next(iter(self.failures.items()))
-            raise NonFiniteError(
-                f"sample with seed {seed} became non-finite in {where} "
-                f"({len(self.failures)} of {len(self.seeds)} samples of this batch did): "
-                "the model's scales overflow there; on_nonfinite='omit' reports such samples "
-                "and leaves them out"
+@final
+@dataclass(frozen=True)
+class GaussSeidelJacobi:
+    """Segment after segment, each by Jacobi with the finished ones in the cache.
+
+    GS-Jacobi (arXiv 2505.12849) with two faults mended: samples stop one by one, on their
+    residuals, and a segment sees the final values of those before it, not those before the last
+    update.
+
+    Attributes:
+        segments: how many, as even as they come; or the lengths of all.
+        iterations: at most so many in a segment; None: as many as it takes.
+        start: first guess.
+        tolerance: backward error to stop at; None: by the network's dtype.
+    """
+
+    segments: int | tuple[int, ...] = 8
+    iterations: int | None = None
+    start: Start = "latent"
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what cannot be done."""
+        _check(self.iterations, self.start)
+        lengths = (self.segments,) if isinstance(self.segments, int) else self.segments
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"expected segments of at least one token, got {self.segments}")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        transform: AutoregressiveTransform,
+        z: Float[Tensor, "batch tokens dim"],
+        label: Int[Tensor, " batch"] | None,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """See `Solver`. Raises ValueError for lengths that are not those of the tokens."""
+        tolerance = WHILE_SOLVING * tolerance_of(transform, self.tolerance)
+        u = first_guess(z, self.start)
+        cache = transform.new_cache(z)
+        stale = 0  # first token that has changed since the cache took it up
+        for begin, end in pairwise(self._bounds(z.shape[1])):
+            for iteration in range(self.iterations or end - begin):
+                new, log_scale = _image(transform, u[:, :end], z[:, :end], label, cache, stale)
+                old = u[:, begin:end]
+                new, log_scale = new[:, begin - stale :], log_scale[:, begin - stale :]
+                done = solved(old, new, log_scale, tolerance).all(1)
+                guess = _tame(new, z[:, begin:end], iteration + 1)
+                u[:, begin:end] = torch.where(done[:, None, None], old, guess)
+                stale = end if bool(done.all()) else begin
+                if stale == end:
+                    break
+        return u
+
+    def _bounds(self, tokens: int) -> list[int]:
+        if isinstance(self.segments, int):
+            count = min(self.segments, tokens)
+            return [tokens * index // count for index in range(count + 1)]
+        bounds = [0, *accumulate(self.segments)]
+        if bounds[-1] != tokens:
+            raise ValueError(f"expected segments that sum to {tokens} tokens, got {self.segments}")
+        return bounds
+
+
+@final
+@dataclass(frozen=True)
+class Adaptive:
+    """A window of guesses ahead of an exact prefix, which each pass makes longer.
+
+    The prefix stays in the cache. A pass evaluates the window; in every sample the leading tokens
+    that are solved join its prefix as they are, and the next one, computed from nothing but the
+    prefix, joins too. With tolerance 0 every token is computed from its final prefix: in the
+    arithmetic of the network, the sequential inverse. The window is `lookahead` times the tokens
+    that recent passes gained: a token takes about so many passes to settle, however fast the
+    prefix moves.
+
+    Attributes:
+        lookahead: passes that a token stays in the window.
+        window: largest window; None: all tokens. 1 is the sequential inverse.
+        tolerance: backward error to stop at; None: by the network's dtype.
+        decoding: how passes are evaluated.
+    """
+
+    lookahead: int = 32
+    window: int | None = None
+    tolerance: float | None = None
+    decoding: Decoding = field(default_factory=Decoding)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what cannot be done."""
+        if self.lookahead < 1 or (self.window is not None and self.window < 1):
+            raise ValueError(
+                f"expected lookahead and window of at least 1, got {self.lookahead}, {self.window}"
             )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        transform: AutoregressiveTransform,
+        z: Float[Tensor, "batch tokens dim"],
+        label: Int[Tensor, " batch"] | None,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """See `Solver`."""
+        tolerance = WHILE_SOLVING * tolerance_of(transform, self.tolerance)
+        u, tokens = z.clone(), z.shape[1]
+        cache = transform.new_cache(z, self.decoding)
+        place = torch.arange(tokens, device=z.device)
+        prefix = torch.zeros(len(z), dtype=torch.int64, device=z.device)  # of each sample
+        low, gained = 0, 1.0
+        with torch.inference_mode():
+            while low < tokens:
+                ahead = min(int(self.lookahead * gained), self.window or tokens)
+                high = min(low + ahead, tokens)
+                old, v = u[:, low:high], z[:, low:high]
+                new, log_scale = _image(transform, u[:, :high], v, label, cache, low)
+                here, known = place[low:high], prefix[:, None]
+                fine = solved(old, new, log_scale, tolerance) | (here < known)
+                joins = fine.cumprod(1).bool()
+                computed = low + joins.sum(1, keepdim=True)  # the one behind: final as computed
+                guess = torch.where((here > computed)[..., None], _tame(new, v), new)
+                u[:, low:high] = torch.where(joins[..., None], old, guess)
+                # nothing behind a token that is not finite can be saved
+                lost = ((here == computed) & ~new.isfinite().all(-1)).any(1)
+                known = torch.maximum(known, (computed + 1).clamp(max=high))[:, 0]
+                prefix = torch.where(lost, tokens, known)
+                reached = int(prefix.min())
+                gained, low = (gained + reached - low) / 2, reached
+        return u
+
+
+def first_guess(
+    z: Float[Tensor, "batch tokens dim"], start: Start
+) -> Float[Tensor, "batch tokens dim"]:
+    """The latent, or zeros behind its first token."""
+    u = z.clone()
+    if start == "zeros":
+        u[:, 1:] = 0
+    return u
+
+
+def named_solvers(name: str, blocks: int, tolerance: float | None = None) -> Sequence[Solver]:
+    """One solver for each block in generation order. Raises ValueError naming the known ones.
+
+    "selective": the first generated block sequential, the others Jacobi (arXiv 2505.24791).
+    """
+    decoding = Decoding()
+    every: dict[str, Solver] = {
+        "sequential": Sequential(decoding),
+        "jacobi": Jacobi(tolerance=tolerance),
+        "gauss-seidel-jacobi": GaussSeidelJacobi(tolerance=tolerance),
+        "adaptive": Adaptive(tolerance=tolerance, decoding=decoding),
+    }
+    if name == "selective":
+        return [every["sequential"], *[every["jacobi"]] * (blocks - 1)]
+    if name not in every:
+        raise ValueError(f"expected solver {' | '.join(NAMES)}, got {name!r}")
+    return [every[name]] * blocks
+
+
+def _image(
+    transform: AutoregressiveTransform,
+    u: Tensor,
+    v: Tensor,
+    label: Tensor | None,
+    cache: object = None,
+    start: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """F(u) of the tokens from `start` on, whose latents are the last of `v`; and the log-scale."""
+    shift, log_scale = transform.affine(u, label, cache, start)
+    return torch.addcmul(shift, v[:, -shift.shape[1] :], log_scale.exp()), log_scale
+
+
+def _tame(guess: Tensor, v: Tensor, known: int = 0) -> Tensor:
+    """Guesses that are not finite, or wild, start again from the latent.
+
+    The first `known` tokens are no guesses: they stay what they are.
+    """
+    limit = WILD * (1 + v.abs().amax((1, 2), keepdim=True))
+    tamed = torch.where(guess.abs() <= limit, guess, v)
+    tamed[:, :known] = guess[:, :known]
+    return tamed
+
+
+def _check(iterations: int | None, start: str) -> None:
+    if iterations is not None and iterations < 1:
+        raise ValueError(f"expected at least one iteration, got {iterations}")
+    if start not in ("latent", "zeros"):
+        raise ValueError(f"expected start 'latent' or 'zeros', got {start!r}")

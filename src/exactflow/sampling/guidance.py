@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from exactflow.core.transform import AutoregressiveTransform
+from exactflow.core.transform import AutoregressiveTransform, Decoding
 
 
 @final
@@ -52,11 +52,12 @@ class Guidance:
 
 @final
 class GuidedCache:
-    """The transform's own cache for both branches, and the tokens of both."""
+    """The transform's own cache for both branches, their tokens, labels and temperatures."""
 
     def __init__(self, tokens: Float[Tensor, "double tokens dim"], inner: Any) -> None:
         self.tokens = tokens
         self.inner = inner
+        self.branches: tuple[Tensor | None, Tensor | None] | None = None
 
 
 @final
@@ -78,10 +79,12 @@ class GuidedTransform(AutoregressiveTransform):
         self.null_label = null_label
         self.num_tokens = transform.num_tokens
 
-    def new_cache(self, x: Float[Tensor, "batch tokens dim"]) -> GuidedCache:
+    def new_cache(
+        self, x: Float[Tensor, "batch tokens dim"], decoding: Decoding | None = None
+    ) -> GuidedCache:
         """See `AutoregressiveTransform.new_cache`."""
         tokens = torch.zeros_like(x).repeat(2, 1, 1)
-        return GuidedCache(tokens, self.transform.new_cache(tokens))
+        return GuidedCache(tokens, self.transform.new_cache(tokens, decoding))
 
     def affine(
         self,
@@ -94,28 +97,27 @@ class GuidedTransform(AutoregressiveTransform):
         """See `AutoregressiveTransform.affine`; a temperature given here is the conditional's."""
         batch, stop = x.shape[:2]
         if cache is None:
-            pair = x.repeat(2, 1, 1)
+            pair, branches, inner = x.repeat(2, 1, 1), self._branches(x, label, temperature), None
         else:  # only what is evaluated is copied: the rest is there from before
-            pair = cache.tokens[:, :stop]
+            pair, inner = cache.tokens[:, :stop], cache.inner
             first = max(start - 1, 0)
             pair.unflatten(0, (2, batch))[:, :, first:] = x[:, first:]
-        if label is not None and self.null_label is not None:
-            label = torch.cat([label, torch.full_like(label, self.null_label)])
-        shift, log_scale = self.transform.affine(
-            pair,
-            label,
-            None if cache is None else cache.inner,
-            start,
-            self._temperatures(x, temperature),
-        )
+            branches = cache.branches = cache.branches or self._branches(x, label, temperature)
+        shift, log_scale = self.transform.affine(pair, branches[0], inner, start, branches[1])
         (m, m_u), (a, a_u) = shift.chunk(2), log_scale.chunk(2)
         return self._combine(m, m_u, a, a_u, start)
 
-    def _temperatures(self, x: Tensor, temperature: Tensor | None) -> Tensor | None:
+    def _branches(
+        self, x: Tensor, label: Tensor | None, temperature: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Labels and temperatures of both branches."""
+        if label is not None and self.null_label is not None:
+            label = torch.cat([label, torch.full_like(label, self.null_label)])
         if self.guidance.temperature == 1 and temperature is None:
-            return None
+            return label, None
         conditional = x.new_ones(len(x)) if temperature is None else temperature
-        return torch.cat([conditional, torch.full_like(conditional, self.guidance.temperature)])
+        other = torch.full_like(conditional, self.guidance.temperature)
+        return label, torch.cat([conditional, other])
 
     def _combine(
         self, shift: Tensor, shift_u: Tensor, log_scale: Tensor, log_scale_u: Tensor, start: int

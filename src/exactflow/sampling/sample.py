@@ -13,9 +13,11 @@ from torch import Tensor
 from exactflow.core.model import Flow
 from exactflow.core.random import generator, normal_rows
 from exactflow.core.transform import Solver
-from exactflow.sampling.autoregressive import Inversion, named_solver
+from exactflow.sampling.autoregressive import named_solvers
 from exactflow.sampling.denoise import score_denoise
 from exactflow.sampling.guidance import Guidance
+from exactflow.sampling.inversion import Inversion, Pass
+from exactflow.sampling.planner import number_of_blocks, planned_solvers
 
 
 @final
@@ -33,9 +35,12 @@ class Samples:
         seconds: wall-clock of everything.
         certificate: max |f(u) - v| of each sample over all blocks and tokens: how far the latents
             that these images really encode to, block by block, lie from those drawn.
+        repairs: samples of each block in generation order that were inverted again, token by
+            token, since the solver left them too far off.
         failures: seed -> place, of samples left out because they were not finite.
         trace: the latent laid out as an image, the result of each block in generation order, and
             the denoised image if there is one: (steps, n, C, H, W); None unless asked for.
+        passes: of each block, every evaluation for the first batch; None unless asked for.
     """
 
     x: Float[Tensor, "n channels height width"]
@@ -46,8 +51,10 @@ class Samples:
     iterations: tuple[int, ...]
     seconds: float
     certificate: Float[Tensor, " n"]
+    repairs: tuple[int, ...]
     failures: dict[int, str]
     trace: Float[Tensor, "steps n channels height width"] | None
+    passes: tuple[tuple[Pass, ...], ...] | None
 
 
 def sample(
@@ -55,13 +62,15 @@ def sample(
     n: int,
     label: int | Sequence[int] | Tensor | None = None,
     seed: int = 0,
-    solver: str | Solver = "auto",
+    solver: str | Solver | Sequence[Solver] = "auto",
     guidance: float | Guidance = 0.0,
     *,
+    tolerance: float | None = None,
     denoise: bool | None = None,
     temperature: float = 1.0,
     batch_size: int = 64,
     trace: bool = False,
+    profile: bool = False,
     on_nonfinite: Literal["raise", "omit"] = "raise",
     progress: bool = False,
 ) -> Samples:
@@ -72,12 +81,17 @@ def sample(
         n: number of samples.
         label: one class for all, or n classes; None samples without a label.
         seed: first seed.
-        solver: name of a solver, or one.
+        solver: "sequential", "jacobi", "gauss-seidel-jacobi", "selective", "adaptive"; "auto",
+            what the plan beside the model says, else sequential; or a solver, for all blocks or
+            one for each in generation order.
         guidance: scale of the published rule with its linear ramp, or a `Guidance`.
+        tolerance: backward error of a block that counts as exact; None: what rounding leaves of
+            the network's dtype; 0: named solvers compute every token from its final prefix.
         denoise: one step of score denoising; None: for models trained with Gaussian noise.
         temperature: factor on the prior's standard deviation.
         batch_size: samples decoded together.
         trace: keep the images between blocks.
+        profile: keep a record of every pass.
         on_nonfinite: what a NaN or an infinity does: an error, or left out and reported.
         progress: show a bar over batches.
 
@@ -95,7 +109,11 @@ def sample(
     began = time.perf_counter()
     labels = expand_label(model, label, n)
     rule = _guidance(model, guidance, labels)
-    solve = named_solver(solver) if isinstance(solver, str) else solver
+    if isinstance(solver, str):
+        rows = min(n, batch_size) * (1 if rule is None else 2)
+        solvers = _named(model, solver, rows, tolerance)
+    else:
+        solvers = solver
     denoise = model.noise_std > 0 if denoise is None else denoise
 
     batches = []
@@ -103,11 +121,13 @@ def sample(
     for first in track(starts, "sampling", transient=True) if progress else starts:
         seeds = range(seed + first, seed + min(first + batch_size, n))
         inversion = Inversion(
-            solve,
+            solvers,
             seeds,
             guidance=rule,
             null_label=model.null_label if model.num_classes else None,
             on_nonfinite=on_nonfinite,
+            tolerance=tolerance or None,  # 0 is more than any certificate can say
+            observe=profile and first == 0,
         )
         chunk = None if labels is None else labels[first : first + len(seeds)]
         images = _draw(model, inversion, chunk, temperature)
@@ -117,7 +137,14 @@ def sample(
             images.append(score_denoise(model, images[-1], chunk))
             inversion.watch(images[-1], "score denoising")
         batches.append((inversion, torch.stack(images)))
-    return _gather(model, batches, labels, trace, began)
+    return _gather(model, batches, labels, trace, profile, began)
+
+
+def _named(model: Flow, name: str, rows: int, tolerance: float | None) -> Solver | Sequence[Solver]:
+    """The solvers of that name, the plan's for "auto"."""
+    if name == "auto":
+        return planned_solvers(model, rows, tolerance)
+    return named_solvers(name, number_of_blocks(model), tolerance)
 
 
 def _draw(
@@ -135,6 +162,7 @@ def _gather(
     batches: list[tuple[Inversion, Tensor]],
     labels: Tensor | None,
     trace: bool,
+    profile: bool,
     began: float,
 ) -> Samples:
     """Put the batches together, without the samples that failed."""
@@ -154,8 +182,12 @@ def _gather(
         iterations=tuple(max(r.evaluations for r in block) for block in zip(*records, strict=True)),
         seconds=time.perf_counter() - began,
         certificate=residual[kept],
+        repairs=tuple(
+            sum(int(r.repaired.sum()) for r in block) for block in zip(*records, strict=True)
+        ),
         failures=failures,
         trace=steps if trace else None,
+        passes=tuple(r.passes for r in records[0]) if profile else None,
     )
 
 

@@ -1,0 +1,84 @@
+"""`exactflow convergence`."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from exactflow.cli.arguments import Convergence
+from exactflow.cli.settings import data_of, load_flow
+from exactflow.core.random import generator, normal_rows
+from exactflow.core.serialization import write_atomically
+from exactflow.data import load
+from exactflow.evaluation.bits_per_dim import check_fits
+from exactflow.evaluation.profiles import convergence_plot
+from exactflow.sampling.convergence import TOLERANCE, BlockConvergence, convergence, crm_percent
+
+
+def run(command: Convergence) -> None:
+    """Print a row for every block in generation order; write the numbers and a picture."""
+    model = load_flow(command.model, command.device)
+    dataset = load(data_of(command.model, command.settings), command.split)
+    check_fits(model, dataset)
+    images = torch.as_tensor(np.array(dataset.images[: command.n]))
+    label = None
+    if model.num_classes and dataset.labels is not None:
+        label = torch.as_tensor(np.array(dataset.labels[: command.n])).to(model.device)
+    x = model.from_grey_levels(images.to(model.device))
+    if model.noise_std > 0:
+        sources = [generator(command.seed, "convergence", index) for index in range(len(x))]
+        x = x + model.noise_std * normal_rows(model.event_shape, sources).to(x)
+    blocks = convergence(model, x, label, norm=command.norm)
+    console = Console()
+    console.print(_table(blocks))
+    summary = {
+        "model": command.model,
+        "data": dataset.describe(),
+        "images": len(x),
+        "noise_std": model.noise_std,
+        "seed": command.seed,
+        "norm": command.norm,
+        "tolerance": TOLERANCE,
+        "blocks": [
+            {**asdict(block), "crm": block.crm, "crm_percent": share}
+            for block, share in zip(blocks, crm_percent(blocks), strict=True)
+        ],
+    }
+    command.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_finite(summary), indent=2, allow_nan=False)
+    write_atomically(command.out / "convergence.json", (text + "\n").encode())
+    write_atomically(command.out / "convergence.png", convergence_plot(blocks))
+    noise = f", with Gaussian noise {model.noise_std:g}, as in training" if model.noise_std else ""
+    console.print(f"{len(x)} images of {dataset.id}, {command.split}{noise}: {command.out}")
+
+
+def _table(blocks: Sequence[BlockConvergence]) -> Table:
+    table = Table(title="blocks in generation order")
+    for name in ("block", "IGM latent", "IGM zeros", "better", "CRM", "CRM %", "iterations"):
+        table.add_column(name, justify="right")
+    for index, (block, share) in enumerate(zip(blocks, crm_percent(blocks), strict=True), 1):
+        table.add_row(
+            str(index),
+            f"{block.igm_latent:.4g}",
+            f"{block.igm_zeros:.4g}",
+            "latent" if block.igm_latent <= block.igm_zeros else "zeros",
+            "-" if block.crm is None else f"{block.crm:.4g}",
+            "-" if share is None else f"{share:.1f}",
+            str(block.jacobi.iterations) if block.jacobi.finished else "not settled",
+        )
+    return table
+
+
+def _finite(value: Any) -> Any:
+    """For JSON, which knows no infinity: null in its place."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,69 @@
+"""`exactflow plan`."""
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from exactflow.cli.arguments import Plan
+from exactflow.cli.settings import load_flow
+from exactflow.core.model import Flow
+from exactflow.core.serialization import PLAN_FILE
+from exactflow.sampling.plan import InversionPlan, keep_plans, read_plans
+from exactflow.sampling.planner import make_plan
+
+
+def run(command: Plan) -> None:
+    """Measure for every batch size, keep the plans beside the model, and show them."""
+    model = load_flow(command.model, command.device)
+    assert model.home is not None  # it was loaded from a folder
+    if not command.batch_size:
+        raise ValueError("expected at least one batch size")
+    read_plans(model.home)  # a damaged file is found before the work, not after it
+    console = Console()
+    for size in command.batch_size:
+        plan = _measured(model, size, command.tolerance)
+        keep_plans(model.home, [plan])
+        console.print(_table(plan))
+    console.print(f"kept in {model.home / PLAN_FILE}: `exactflow sample` goes by it")
+
+
+def _measured(model: Flow, size: int, tolerance: float | None) -> InversionPlan:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"batch {size}", total=None)
+
+        def report(block: int, blocks: int, what: str) -> None:
+            about = f"batch {size}, block {block + 1} of {blocks}: {what}"
+            progress.update(task, description=about, completed=block, total=blocks)
+
+        return make_plan(model, size, tolerance=tolerance, progress=report)
+
+
+def _table(plan: InversionPlan) -> Table:
+    table = Table(
+        title=f"batch {plan.batch_size}: {plan.speedup:.2f} times as fast as token by token",
+        caption=f"{plan.machine}, {plan.dtype}, tolerance {plan.tolerance:g}",
+    )
+    for name in (
+        "block",
+        "chosen",
+        "ms",
+        "sequential, ms",
+        "ratio",
+        "passes",
+        "tokens",
+        "residual",
+    ):
+        table.add_column(name, justify="left" if name == "chosen" else "right")
+    for index, block in enumerate(plan.blocks, 1):
+        found = block.measured[str(block.chosen)]
+        table.add_row(
+            str(index),
+            str(block.chosen),
+            f"{1e3 * block.seconds:.1f}",
+            f"{1e3 * block.reference_seconds:.1f}",
+            f"{block.reference_seconds / block.seconds:.2f}",
+            str(found.passes),
+            f"{found.tokens:,}",
+            f"{found.residual:.0e}",
+        )
+    return table

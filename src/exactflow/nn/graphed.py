@@ -1,0 +1,144 @@
+"""Windows of tokens as CUDA graphs: what a small pass costs a GPU is launching its kernels."""
+
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from exactflow.nn.causal import NORM_EPS, NetworkWeights
+
+FEWEST_KEYS = 64  # a graph for every power of two from here on
+
+
+@final
+class GraphedPasses:
+    """The network over windows whose sizes are rounded up to powers of two: few graphs serve all.
+
+    Args:
+        network: weights in the dtype of the caches.
+        caches: keys and values of each layer, (2, batch, heads, tokens, head_dim).
+    """
+
+    def __init__(self, network: NetworkWeights, caches: tuple[Tensor, ...]) -> None:
+        self._network, self._caches = network, caches
+        self._passes: dict[tuple[int, int, int, bool], StaticPass] = {}
+        self._condition: Tensor | None = None  # the one that the graphs have
+        self._static: dict[int, Tensor] = {}
+
+    def __call__(
+        self,
+        x: Float[Tensor, "batch stop dim"],
+        condition: Float[Tensor, "batch_or_1 tokens channels"],
+        first: int,
+        temperature: Float[Tensor, " batch"] | None,
+    ) -> Float[Tensor, "batch window out"]:
+        """The network at positions first .. stop - 2; the result is valid until the next call."""
+        tokens, window = self._caches[0].shape[3], x.shape[1] - 1 - first
+        size = min(_power_of_two(window), tokens)
+        begin = min(first, tokens - size)  # at the end, what is there already is computed again
+        keys = min(max(_power_of_two(begin + size), FEWEST_KEYS), tokens)
+        static = self._static.setdefault(len(condition), torch.empty_like(condition))
+        if condition is not self._condition:
+            static.copy_(condition)
+            self._condition = condition
+        key = (size, keys, len(condition), temperature is not None)
+        if key not in self._passes:
+            build = (self._network, self._caches, static, size, keys, temperature is not None)
+            self._passes[key] = StaticPass(*build)
+        raw = self._passes[key](x[:, begin:-1], begin, temperature)
+        return raw[:, first - begin : first - begin + window]
+
+
+@final
+class StaticPass:
+    """One window at a position that is itself data, over a fixed number of keys.
+
+    On CUDA it is captured at its first call and replayed from then on.
+    """
+
+    def __init__(
+        self,
+        network: NetworkWeights,
+        caches: tuple[Tensor, ...],
+        condition: Float[Tensor, "batch_or_1 tokens channels"],
+        window: int,
+        keys: int,
+        tempered: bool,
+    ) -> None:
+        batch = caches[0].shape[1]
+        like = network.output
+        self._network, self._caches, self._keys = network, caches, keys
+        self._tokens = like.new_zeros(batch, window, network.input.shape[1])
+        self._condition = condition
+        self._first = torch.zeros((), dtype=torch.int64, device=like.device)
+        self._offsets = torch.arange(window, device=like.device)
+        self._places = torch.arange(keys, device=like.device)
+        self._temperature = like.new_ones(batch, 1, 1, 1) if tempered else None
+        self._raw = like.new_zeros(batch, window, network.output.shape[0])
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(
+        self,
+        x: Float[Tensor, "batch some dim"],
+        first: int,
+        temperature: Float[Tensor, " batch"] | None,
+    ) -> Float[Tensor, "batch window out"]:
+        """Positions first .. first + window - 1; where x ends earlier, the rest is no result."""
+        given = x.shape[1]
+        self._tokens[:, :given] = x
+        self._tokens[:, given:] = 0  # a stale infinity would reach the others as 0 * infinity
+        self._first.fill_(first)
+        if self._temperature is not None and temperature is not None:
+            self._temperature.view(-1).copy_(temperature)
+        if self._tokens.device.type != "cuda":
+            self._run()
+        elif self._graph is None:
+            self._capture()
+        else:
+            self._graph.replay()
+        return self._raw
+
+    def _capture(self) -> None:
+        """Run once for the result, and record; capturing itself computes nothing."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run()
+        self._graph = graph
+
+    def _run(self) -> None:
+        net, window, keys = self._network, len(self._offsets), self._keys
+        _, batch, heads, _, head_dim = self._caches[0].shape
+        place = self._first + self._offsets
+        seen = self._places <= place[:, None]
+        h = F.linear(self._tokens, net.input, net.input_bias)
+        h = h + self._condition.index_select(1, place)
+        size = h.shape[-1:]
+        for w, cache in zip(net.layers, self._caches, strict=True):
+            y = F.layer_norm(h, size, w.attention_scale, w.attention_offset, NORM_EPS)
+            qkv = F.linear(y, w.qkv, w.qkv_bias).view(batch, window, 3, heads, head_dim)
+            query, *key_value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            if self._temperature is not None:
+                query = query / self._temperature
+            for slot, new in zip(cache.unbind(0), key_value, strict=True):
+                slot.index_copy_(2, place, new)
+            key, value = cache[:, :, :, :keys].unbind(0)
+            y = F.scaled_dot_product_attention(query, key, value, seen)
+            h = h + F.linear(y.transpose(1, 2).flatten(2), w.proj, w.proj_bias)
+            y = F.layer_norm(h, size, w.mlp_scale, w.mlp_offset, NORM_EPS)
+            y = F.gelu(F.linear(y, w.expand, w.expand_bias))
+            h = h + F.linear(y, w.contract, w.contract_bias)
+        if net.norm is not None:
+            h = F.rms_norm(h, size, net.norm)
+        self._raw.copy_(F.linear(h, net.output, net.output_bias))
+
+
+def _power_of_two(count: int) -> int:
+    """The least power of two that is no less."""
+    return 1 << (count - 1).bit_length()

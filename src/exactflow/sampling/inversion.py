@@ -1,0 +1,243 @@
+"""Inverting a flow block by block, with what it cost and how exact it came out."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from exactflow.core.model import NonFiniteError
+from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
+from exactflow.sampling.autoregressive import Sequential
+from exactflow.sampling.certificate import WHILE_SOLVING, certify, solved, tolerance_of
+from exactflow.sampling.guidance import Guidance, GuidedTransform
+
+
+@final
+@dataclass(frozen=True)
+class Pass:
+    """One evaluation of the network while inverting, as seen from outside the solver.
+
+    Attributes:
+        start: first token whose parameters were asked for.
+        stop: one past the last.
+        rows: samples evaluated.
+        least: tokens known afterwards in the sample that has the fewest: those up to `start`, the
+            solved ones behind, and the one computed from them. None where samples have left the
+            batch: which ones is the solver's business.
+        greatest: the same in the sample that has the most.
+    """
+
+    start: int
+    stop: int
+    rows: int
+    least: int | None
+    greatest: int
+
+
+@final
+@dataclass(frozen=True)
+class BlockRecord:
+    """What inverting one block took and gave.
+
+    Attributes:
+        evaluations: network passes, whatever their width; repairs included, the certificate's not.
+        tokens: tokens evaluated, summed over passes, per sample.
+        seconds: wall-clock, certificate included.
+        residual: max |f(u) - v| of each sample over the block's tokens, from one parallel pass:
+            u is the exact inverse of a latent that far from the given one.
+        repaired: which samples were inverted again, token by token, since their residual was too
+            large.
+        passes: every evaluation; empty unless they were observed.
+    """
+
+    evaluations: int
+    tokens: int
+    seconds: float
+    residual: Float[Tensor, " batch"]
+    repaired: Bool[Tensor, " batch"]
+    passes: tuple[Pass, ...]
+
+
+@final
+class CountedTransform(AutoregressiveTransform):
+    """A transform that counts what is asked of it.
+
+    Args:
+        transform: what does the work.
+        v: the latents that are being inverted, to observe every pass; None: only count.
+        tolerance: backward error up to which an observed token counts as known.
+    """
+
+    def __init__(
+        self,
+        transform: AutoregressiveTransform,
+        v: Float[Tensor, "batch tokens dim"] | None = None,
+        tolerance: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.transform = transform
+        self.num_tokens = transform.num_tokens
+        self.evaluations = 0
+        self.tokens = 0
+        self.passes: list[Pass] = []
+        self._v, self._tolerance = v, tolerance
+
+    def new_cache(
+        self, x: Float[Tensor, "batch tokens dim"], decoding: Decoding | None = None
+    ) -> Any:
+        """See `AutoregressiveTransform.new_cache`."""
+        return self.transform.new_cache(x, decoding)
+
+    def affine(
+        self,
+        x: Float[Tensor, "batch stop dim"],
+        label: Int[Tensor, " batch"] | None = None,
+        cache: Any = None,
+        start: int = 0,
+        temperature: Float[Tensor, " batch"] | None = None,
+    ) -> tuple[Float[Tensor, "batch window dim"], Float[Tensor, "batch window dim"]]:
+        """See `AutoregressiveTransform.affine`; the first token alone costs no evaluation."""
+        read = x.shape[1] - 1 - max(start - 1, 0)
+        self.evaluations += read > 0
+        self.tokens += read
+        shift, log_scale = self.transform.affine(x, label, cache, start, temperature)
+        if self._v is not None:
+            self._observe(self._v, x, shift, log_scale, start)
+        return shift, log_scale
+
+    def _observe(self, v: Tensor, x: Tensor, shift: Tensor, log_scale: Tensor, start: int) -> None:
+        stop = x.shape[1]
+        if len(x) < len(v):
+            self.passes.append(Pass(start, stop, len(x), None, stop))
+            return
+        image = torch.addcmul(shift, v[:, start:stop], log_scale.exp())
+        leading = solved(x[:, start:], image, log_scale, self._tolerance).cumprod(1).sum(1)
+        known = (start + leading + 1).clamp(max=stop)
+        self.passes.append(Pass(start, stop, len(x), int(known.min()), int(known.max())))
+
+
+@final
+class Inversion:
+    """A solver that guides, certifies, repairs, watches for non-finite values and keeps records.
+
+    Args:
+        solvers: what does the work: one for every block in generation order, or one for all.
+        seeds: the samples' names in error messages.
+        guidance: None for none.
+        null_label: see `GuidedTransform`.
+        on_nonfinite: "raise" NonFiniteError, or "omit": mark the sample in `failures` and go on.
+        tolerance: backward error above which a sample is inverted again, token by token; None: by
+            the network's dtype.
+        observe: keep a record of every pass.
+    """
+
+    def __init__(
+        self,
+        solvers: Solver | Sequence[Solver],
+        seeds: Sequence[int],
+        *,
+        guidance: Guidance | None = None,
+        null_label: int | None = None,
+        on_nonfinite: Literal["raise", "omit"] = "raise",
+        tolerance: float | None = None,
+        observe: bool = False,
+    ) -> None:
+        self.solvers = solvers
+        self.seeds = list(seeds)
+        self.guidance = guidance
+        self.null_label = null_label
+        self.on_nonfinite = on_nonfinite
+        self.tolerance = tolerance
+        self.observe = observe
+        self.records: list[BlockRecord] = []
+        self.failures: dict[int, str] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        transform: AutoregressiveTransform,
+        z: Float[Tensor, "batch tokens dim"],
+        label: Int[Tensor, " batch"] | None,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Invert one block; see `Solver`. Raises ValueError for more blocks than solvers."""
+        began = time.perf_counter()
+        index = len(self.records)
+        solver = self.solvers
+        if isinstance(solver, Sequence):
+            if index >= len(solver):
+                raise ValueError(f"expected a solver for every block, got {len(solver)}")
+            solver = solver[index]
+        system = transform
+        if self.guidance is not None:
+            system = GuidedTransform(transform, self.guidance, self.null_label)
+        tolerance = tolerance_of(system, self.tolerance)
+        counted = CountedTransform(system, z if self.observe else None, WHILE_SOLVING * tolerance)
+        u = solver(counted, z, label)
+        residual, fine = certify(system, u, z, label, tolerance)
+        repaired = ~fine
+        if _is_reference(solver):  # to do the same once more would repair nothing
+            repaired = torch.zeros_like(fine)
+        if bool(repaired.any()):
+            residual = _repair(counted, u, residual, z, label, repaired, tolerance)
+        self.watch(u, f"block {index + 1} in generation order")
+        self.records.append(
+            BlockRecord(
+                counted.evaluations,
+                counted.tokens,
+                time.perf_counter() - began,
+                residual,
+                repaired,
+                tuple(counted.passes),
+            )
+        )
+        return u
+
+    def watch(self, result: Float[Tensor, "batch *shape"], place: str) -> None:
+        """Record or raise the first non-finite entry of every sample that has one.
+
+        The first axis of a sample's result is what the message calls a token.
+        """
+        finite = result.isfinite().flatten(2).all(-1)
+        if bool(finite.all()):
+            return
+        for row in (~finite).any(1).nonzero()[:, 0].tolist():
+            token = int((~finite[row]).nonzero()[0, 0])
+            self.failures.setdefault(self.seeds[row], f"{place}, token {token}")
+        if self.on_nonfinite == "raise":
+            seed, where = next(iter(self.failures.items()))
+            raise NonFiniteError(
+                f"sample with seed {seed} became non-finite in {where} "
+                f"({len(self.failures)} of {len(self.seeds)} samples of this batch did): "
+                "the model's scales overflow there; on_nonfinite='omit' reports such samples "
+                "and leaves them out"
+            )
+
+
+def _is_reference(solver: Solver) -> bool:
+    """Whether it is the reference inverse itself, in the network's own arithmetic."""
+    return isinstance(solver, Sequential) and solver.decoding == Decoding()
+
+
+def _repair(
+    transform: CountedTransform,
+    u: Tensor,
+    residual: Tensor,
+    z: Tensor,
+    label: Tensor | None,
+    rows: Tensor,
+    tolerance: float,
+) -> Tensor:
+    """Put the reference inverse of these samples into `u`; their new residuals.
+
+    Where rounding leaves the reference further off than what is there, that stays.
+    """
+    part = None if label is None else label[rows]
+    again = transform.inverse(z[rows], part)
+    after, _ = certify(transform.transform, again, z[rows], part, tolerance)
+    better = ~(after > residual[rows])  # also where either is not finite: the reference decides
+    u[rows] = torch.where(better[:, None, None], again, u[rows])
+    return residual.masked_scatter(rows, torch.where(better, after, residual[rows]))

@@ -1,0 +1,274 @@
+"""Which solver for which block, by measurement on this machine: no lists tuned by hand.
+
+Published accelerators choose segments and iteration caps per model by hand (arXiv 2505.12849) or
+make all blocks but one parallel (arXiv 2505.24791). Whether a parallel pass pays depends on the
+block, the batch and the machine: so ask them.
+"""
+
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from exactflow.core.model import Flow, NonFiniteError
+from exactflow.core.random import generator, normal_rows
+from exactflow.core.serialization import PLAN_FILE
+from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
+from exactflow.nn import compiled
+from exactflow.sampling.autoregressive import Adaptive, Sequential
+from exactflow.sampling.certificate import WHILE_SOLVING, certify, tolerance_of
+from exactflow.sampling.inversion import CountedTransform
+from exactflow.sampling.plan import (
+    BlockPlan,
+    Candidate,
+    InversionPlan,
+    Measured,
+    keep_plans,
+    read_plans,
+)
+
+FIRST_LOOKAHEAD = 32
+MARGIN = 0.97  # of the reference's time: what is no faster than this is not chosen
+ENOUGH = 0.5  # seconds spent on timing one candidate, warm-up aside
+HOPELESS = 2.0  # times the best: no relative of such a candidate is tried
+
+
+def make_plan(
+    model: Flow,
+    batch_size: int,
+    *,
+    tolerance: float | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> InversionPlan:
+    """Measure every block on latents drawn from the prior, and choose.
+
+    Args:
+        model: a flow with autoregressive parts.
+        batch_size: samples decoded together; with guidance, twice as many.
+        tolerance: backward error up to which a candidate's result counts as exact; None: what
+            rounding leaves of the network's dtype. One of 1e-2 admits bfloat16.
+        seed: of the latents.
+        progress: called with block, number of blocks and what is being measured.
+
+    Raises:
+        NonFiniteError: the model's own inverse is not finite.
+        ValueError: a batch of no samples.
+    """
+    if batch_size < 1:
+        raise ValueError(f"expected batch_size >= 1, got {batch_size}")
+    noise = normal_rows(
+        model.prior.shape, [generator(seed + row, "plan") for row in range(batch_size)]
+    )
+    noise = noise.to(torch.promote_types(model.dtype, torch.float32)).to(model.device)
+    label = None
+    if model.num_classes:
+        label = torch.arange(batch_size, device=model.device) % model.num_classes
+    count, found = number_of_blocks(model), []
+    memory: dict[Any, Any] = {}
+
+    def report(what: str) -> None:
+        if progress is not None:
+            progress(len(found), count, what)
+
+    def measure(transform: AutoregressiveTransform, z: Tensor, label: Tensor | None) -> Tensor:
+        """A solver that plans its block on the way."""
+        probe = _Probe(transform, z, label, tolerance_of(transform, tolerance), memory, report)
+        found.append(probe.plan())
+        return probe.reference
+
+    for _ in model.trajectory(model.prior.from_noise(noise), label, solver=measure):
+        pass
+    return InversionPlan(
+        machine(model.device),
+        str(model.dtype).removeprefix("torch."),
+        batch_size,
+        math.inf if not found else tolerance_of(_first(model), tolerance),
+        tuple(found),
+    )
+
+
+@final
+class _Probe:
+    """One block, one batch: times candidates and checks their results."""
+
+    def __init__(
+        self,
+        transform: AutoregressiveTransform,
+        v: Tensor,
+        label: Tensor | None,
+        tolerance: float,
+        memory: dict[Any, Any],
+        report: Callable[[str], None],
+    ) -> None:
+        self.transform, self.v, self.label = transform, v, label
+        self.tolerance, self.memory, self.report = tolerance, memory, report
+        self.measured: dict[Candidate, Measured] = {}
+        report("sequential")
+        self.reference = transform.inverse(v, label)
+        if not bool(self.reference.isfinite().all()):
+            raise NonFiniteError("this model's inverse is not finite: there is nothing to plan")
+
+    def plan(self) -> BlockPlan:
+        """Measure, choose, and confirm the choice against the reference."""
+        reference = Candidate()
+        self.run(reference)
+        for candidate in self.sequential_ones():
+            self.run(candidate)
+        self.climb(min(self.measured, key=self.seconds).step)
+        best = min(self.measured, key=self.seconds)
+        took = self.duel(reference, best)
+        if took[1] > MARGIN * took[0]:
+            best, took = reference, (took[0], took[0])
+        self.report("windows")
+        return BlockPlan(
+            best,
+            *took,
+            self.windows(),
+            self.frontier(),
+            {str(candidate): found for candidate, found in self.measured.items()},
+        )
+
+    def seconds(self, candidate: Candidate) -> float:
+        return self.measured[candidate].seconds
+
+    def sequential_ones(self) -> Iterator[Candidate]:
+        """Other steps, and in reduced precision where the tolerance may allow for it."""
+        weight = next(self.transform.parameters())
+        reduced = ["bfloat16"] if weight.dtype == torch.float32 and self.tolerance >= 1e-3 else []
+        if weight.device.type == "cuda":
+            yield from (Candidate(step="graph", dtype=dtype) for dtype in [None, *reduced])
+        else:
+            if compiled.available() and weight.dtype in (torch.float32, torch.float64):
+                yield Candidate(step="compiled")
+            yield from (Candidate(dtype=dtype) for dtype in reduced)
+
+    def climb(self, step: Literal["eager", "compiled", "graph"]) -> None:
+        """Adaptive solvers: from one lookahead to the next, both ways, while it gets better."""
+        for factor in (2.0, 0.5):
+            lookahead, best = float(min(FIRST_LOOKAHEAD, self.transform.num_tokens)), math.inf
+            while 1 < lookahead <= 2 * self.transform.num_tokens:
+                candidate = Candidate("adaptive", int(lookahead), step)
+                if candidate not in self.measured:
+                    self.run(candidate)
+                took = self.measured.get(candidate)
+                least = min(found.seconds for found in self.measured.values())
+                if took is None or took.seconds >= best or took.seconds > HOPELESS * least:
+                    break
+                best, lookahead = took.seconds, lookahead * factor
+
+    def run(self, candidate: Candidate) -> None:
+        """Time a candidate; one whose result is not exact is dropped."""
+        self.report(str(candidate))
+        solver = candidate.build(self.tolerance, self.memory)
+        counted = CountedTransform(self.transform)
+        u = solver(counted, self.v, self.label)  # also compiles, captures, allocates
+        with torch.no_grad():
+            residual, fine = certify(self.transform, u, self.v, self.label, self.tolerance)
+        if not bool(fine.all()) and candidate != Candidate():
+            return
+        took = [self.time(solver)]
+        while sum(took) < ENOUGH and len(took) < 5:
+            took.append(self.time(solver))
+        worst = float(residual.max())
+        self.measured[candidate] = Measured(min(took), counted.evaluations, counted.tokens, worst)
+
+    def duel(self, first: Candidate, second: Candidate) -> tuple[float, float]:
+        """Medians of three runs of each, in turn."""
+        solvers = [c.build(self.tolerance, self.memory) for c in (first, second)]
+        rounds = [[self.time(solver) for solver in solvers] for _ in range(3)]
+        one, other = (statistics.median(column) for column in zip(*rounds, strict=True))
+        return one, other
+
+    def time(self, solver: Solver) -> float:
+        _synchronize(self.v.device)
+        began = time.perf_counter()
+        solver(self.transform, self.v, self.label)
+        _synchronize(self.v.device)
+        return time.perf_counter() - began
+
+    def windows(self) -> dict[int, float]:
+        """Seconds of one pass over 1, 2, 4 ... tokens."""
+        tokens, found = self.transform.num_tokens, {}
+        with torch.inference_mode():
+            cache = self.transform.new_cache(self.v, Decoding(memory=self.memory))
+            self.transform.affine(self.reference, self.label, cache)
+            size = 1
+            while size < 2 * tokens:
+                size = min(size, tokens)
+                start = (tokens - size) // 2
+                seen = self.reference[:, : start + size]
+                took = []
+                for _ in range(3):
+                    _synchronize(self.v.device)
+                    began = time.perf_counter()
+                    self.transform.affine(seen, self.label, cache, start)
+                    _synchronize(self.v.device)
+                    took.append(time.perf_counter() - began)
+                found[size] = min(took)
+                size *= 2
+        return found
+
+    def frontier(self) -> tuple[int, ...]:
+        """How fast the block converges when everything is evaluated at every pass."""
+        observed = CountedTransform(self.transform, self.v, WHILE_SOLVING * self.tolerance)
+        Adaptive(self.v.shape[1], tolerance=self.tolerance)(observed, self.v, self.label)
+        return tuple(step.least for step in observed.passes if step.least is not None)
+
+
+def planned_solvers(model: Flow, rows: int, tolerance: float | None) -> Sequence[Solver]:
+    """What the plan beside the model says for `rows` samples at once; sequential without a plan.
+
+    A plan made on another machine or for another dtype is measured anew and kept beside it. One
+    for fewer samples does not count, since more samples leave parallel passes less to win; nor
+    one that allows for more error than `tolerance`.
+    """
+    sequential = [Sequential(Decoding())] * number_of_blocks(model)
+    if model.home is None or not (model.home / PLAN_FILE).is_file():
+        return sequential
+    plans = read_plans(model.home)
+    here = [p for p in plans if (p.machine, p.dtype) == _identity(model)]
+    if plans and not here:
+        warnings.warn(
+            f"{model.home / PLAN_FILE} was measured elsewhere ({plans[0].machine}, "
+            f"{plans[0].dtype}): measuring anew for {rows} samples",
+            stacklevel=3,
+        )
+        here = [make_plan(model, rows, tolerance=tolerance)]
+        keep_plans(model.home, here)
+    limit = tolerance_of(_first(model), tolerance) if here else 0.0
+    fitting = [p for p in here if p.batch_size >= rows and p.tolerance <= limit]
+    return min(fitting, key=lambda p: p.batch_size).solvers() if fitting else sequential
+
+
+def machine(device: torch.device) -> str:
+    """What a plan's times depend on beside the model."""
+    name = f"cpu, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif compiled.available():
+        name += ", compiled steps"
+    return f"{name}, torch {torch.__version__}"
+
+
+def number_of_blocks(model: Flow) -> int:
+    """How many autoregressive parts a solver is asked to invert."""
+    return sum(isinstance(module, AutoregressiveTransform) for module in model.modules())
+
+
+def _identity(model: Flow) -> tuple[str, str]:
+    return machine(model.device), str(model.dtype).removeprefix("torch.")
+
+
+def _first(model: Flow) -> AutoregressiveTransform:
+    return next(m for m in model.modules() if isinstance(m, AutoregressiveTransform))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,180 @@
+"""Plans: what is measured decides, nothing slower than the reference is chosen, files are kept."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import exactflow
+from exactflow.core.model import Flow, NonFiniteError
+from exactflow.core.serialization import PLAN_FILE
+from exactflow.core.transform import Solver
+from exactflow.flows.tarflow import TarFlow
+from exactflow.sampling import planner
+from exactflow.sampling.autoregressive import Adaptive, Sequential
+from exactflow.sampling.plan import Candidate, InversionPlan, keep_plans, read_plans
+from exactflow.sampling.planner import make_plan, planned_solvers
+from exactflow.sampling.sample import sample
+from flows import CONFIGS, make, perturb
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Flow:
+    """A small conditional model with a home."""
+    make("conditional", torch.float32).save_pretrained(tmp_path / "model")
+    model = exactflow.from_pretrained(tmp_path / "model")
+    assert isinstance(model, Flow)
+    assert model.home == tmp_path / "model"
+    return model
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, sequential: float, adaptive: float) -> None:
+    """Clocks that show so many seconds."""
+
+    def shown(self: object, solver: Solver) -> float:
+        return adaptive if isinstance(solver, Adaptive) else sequential
+
+    monkeypatch.setattr(planner._Probe, "time", shown)
+
+
+def test_a_plan_measures_every_block_and_says_what_it_saw(saved: Flow) -> None:
+    seen = []
+    plan = make_plan(saved, 3, progress=lambda *state: seen.append(state))
+    assert len(plan.blocks) == 2
+    assert plan.batch_size == 3
+    assert plan.dtype == "float32"
+    assert {(index, count) for index, count, _ in seen} == {(0, 2), (1, 2)}
+    for block in plan.blocks:
+        assert str(block.chosen) in block.measured
+        assert block.seconds <= block.reference_seconds
+        assert block.measured["sequential, eager"].passes == 3
+        assert list(block.window_seconds) == [1, 2, 4]
+        assert block.frontier[-1] == 4
+        assert any(name.startswith("adaptive") for name in block.measured)
+        assert all(found.residual < 1e-4 for found in block.measured.values())
+    assert plan.speedup >= 1
+
+
+def test_what_is_faster_is_chosen(saved: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, sequential=1.0, adaptive=0.5)
+    plan = make_plan(saved, 2)
+    assert [block.chosen.solver for block in plan.blocks] == ["adaptive"] * 2
+    assert plan.speedup == 2
+    assert [type(solver) for solver in plan.solvers()] == [Adaptive] * 2
+
+
+@pytest.mark.parametrize("adaptive", [0.99, 1.0, 10.0])
+def test_nothing_slower_than_sequential_is_chosen(
+    saved: Flow, monkeypatch: pytest.MonkeyPatch, adaptive: float
+) -> None:
+    pretend(monkeypatch, sequential=1.0, adaptive=adaptive)
+    plan = make_plan(saved, 2)
+    assert [block.chosen for block in plan.blocks] == [Candidate()] * 2
+    assert plan.speedup == 1
+
+
+def test_what_is_not_exact_is_not_chosen(saved: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However fast: bfloat16 is measured where the tolerance might admit it, and dropped."""
+    pretend(monkeypatch, sequential=1.0, adaptive=1.0)
+    tried = []
+    built = Candidate.build
+
+    def build(self: Candidate, *rest):
+        tried.append(self.dtype)
+        return built(self, *rest)
+
+    monkeypatch.setattr(Candidate, "build", build)
+    coarse = make_plan(saved, 2, tolerance=1.1e-3)
+    assert "bfloat16" in tried
+    for block in coarse.blocks:
+        assert not any("bfloat16" in name for name in block.measured)
+    tried.clear()
+    loose = make_plan(saved, 2, tolerance=1.0)
+    assert all(any("bfloat16" in name for name in block.measured) for block in loose.blocks)
+    make_plan(saved, 2)
+    tried.clear()
+    make_plan(saved, 2)
+    assert set(tried) == {None}
+
+
+def test_a_plan_survives_its_file_and_is_used_by_default(
+    saved: Flow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert saved.home is not None
+    expected = sample(saved, 2, 1)  # no plan yet: sequential
+    assert expected.iterations == (3, 3)
+    pretend(monkeypatch, sequential=1.0, adaptive=0.5)
+    plan = make_plan(saved, 2)
+    keep_plans(saved.home, [plan])
+    assert read_plans(saved.home) == [plan]
+    assert all(isinstance(solver, Adaptive) for solver in planned_solvers(saved, 2, None))
+    assert all(isinstance(solver, Adaptive) for solver in planned_solvers(saved, 1, None))
+    # more samples than were measured, or less error than was allowed: no
+    assert all(isinstance(solver, Sequential) for solver in planned_solvers(saved, 3, None))
+    assert all(isinstance(solver, Sequential) for solver in planned_solvers(saved, 2, 1e-6))
+    drawn = sample(saved, 2, 1)
+    torch.testing.assert_close(drawn.x, expected.x, rtol=0, atol=1e-4)
+    assert drawn.repairs == (0, 0)
+    guided = sample(saved, 2, 1, guidance=1.0)  # four rows at once
+    assert guided.iterations == (3, 3)
+    wider = replace(plan, batch_size=4)
+    keep_plans(saved.home, [wider])
+    assert read_plans(saved.home) == [plan, wider]
+    keep_plans(saved.home, [plan])
+    assert read_plans(saved.home) == [plan, wider]
+
+
+def test_another_machine_or_dtype_is_measured_anew(
+    saved: Flow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert saved.home is not None
+    pretend(monkeypatch, sequential=1.0, adaptive=0.5)
+    elsewhere = replace(make_plan(saved, 2), machine="another machine")
+    keep_plans(saved.home, [elsewhere])
+    with pytest.warns(UserWarning, match=r"measured elsewhere \(another machine, float32\)"):
+        found = planned_solvers(saved, 2, None)
+    assert all(isinstance(solver, Adaptive) for solver in found)
+    machines = [plan.machine for plan in read_plans(saved.home)]
+    assert machines == ["another machine", planner.machine(saved.device)]
+    with pytest.warns(UserWarning, match="measured elsewhere"):
+        planned_solvers(saved.double(), 2, None)
+    assert read_plans(saved.home)[-1].dtype == "float64"
+
+
+def test_a_plan_does_not_outlive_its_weights(saved: Flow) -> None:
+    assert saved.home is not None
+    keep_plans(saved.home, [make_plan(saved, 1)])
+    saved.save_pretrained(saved.home)
+    assert not (saved.home / PLAN_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"format_version": 1}', '{"format_version": 99, "plans": []}',
+     '{"format_version": 1, "plans": [{"machine": "x"}]}'],
+)  # fmt: skip
+def test_a_damaged_plan_is_named(saved: Flow, content: str) -> None:
+    assert saved.home is not None
+    (saved.home / PLAN_FILE).write_text(content)
+    with pytest.raises(ValueError, match=r"plan\.json is not a plan .*delete it, or plan anew"):
+        sample(saved, 1, 0)
+    assert sample(saved, 1, 0, solver="sequential").x.isfinite().all()
+
+
+def test_a_model_that_overflows_cannot_be_planned() -> None:
+    model = perturb(TarFlow(CONFIGS["rgb"]))
+    with torch.no_grad():
+        model.blocks[0].output.bias[: model.prior.shape[1]] = 1000.0
+    with pytest.raises(NonFiniteError, match="nothing to plan"):
+        make_plan(model, 2)
+    with pytest.raises(ValueError, match="batch_size >= 1, got 0"):
+        make_plan(make("rgb"), 0)
+
+
+@pytest.mark.parametrize("name", ["one token", "two tokens", "volume preserving"])
+def test_small_and_odd_models_can_be_planned(name: str) -> None:
+    plan = make_plan(make(name), 2)
+    assert json.loads(json.dumps(plan.blocks[0].window_seconds))
+    assert isinstance(plan, InversionPlan)
