@@ -6,7 +6,6 @@ block, the batch and the machine: so ask them.
 """
 
 import math
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -179,10 +178,10 @@ class _Probe:
         self.measured[candidate] = Measured(min(took), counted.evaluations, counted.tokens, worst)
 
     def duel(self, first: Candidate, second: Candidate) -> tuple[float, float]:
-        """Medians of three runs of each, in turn."""
+        """Least of five runs of each, in turn: other work on the machine only ever adds."""
         solvers = [c.build(self.tolerance, self.memory) for c in (first, second)]
-        rounds = [[self.time(solver) for solver in solvers] for _ in range(3)]
-        one, other = (statistics.median(column) for column in zip(*rounds, strict=True))
+        rounds = [[self.time(solver) for solver in solvers] for _ in range(5)]
+        one, other = (min(column) for column in zip(*rounds, strict=True))
         return one, other
 
     def time(self, solver: Solver) -> float:
