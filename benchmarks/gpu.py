@@ -1,26 +1,32 @@
 """[4-1024-8-8] at 64x64 on one GPU: training, likelihood, sampling, against the baseline.
 
+And solvers on trained weights, of this model and of [2-768-8-8]: see gpu_solvers.py.
+
 `benchmarks/gpu.sh [FOLDER]` runs it. Every section is a process of its own with its own limit, so
 that one that fails or takes too long costs the others nothing; what is done is written at once.
 """
 
 import argparse
 import copy
+import dataclasses
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+import gpu_solvers
 import torch
 from baseline import Baseline, from_exactflow
+from gpu_solvers import FirstTokens, title
 from measure import hardware, interleaved, peak_megabytes, ratios, relative_error, seconds
 from tarflow import latents, perturbed_model, pictures
 from torch import Tensor
@@ -60,6 +66,8 @@ class Scale:
     pairs: int
     steps: int  # per measurement of training and scoring
     cap: float  # seconds that one sampling run may take before it is cut to its first tokens
+    trained: tuple[gpu_solvers.Trained, ...]
+    limit: float = math.inf  # seconds that the section may take
 
 
 LARGE = Scale(
@@ -69,7 +77,8 @@ LARGE = Scale(
     sample_batches=(1, 16, 64),
     pairs=3,
     steps=5,
-    cap=7.0,
+    cap=3.0,
+    trained=gpu_solvers.LARGE,
 )
 TINY = Scale(
     TarFlowConfig((3, 16, 16), patch_size=4, width=64, blocks=2, layers_per_block=1),
@@ -79,6 +88,7 @@ TINY = Scale(
     pairs=2,
     steps=1,
     cap=0.02,
+    trained=gpu_solvers.TINY,
 )
 
 
@@ -162,7 +172,7 @@ def train_sides(scale: Scale, device: torch.device, batch: int, compiled: bool) 
         print(f"# {name}: first step {time.perf_counter() - began:.1f} s", file=sys.stderr)
         repeated(steps[name], 2)()
     actions = {name: repeated(step, scale.steps) for name, step in steps.items()}
-    took = interleaved(actions, scale.pairs, device, at_most=60)
+    took = interleaved(actions, scale.pairs, device, at_most=25)
     peak = peak_flops(device)
     rows = []
     for name, each in took.items():
@@ -227,7 +237,7 @@ def section_likelihood(scale: Scale, device: torch.device) -> dict[str, Any]:
             "baseline": repeated(theirs, scale.steps),
             "exactflow": repeated(ours, scale.steps),
         }
-        took = interleaved(sides, scale.pairs, device, at_most=25)
+        took = interleaved(sides, scale.pairs, device, at_most=12)
         count = scale.score_batch * scale.steps
         nats = ours().mean()
         rows.append(
@@ -242,26 +252,6 @@ def section_likelihood(scale: Scale, device: torch.device) -> dict[str, Any]:
         )
         print(json.dumps({"rows": rows}), flush=True)
     return {"rows": rows}
-
-
-@final
-class FirstTokens:
-    """A solver that inverts only the first tokens of every block: a shorter measurement."""
-
-    def __init__(self, stop: int) -> None:
-        self.stop = stop
-
-    @torch.no_grad()
-    def __call__(
-        self, transform: AutoregressiveTransform, z: Tensor, label: Tensor | None
-    ) -> Tensor:
-        """Tokens from `stop` on keep their latents."""
-        x = z.clone()
-        cache = transform.new_cache(x)
-        for t in range(self.stop):
-            shift, log_scale = transform.affine(x[:, : t + 1], label, cache, start=t)
-            x[:, t] = torch.addcmul(shift[:, 0], z[:, t], log_scale[:, 0].exp())
-        return x
 
 
 def section_sampling(scale: Scale, device: torch.device) -> dict[str, Any]:
@@ -348,19 +338,32 @@ def section_smoke(scale: Scale, device: torch.device) -> dict[str, Any]:
     return {"checks": rows, "ok": all(r["ok"] for r in rows.values())}
 
 
+def section_solvers(scale: Scale, device: torch.device) -> dict[str, Any]:
+    """Solvers on trained weights."""
+    return gpu_solvers.section(scale.trained[0], device, scale.limit)
+
+
+def section_small_patches(scale: Scale, device: torch.device) -> dict[str, Any]:
+    """The same where every block has four times as many tokens."""
+    return gpu_solvers.section(scale.trained[1], device, scale.limit)
+
+
 Section = Callable[[Scale, torch.device], dict[str, Any]]
-SECTIONS: dict[str, tuple[Section, float]] = {  # and the most seconds it may take
-    "smoke": (section_smoke, 70.0),
-    "training": (section_training, 120.0),
-    "likelihood": (section_likelihood, 90.0),
-    "sampling": (section_sampling, 190.0),
-    "compiled": (section_compiled, 180.0),
+SECTIONS: dict[str, tuple[Section, float]] = {  # and its share of the time, as it were in seconds
+    "smoke": (section_smoke, 80.0),
+    "training": (section_training, 90.0),
+    "likelihood": (section_likelihood, 60.0),
+    "sampling": (section_sampling, 80.0),
+    "solvers": (section_solvers, 150.0),
+    "solvers, small patches": (section_small_patches, 150.0),
+    "compiled": (section_compiled, 70.0),
 }
 
 
 def in_process_of_its_own(name: str, limit: float, device: str, tiny: bool) -> dict[str, Any]:
     """A section's result, the last line it printed, or {"failed": why}, or both."""
     command = [sys.executable, __file__, "--section", name, "--device", device]
+    command += ["--limit", str(limit)]
     command += ["--tiny"] if tiny else []
     try:
         done = subprocess.run(
@@ -423,27 +426,30 @@ def markdown(report: dict[str, Any]) -> str:
                 f"| {memory['baseline']:.0f} | {memory['exactflow']:.0f} |"
             )
         lines.append("")
+    for section in found.values():
+        if "convergence" in section:
+            lines += gpu_solvers.markdown(section)
     return "\n".join(lines)
 
 
-def run_all(folder: Path, device: str, tiny: bool) -> dict[str, Any]:
-    """Every section, the results written after each."""
+def run_all(names: Sequence[str], folder: Path, device: str, tiny: bool) -> dict[str, Any]:
+    """These sections, the results written after each; what one does not need, the next may take."""
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    c = (TINY if tiny else LARGE).config
-    name = f"[{c.patch_size}-{c.width}-{c.blocks}-{c.layers_per_block}] at {c.image_shape[1]}"
     report: dict[str, Any] = {
-        "model": name,
+        "model": title((TINY if tiny else LARGE).config),
         "hardware": hardware(torch.device(device)),
         "sections": {},
     }
-    for section, (_, limit) in SECTIONS.items():
+    for index, section in enumerate(names):
         left = BUDGET - (time.monotonic() - began)
+        shares = [SECTIONS[name][1] for name in names[index:]]
         if left < 20:
             report["sections"][section] = {"failed": "no time left"}
         else:
             took = time.monotonic()
-            found = in_process_of_its_own(section, min(limit, left), device, tiny)
+            limit = left * shares[0] / sum(shares)
+            found = in_process_of_its_own(section, limit, device, tiny)
             found["section_seconds"] = time.monotonic() - took
             report["sections"][section] = found
         (folder / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -458,13 +464,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--tiny", action="store_true", help="a tiny model: checks the machinery")
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(SECTIONS), default=tuple(SECTIONS), help="sections"
+    )
     parser.add_argument("--section", choices=tuple(SECTIONS), help="only this, as JSON on stdout")
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds for --section")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: nothing measured (--device cpu --tiny checks the machinery)")
         return 0
     if options.section:
-        scale = TINY if options.tiny else LARGE
+        scale = dataclasses.replace(TINY if options.tiny else LARGE, limit=options.limit)
         try:
             found = SECTIONS[options.section][0](scale, torch.device(options.device))
         except Exception as error:  # whatever it is, the other sections go on
@@ -472,9 +482,9 @@ def main() -> int:
             found = {"failed": f"{type(error).__name__}: {error}"[:500]}
         print(json.dumps(found))
         return 0
-    report = run_all(options.out, options.device, options.tiny)
+    report = run_all(options.only, options.out, options.device, options.tiny)
     print(markdown(report))
-    return 0 if report["sections"]["smoke"].get("ok") else 1
+    return 0 if report["sections"].get("smoke", {"ok": True}).get("ok") else 1
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ what is measured depends on the machine, that both sides agree does not.
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ def path() -> Iterator[None]:
     sys.path.insert(0, str(BENCHMARKS))
     yield
     sys.path.remove(str(BENCHMARKS))
-    for name in ("baseline", "measure", "tarflow", "gpu"):
+    for name in ("baseline", "measure", "tarflow", "sampling", "gpu_solvers", "gpu"):
         sys.modules.pop(name, None)
 
 
@@ -150,6 +151,80 @@ def test_comparison_runs_and_checks_itself(monkeypatch: pytest.MonkeyPatch) -> N
                 benchmark.run_job(job, 1, cpu, memory=False, at_least=0.0)
 
 
+@pytest.mark.filterwarnings("ignore:.*Matplotlib.*:DeprecationWarning")
+def test_all_solvers_are_compared_on_trained_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    benchmark = script("sampling")
+    out, plot, profile = (tmp_path / "made" / name for name in ("r.json", "r.png", "p.png"))
+    arguments = ["--quick", "--pairs", "1", "--models", str(tmp_path / "none")]
+    arguments += ["--out", str(out), "--plot", str(plot), "--profile", str(profile)]
+    report = benchmark.main(arguments)
+    assert json.loads(out.read_text()) == json.loads(json.dumps(report))
+    for picture in (plot, profile):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert [result["batch"] for result in report["results"]] == [1, 3, 1, 3]
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    names = [side["side"] for side in report["results"][0]["sides"]]
+    assert len(names) == 9 + benchmark.compiled.available()
+    assert len(table) == 2 + 4 * len(names)
+    assert {line.count("|") for line in table} == {11}
+    for result in report["results"]:
+        assert [side["side"] for side in result["sides"]] == names
+        for side in result["sides"]:
+            assert side["error"] < 1e-4, side
+            assert len(side["seconds"]) == 1
+            if not side["side"].startswith("baseline"):
+                assert side["certificate"] < 1e-4
+                assert len(side["passes"]) == 2
+                assert max(side["passes"]) <= 16
+                assert side["tokens"] >= side["passes"]
+    for name in report["models"]:
+        assert report["models"][name]["training"]["steps"] == benchmark.QUICK_STEPS
+
+
+def test_a_side_that_fails_costs_the_others_nothing() -> None:
+    benchmark = script("sampling")
+    config = CONFIGS["unconditional"]
+    model = perturbed(config)
+    z = script("tarflow").latents(config, 2, torch.device("cpu"))
+    sequential = benchmark.named_solvers("sequential", 3)
+    runs = iter([model.decode(z)])  # works for the check and fails when timed
+    sides = {
+        "sequential": benchmark.solver_side(model, sequential, z),
+        "two for three": benchmark.solver_side(model, sequential[:2], z),
+        "once": benchmark.plain_side(lambda: next(runs)),
+        "adaptive": benchmark.solver_side(model, benchmark.named_solvers("adaptive", 3), z),
+    }
+    rows = benchmark.compare(sides, model.decode(z), pairs=2)
+    assert [row["side"] for row in rows] == list(sides)
+    assert rows[1] == {
+        "side": "two for three",
+        "failed": "ValueError: expected a solver for every block, got 2",
+    }
+    assert rows[2]["failed"].startswith("StopIteration")
+    for row in (rows[0], rows[3]):
+        assert row["error"] < 1e-5
+        assert len(row["seconds"]) == 2
+        assert row["ratio"]["min"] <= row["ratio"]["median"] <= row["ratio"]["max"]
+    result = {"model": "m", "batch": 2}
+    assert "failed: ValueError" in benchmark.row(result, rows[1])
+    assert benchmark.row(result, rows[1]).count("|") == 11
+
+
+def test_the_floor_is_the_larger_of_reading_and_multiplying() -> None:
+    benchmark = script("sampling")
+    config = CONFIGS["unconditional"]
+    model = perturbed(config)
+    per_block = (12 + 24) * 64 + 2 * 12 * 64**2
+    assert benchmark.matrix_elements(model) == 3 * per_block
+    limits = benchmark.Limits(bandwidth=4e9, flops=8e9)  # alike at batch 4
+    reading = 15 * 3 * per_block / 1e9
+    assert limits.floor(model, 1) == limits.floor(model, 4) == pytest.approx(reading)
+    assert limits.floor(model, 8) == pytest.approx(2 * reading)
+
+
 def test_gpu_sections_run_on_a_tiny_model() -> None:
     gpu = script("gpu")
     cpu = torch.device("cpu")
@@ -159,7 +234,45 @@ def test_gpu_sections_run_on_a_tiny_model() -> None:
     for name in ("training", "likelihood", "sampling"):
         sections[name] = gpu.SECTIONS[name][0](gpu.TINY, cpu)
         assert sections[name]["rows"]
+    for name in ("solvers", "solvers, small patches"):
+        found = sections[name] = gpu.SECTIONS[name][0](gpu.TINY, cpu)
+        json.dumps(found)
+        assert found["training"]["steps"] >= 1
+        assert all(isinstance(passes, list) for passes in found["convergence"].values())
+        sides = [(row["batch"], row["side"]) for row in found["rows"]]
+        for batch in (1, 2):
+            assert sides.count((batch, "sequential, graph")) == 2
+            for side in ("baseline", "sequential, eager", "adaptive, eager", "adaptive, graph"):
+                assert (batch, side) in sides
+            assert (batch, "plan") in sides
+        for row in found["rows"]:
+            assert row["error"] < 0.2, row  # bfloat16
+            assert row["over_floor"] > 0
     text = gpu.markdown({"model": "tiny", "hardware": {}, "sections": sections})
     assert "FAILED" not in text
+    assert "failed" not in text
+    assert {line.count("|") for line in text.splitlines() if "adaptive, graph" in line} == {11}
     # [4-1024-8-8] at 64: 817 M parameters, 256 tokens
     assert gpu.training_flop(gpu.LARGE.config) == pytest.approx(1.28e12, rel=0.02)
+
+
+def test_a_group_that_fails_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_solvers = script("gpu_solvers")
+
+    def full(*_: object) -> int:
+        raise torch.OutOfMemoryError("no memory for the baseline")
+
+    monkeypatch.setattr(gpu_solvers, "affordable", full)
+    found = gpu_solvers.section(gpu_solvers.TINY[0], torch.device("cpu"), math.inf)
+    failed = [row["failed"] for row in found["rows"] if "failed" in row]
+    assert failed == ["OutOfMemoryError: no memory for the baseline"] * 2
+    assert len(found["rows"]) == 2 * (1 + 3 + 1)
+    assert "\n".join(gpu_solvers.markdown(found)).count("failed: OutOfMemoryError") == 2
+
+
+def test_planning_ends_when_time_is_up() -> None:
+    gpu_solvers = script("gpu_solvers")
+    model = perturbed(CONFIGS["unconditional"])
+    limits = gpu_solvers.Limits(1e9, 1e9)
+    (row,) = gpu_solvers.planned(gpu_solvers.TINY[0], model, 1, limits, -math.inf)
+    assert row["failed"].startswith("TimeoutError: no time left to plan block 1 of 3")

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from exactflow.nn.causal import NORM_EPS, LayerWeights, NetworkWeights, gelu, transformer_layer
 from exactflow.nn.graphed import GraphedPasses
 
+ALIGNMENT = 8  # positions: attention kernels want masks of such lengths
 MANY_SAMPLES = 8  # from here on, a CPU multiplies faster by matrices stored by columns
 # tokens (batch, dim), condition (batch or 1, channels), position, temperature -> raw (batch, out)
 Step = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
@@ -54,7 +55,8 @@ class DecodingCache:
         self._dtype = dtype or network.output.dtype
         inside = torch.get_autocast_dtype(device.type) if self._autocast else self._dtype
         heads = network.output.shape[1] // head_dim
-        shape = (len(network.layers), 2, batch, heads, tokens, head_dim)
+        length = tokens + -tokens % ALIGNMENT
+        shape = (len(network.layers), 2, batch, heads, length, head_dim)
         # Of all caches that share the memory one is in use at a time, so that one buffer serves
         # all blocks: fresh memory is dear.
         place = ("keys and values", shape, inside, device)

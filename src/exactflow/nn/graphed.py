@@ -1,6 +1,6 @@
 """Windows of tokens as CUDA graphs: what a small pass costs a GPU is launching its kernels."""
 
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ class GraphedPasses:
 
     Args:
         network: weights in the dtype of the caches.
-        caches: keys and values of each layer, (2, batch, heads, tokens, head_dim).
+        caches: keys and values of each layer, (2, batch, heads, tokens or more, head_dim), finite.
     """
 
     def __init__(self, network: NetworkWeights, caches: tuple[Tensor, ...]) -> None:
@@ -26,6 +26,8 @@ class GraphedPasses:
         self._passes: dict[tuple[int, int, int, bool], StaticPass] = {}
         self._condition: Tensor | None = None  # the one that the graphs have
         self._static: dict[int, Tensor] = {}
+        on_cuda = network.output.device.type == "cuda"
+        self._pool = torch.cuda.graph_pool_handle() if on_cuda else None
 
     def __call__(
         self,
@@ -35,10 +37,10 @@ class GraphedPasses:
         temperature: Float[Tensor, " batch"] | None,
     ) -> Float[Tensor, "batch window out"]:
         """The network at positions first .. stop - 2; the result is valid until the next call."""
-        tokens, window = self._caches[0].shape[3], x.shape[1] - 1 - first
+        tokens, window = condition.shape[1], x.shape[1] - 1 - first
         size = min(_power_of_two(window), tokens)
         begin = min(first, tokens - size)  # at the end, what is there already is computed again
-        keys = min(max(_power_of_two(begin + size), FEWEST_KEYS), tokens)
+        keys = min(max(_power_of_two(begin + size), FEWEST_KEYS), self._caches[0].shape[3])
         static = self._static.setdefault(len(condition), torch.empty_like(condition))
         if condition is not self._condition:
             static.copy_(condition)
@@ -46,7 +48,7 @@ class GraphedPasses:
         key = (size, keys, len(condition), temperature is not None)
         if key not in self._passes:
             build = (self._network, self._caches, static, size, keys, temperature is not None)
-            self._passes[key] = StaticPass(*build)
+            self._passes[key] = StaticPass(*build, self._pool)
         raw = self._passes[key](x[:, begin:-1], begin, temperature)
         return raw[:, first - begin : first - begin + window]
 
@@ -66,6 +68,7 @@ class StaticPass:
         window: int,
         keys: int,
         tempered: bool,
+        pool: Any = None,
     ) -> None:
         batch = caches[0].shape[1]
         like = network.output
@@ -77,6 +80,7 @@ class StaticPass:
         self._places = torch.arange(keys, device=like.device)
         self._temperature = like.new_ones(batch, 1, 1, 1) if tempered else None
         self._raw = like.new_zeros(batch, window, network.output.shape[0])
+        self._pool = pool  # graphs that never run at once share their memory
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(
@@ -108,7 +112,7 @@ class StaticPass:
             self._run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             self._run()
         self._graph = graph
 
