@@ -19,7 +19,7 @@ TOLERANCES = {
     torch.bfloat16: 1e-1,
 }
 WHILE_SOLVING = 0.03  # of the tolerance: solvers stop where float32 has its own error
-ROUNDING = 0.1  # a token that would move by less than this times the tolerance may stand
+ROUNDING = 0.3  # a token that would move by less than this times the tolerance may stand
 
 
 def tolerance_of(transform: AutoregressiveTransform, tolerance: float | None = None) -> float:
@@ -45,7 +45,7 @@ def solved(
 
     |u - F(u)| exp(-a), the distance of latents, is held to the tolerance; where exp(-a) is so
     large that rounding alone exceeds it, the distance of the tokens themselves, relative to
-    1 + |u|, to a tenth of it. What is not finite is not solved.
+    1 + |u|, to less than a third of it. What is not finite is not solved.
     """
     moved = (u - image).abs()
     close = moved * torch.exp(-log_scale) <= tolerance
