@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from exactflow.data import (
     store,
     training_batches,
 )
+from exactflow.data.augmentation import Augmentation
 from exactflow.data.datasets import split_members
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -552,7 +554,14 @@ def test_batches_are_the_same_for_any_number_of_workers() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     batches = [
-        list(islice(training_batches(toy(), 4, seed=1, flip=True, num_workers=n), 12))
+        list(
+            islice(
+                training_batches(
+                    toy(), 4, seed=1, augmentation=Augmentation(flip=True), num_workers=n
+                ),
+                12,
+            )
+        )
         for n in (0, 2)
     ]
     assert same(*batches)
@@ -562,11 +571,18 @@ def test_batches_are_the_same_for_any_number_of_workers() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_share_the_batches_of_one(world_size: int) -> None:
-    one = list(islice(training_batches(toy(), 8, seed=2, flip=True), 6))
+    one = list(islice(training_batches(toy(), 8, seed=2, augmentation=Augmentation(flip=True)), 6))
     ranks = [
         list(
             islice(
-                training_batches(toy(), 8, seed=2, flip=True, rank=rank, world_size=world_size),
+                training_batches(
+                    toy(),
+                    8,
+                    seed=2,
+                    augmentation=Augmentation(flip=True),
+                    rank=rank,
+                    world_size=world_size,
+                ),
                 6,
             )
         )
@@ -580,8 +596,12 @@ def test_ranks_share_the_batches_of_one(world_size: int) -> None:
 
 @given(start=st.integers(0, 40), batch_size=st.integers(1, 22), seed=st.integers(0, 5))
 def test_resume_is_one_integer(start: int, batch_size: int, seed: int) -> None:
-    everything = training_batches(toy(), batch_size, seed=seed, flip=True)
-    resumed = training_batches(toy(), batch_size, seed=seed, flip=True, start=start)
+    everything = training_batches(
+        toy(), batch_size, seed=seed, augmentation=Augmentation(flip=True)
+    )
+    resumed = training_batches(
+        toy(), batch_size, seed=seed, augmentation=Augmentation(flip=True), start=start
+    )
     assert same(list(islice(everything, start, start + 5)), list(islice(resumed, 5)))
 
 
@@ -610,15 +630,59 @@ def test_flips_depend_on_seed_epoch_and_image_only() -> None:
     dataset = toy(200)
     by_size = [
         flipped(
-            dataset, list(islice(training_batches(dataset, size, seed=3, flip=True), 200 // size))
+            dataset,
+            list(
+                islice(
+                    training_batches(dataset, size, seed=3, augmentation=Augmentation(flip=True)),
+                    200 // size,
+                )
+            ),
         )
         for size in (1, 8, 100)
     ]
     assert by_size[0] == by_size[1] == by_size[2]
     assert 60 < sum(by_size[0].values()) < 140  # 100 +- 5.6 standard deviations
-    next_epoch = training_batches(dataset, 200, seed=3, start=1, flip=True)
+    next_epoch = training_batches(
+        dataset, 200, seed=3, start=1, augmentation=Augmentation(flip=True)
+    )
     assert flipped(dataset, [next(next_epoch)]) != by_size[0]
     assert not any(flipped(dataset, [next(training_batches(dataset, 200, seed=3))]).values())
+
+
+@pytest.mark.parametrize("padding", ["edge", "reflect"])
+def test_shifts_are_whole_pixels_of_the_padded_image(padding: Any) -> None:
+    dataset = toy(200)
+    change = Augmentation(translate=1.5, padding=padding)
+    by_size = [
+        {
+            int(index): image
+            for batch in islice(
+                training_batches(dataset, size, seed=3, augmentation=change), 200 // size
+            )
+            for image, index in zip(batch.images.numpy(), batch.indices, strict=True)
+        }
+        for size in (8, 100)
+    ]
+    seen = []
+    for index, image in by_size[0].items():
+        np.testing.assert_array_equal(image, by_size[1][index])
+        padded = np.pad(dataset.images[index], [(0, 0), (1, 1), (1, 1)], mode=padding)
+        height, width = image.shape[1:]
+        seen += [
+            next(
+                (down, right)
+                for down in (0, 1, 2)
+                for right in (0, 1, 2)
+                if np.array_equal(padded[:, down : down + height, right : right + width], image)
+            )
+        ]
+    assert len(set(seen)) == 9  # -1, 0, 1 along both axes, each with probability 1/9
+    assert min(seen.count(shift) for shift in set(seen)) > 5
+
+
+def test_shifts_larger_than_the_image_are_refused() -> None:
+    with pytest.raises(ValueError, match="translate: expected less than the image's"):
+        training_batches(toy(), 8, seed=0, augmentation=Augmentation(translate=40.0))
 
 
 def test_evaluation_is_in_order_and_complete() -> None:

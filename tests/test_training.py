@@ -26,6 +26,7 @@ from torch import Tensor
 import exactflow
 import training_worker
 from exactflow.core.model import NonFiniteError
+from exactflow.data.augmentation import Augmentation
 from exactflow.training import Interrupted, Progress, TrainConfig, fit, trainer
 from exactflow.training import checkpoint as disk
 from exactflow.training.distributed import ProcessGroup
@@ -114,6 +115,8 @@ def names(folder: Path) -> list[str]:
         {"clip_norm": 0.0},
         {"ema_decay": 1.0},
         {"seed": -1},
+        {"decay_factor": 1.5},
+        {"fine_tuning_epochs": -1.0},
         {"num_workers": -1},
         {"log_every": 0},
         {"checkpoint_every": 0},
@@ -138,6 +141,54 @@ def test_learning_rate_rises_to_the_peak_and_falls_to_the_end(
     assert warmup == 0 or rates[0] == low
     assert all(a < b for a, b in pairwise(rates[: warmup + 1]))
     assert all(a > b for a, b in pairwise(rates[warmup:]))
+
+
+def test_exponential_decay_rises_from_zero_and_stops_falling_at_the_smallest_rate() -> None:
+    config = TrainConfig(
+        batch_size=10,
+        steps=400,
+        warmup_steps=4,
+        learning_rate=1e-2,
+        min_learning_rate=1e-3,
+        decay="exponential",
+        decay_factor=0.99,
+    )
+    schedule = config.schedule(100)
+    rates = [schedule.learning_rate(step) for step in range(1, 401)]
+    assert rates[:5] == pytest.approx([0, 0.25e-2, 0.5e-2, 0.75e-2, 1e-2])
+    assert rates[104] == pytest.approx(1e-2 * 0.99**100)
+    assert rates[-1] == 1e-3
+    constant = replace(config, decay_factor=1.0).schedule(100)
+    assert {constant.learning_rate(step) for step in range(5, 401)} == {1e-2}
+
+
+@pytest.mark.parametrize("decay", ["cosine", "exponential"])
+def test_fine_tuning_is_at_the_smallest_rate(decay: Any) -> None:
+    config = TrainConfig(batch_size=10, epochs=12, fine_tuning_epochs=2, decay=decay)
+    config = replace(config, learning_rate=1e-2, min_learning_rate=1e-4, warmup_epochs=1)
+    schedule = config.schedule(100)
+    assert (schedule.total, schedule.falling) == (120, 100)
+    rates = [schedule.learning_rate(step) for step in range(1, 121)]
+    assert rates[100:] == [1e-4] * 20
+    assert min(rates[10:99]) > 1e-4
+    with pytest.raises(ValueError, match="fine_tuning_epochs: expected less than epochs"):
+        replace(config, fine_tuning_epochs=12)
+    with pytest.raises(ValueError, match="0 where steps are given"):
+        replace(config, steps=50)
+
+
+def test_adamax_moves_every_weight_by_the_rate_at_first(tmp_path: Path) -> None:
+    before = make_toy()
+    config = replace(PLAIN, optimizer="adamax", steps=1, warmup_steps=0, weight_decay=0.0)
+    after = run(tmp_path, replace(config, clip_norm=None))
+    moved = [
+        (new - old).abs().flatten()
+        for new, old in zip(after.parameters(), before.parameters(), strict=True)
+    ]
+    sizes = torch.cat(moved)
+    sizes = sizes[sizes > 0]  # weights above the diagonal have no gradient
+    assert len(sizes) > 0
+    assert torch.allclose(sizes, torch.full_like(sizes, config.learning_rate), rtol=1e-2)
 
 
 def test_length_of_the_run_in_epochs_and_steps() -> None:
@@ -471,7 +522,7 @@ def test_another_model_or_data_set_does_not_resume(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.fingerprint: 'toy' in the checkpoint"):
         fit(make_toy(), make_data(name="other"), PLAIN, tmp_path, progress=False)
     with pytest.raises(ValueError, match=r"data.flip: False in the checkpoint, True asked"):
-        run(tmp_path, flip=True)
+        run(tmp_path, augmentation=Augmentation(flip=True))
 
 
 def test_what_changes_no_weight_may_change_on_resume(

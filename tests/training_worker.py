@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from exactflow.core.images import center
 from exactflow.core.model import GenerativeModel
 from exactflow.core.transform import AutoregressiveTransform, Decoding
+from exactflow.data.augmentation import Augmentation
 from exactflow.data.datasets import ImageDataset
 from exactflow.training import FitResult, Progress, TrainConfig, fit
 from exactflow.training import checkpoint as disk
@@ -175,7 +176,15 @@ def train(run_dir: Path, config: TrainConfig = EVERYTHING) -> FitResult:
     def weight(told: Progress) -> dict[str, float]:
         return {"weight": float(told.model.state_dict()["blocks.0.shift.weight"].double().mean())}
 
-    return fit(model, data, config, run_dir, every={5: weight}, flip=True, progress=False)
+    return fit(
+        model,
+        data,
+        config,
+        run_dir,
+        every={5: weight},
+        augmentation=Augmentation(flip=True),
+        progress=False,
+    )
 
 
 def _die() -> None:

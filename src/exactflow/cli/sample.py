@@ -61,14 +61,19 @@ def run(command: Sample) -> None:
         "evaluations": drawn.evaluations,
         "iterations": drawn.iterations,
         "seconds": drawn.seconds,
-        "certificate": drawn.certificate.tolist(),
+        "certificate": drawn.certificate.tolist() if drawn.iterations else None,
         "repairs": drawn.repairs,
         "failures": drawn.failures,
     }
     write_atomically(out / "samples.json", (json.dumps(cost, indent=2) + "\n").encode())
     console.print(
-        f"{len(drawn.seeds)} samples in {drawn.seconds:.2f} s, {drawn.evaluations} evaluations, "
-        f"largest round-trip residual {float(drawn.certificate.max()):.1e}"
+        f"{len(drawn.seeds)} samples in {drawn.seconds:.2f} s, "
+        + (
+            f"{drawn.evaluations} evaluations, "
+            f"largest round-trip residual {float(drawn.certificate.max()):.1e}"
+            if drawn.iterations
+            else "one pass"
+        )
         + (f", {sum(drawn.repairs)} repairs" if any(drawn.repairs) else "")
         + f": {out / 'samples.png'}"
     )

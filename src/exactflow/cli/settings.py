@@ -57,7 +57,7 @@ class Settings:
     def fitted(self, dataset: ImageDataset) -> "Settings":
         """With the model's image shape, levels and classes taken from the data unless given."""
         facts = {"image_shape": dataset.event_shape, "levels": dataset.levels}
-        if self.model.num_classes:
+        if asdict(self.model).get("num_classes"):  # unconditional families have no such field
             facts["num_classes"] = dataset.num_classes
         facts = {name: value for name, value in facts.items() if name not in self.given}
         return replace(self, model=override(self.model, facts))

@@ -60,7 +60,11 @@ def _as(hint: Any, value: Any, name: str) -> Any:
             raise ValueError(f"{name}: expected {choices}, got {value!r};{near}")
         return value
     if origin is tuple:
-        if not isinstance(value, list | tuple) or len(value) != len(arguments):
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name}: expected a list of values, got {value!r}")
+        if arguments[-1] is Ellipsis:
+            arguments = arguments[:1] * len(value)
+        if len(value) != len(arguments):
             raise ValueError(f"{name}: expected {len(arguments)} values, got {value!r}")
         return tuple(_as(a, v, name) for a, v in zip(arguments, value, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -3,11 +3,12 @@
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -229,6 +230,111 @@ class Flow(GenerativeModel):
         """Grey levels of images in [-1, 1]; only here is anything clipped to the range."""
         quantize = grey.quantize_centered if self.noise_std > 0 else grey.quantize_dequantized
         return quantize(x, self.levels)
+
+
+class DequantizingFlow(Flow):
+    """An exact flow with a law of its own for the noise inside a grey level."""
+
+    @property
+    @abstractmethod
+    def dequantization(self) -> Literal["uniform", "variational"]:
+        """The law: uniform, or learned, q(u | image) (Ho et al., Flow++, arXiv 1902.00275)."""
+
+    @abstractmethod
+    def dequantize(
+        self,
+        images: Integer[Tensor, "batch channels height width"],
+        noise: Float[Tensor, "batch channels height width"],
+    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+        """Images in [-1, 1] with noise u inside their grey levels, and ln q(u | image) in nats.
+
+        ln p(x) - ln q is in the mean a lower bound of the log-probability of the integer image,
+        up to the constant of `nats_per_level_interval`.
+
+        Args:
+            images: grey levels.
+            noise: u itself, uniform in [0, 1), with uniform dequantisation; standard normal with
+                variational dequantisation.
+        """
+
+
+class AugmentedFlow(Flow):
+    """A flow of the image and of noise besides: it gives a bound of ln p, not the density."""
+
+    @property
+    @abstractmethod
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the standard normal noise of one draw of `bound`."""
+
+    @abstractmethod
+    def bound(
+        self,
+        images: Integer[Tensor, "batch channels height width"],
+        label: Int[Tensor, " batch"] | None = None,
+        *,
+        noise: Float[Tensor, "batch *noise"],
+    ) -> Float[Tensor, " batch"]:
+        """One draw of ln w in nats, with E[w] = P(image): its mean is the ELBO.
+
+        The logarithm of the mean of w over k draws is the IWBO_k (Burda et al., arXiv 1509.00519).
+        """
+
+
+class DataInitialized(ABC):
+    """A model whose first parameters are read off images before its training."""
+
+    @property
+    @abstractmethod
+    def initial_images(self) -> int:
+        """How many images to initialise on."""
+
+    @abstractmethod
+    def initialize(
+        self,
+        images: Integer[Tensor, "batch channels height width"],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Set those parameters from grey levels; nothing if that was done.
+
+        Args:
+            images: grey levels 0 .. levels-1.
+            generator: source of dequantisation noise, on the images' device.
+        """
+
+
+class FittedFlow(Flow):
+    """A flow whose parameters follow from the data in closed form: no gradient, few passes."""
+
+    @abstractmethod
+    def fit(
+        self,
+        batches: Iterable[Integer[Tensor, "batch channels height width"]],
+        *,
+        seed: int = 0,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        """Set all parameters from images. The result does not depend on how they are batched.
+
+        Args:
+            batches: grey levels 0 .. levels-1; iterated once or several times, each time alike.
+            seed: names the dequantisation noise, where the fit needs any.
+            report: told what is being done, for people.
+
+        Raises:
+            ValueError: no images, or images that are not the model's.
+        """
+
+
+@contextmanager
+def evaluating(model: GenerativeModel) -> Iterator[None]:
+    """The model is in evaluation mode inside: no sample's result depends on its batch mates."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def log_density(

@@ -1,10 +1,12 @@
 """Image sets with an identity, and batches that depend on nothing but seed and step."""
 
+from exactflow.data.augmentation import Augmentation
 from exactflow.data.config import DataConfig, DataError, Split
 from exactflow.data.datasets import ImageDataset, load
 from exactflow.data.loader import Batch, evaluation_batches, training_batches
 
 __all__ = [
+    "Augmentation",
     "Batch",
     "DataConfig",
     "DataError",

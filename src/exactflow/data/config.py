@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, final, get_args
 
+from exactflow.data.augmentation import Augmentation
+
 Split = Literal["train", "validation", "test"]
+PADDINGS = ("edge", "reflect")
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 # Folder, file and hub names under which a stored split is recognised (compared in lower case).
@@ -40,7 +44,9 @@ class DataConfig:
         image_size: pixels; resize the short side to it (see `decode.py` for the filters), then cut
             the central square. None keeps every image as it is stored.
         channels: None as stored, 1 grey (ITU-R 601), 3 RGB.
-        flip: random horizontal flips, in training only; applied by the loader.
+        flip: random horizontal flips; like the next two in training only, applied by the loader.
+        translate: random shifts of up to so many pixels, see `Augmentation`.
+        padding: what a shift moves in, see `Augmentation`.
         bits: bits kept per channel; the pixel is `v >> (8 - bits)`, with `2**bits` levels.
         validation: path of a separate validation set. It may not lie inside the training folder,
             where it would be trained on.
@@ -63,6 +69,8 @@ class DataConfig:
     image_size: int | None = None
     channels: int | None = None
     flip: bool = False
+    translate: float = 0.0
+    padding: Literal["edge", "reflect"] = "edge"
     bits: int = 8
     validation: str | None = None
     validation_fraction: float = 0.1
@@ -78,12 +86,19 @@ class DataConfig:
             self.image_size is None or self.image_size > 0, "image_size", "> 0", self.image_size
         )
         _require(self.channels in (None, 1, 3), "channels", "None, 1 or 3", self.channels)
+        _require(0 <= self.translate < math.inf, "translate", ">= 0", self.translate)
+        _require(self.padding in PADDINGS, "padding", " or ".join(PADDINGS), self.padding)
         _require(1 <= self.bits <= 8, "bits", "1 to 8", self.bits)
         _require(self.split_seed >= 0, "split_seed", ">= 0", self.split_seed)
         _require(self.limit is None or self.limit > 0, "limit", "> 0", self.limit)
         _require(self.on_error in ("raise", "skip"), "on_error", '"raise" or "skip"', self.on_error)
         for name in ("validation_fraction", "test_fraction"):
             _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """What the loader does to training images."""
+        return Augmentation(self.flip, self.translate, self.padding)
 
 
 def _require(holds: bool, name: str, expected: str, found: object) -> None:

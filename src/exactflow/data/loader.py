@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation, AugmentedEpoch
 from exactflow.data.datasets import ImageDataset
-from exactflow.data.order import coin_flips, permutation
+from exactflow.data.order import permutation
 
 
 @final
@@ -43,7 +44,7 @@ def training_batches(
     *,
     seed: int,
     start: int = 0,
-    flip: bool = False,
+    augmentation: Augmentation = NO_AUGMENTATION,
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -56,9 +57,9 @@ def training_batches(
     Args:
         dataset: where the images are.
         batch_size: images per step, over all ranks.
-        seed: of the order and the flips, >= 0.
+        seed: of the order and the augmentation, >= 0.
         start: global index of the first batch, >= 0: the number of steps taken so far.
-        flip: mirror images left to right with probability 1/2, a function of (seed, epoch, index).
+        augmentation: random changes, a function of (seed, epoch, index).
         num_workers: processes that gather batches ahead; 0 gathers in this one.
         rank: which part of each batch is this process's.
         world_size: number of parts; must divide `batch_size`.
@@ -82,14 +83,17 @@ def training_batches(
         raise ValueError(f"seed and start: expected >= 0, found {seed} and {start}")
     share = batch_size // world_size
     part = slice(rank * share, (rank + 1) * share)
-    requests = _training_requests(len(dataset), batch_size, seed, start, flip, part)
+    reach, side = augmentation.translate, min(dataset.event_shape[1:])
+    if reach >= side - 0.5:
+        raise ValueError(f"translate: expected less than the image's {side} pixels, found {reach}")
+    requests = _training_requests(len(dataset), batch_size, seed, start, augmentation, part)
     return _gather_all(dataset, requests, num_workers)
 
 
 def evaluation_batches(
     dataset: ImageDataset, batch_size: int, *, num_workers: int = 0
 ) -> Iterator[Batch]:
-    """Every image once, in order and never flipped; the last batch may be smaller.
+    """Every image once, in order and as it is; the last batch may be smaller.
 
     Raises:
         ValueError: at once, if `batch_size` is not positive.
@@ -106,30 +110,30 @@ def evaluation_batches(
 @final
 @dataclass(frozen=True, eq=False)
 class _Request:
-    """Indices of one batch, int64 (B,), and which of its images to mirror, bool (B,) or None."""
+    """Indices of one batch, int64 (B,), and how its images are changed."""
 
     indices: np.ndarray
-    flips: np.ndarray | None
+    augmentation: AugmentedEpoch | None
 
 
 def _training_requests(
-    size: int, batch_size: int, seed: int, start: int, flip: bool, part: slice
+    size: int, batch_size: int, seed: int, start: int, augmentation: Augmentation, part: slice
 ) -> Iterator[_Request]:
     steps_per_epoch = size // batch_size
     first_epoch, first_step = divmod(start, steps_per_epoch)
     for epoch in count(first_epoch):
         order = permutation(size, "epoch", seed, epoch)
-        flips = coin_flips(size, seed, epoch) if flip else None
+        changes = augmentation.of_epoch(size, seed, epoch)
         for step in range(first_step, steps_per_epoch):
             indices = order[step * batch_size : (step + 1) * batch_size][part]
-            yield _Request(indices, None if flips is None else flips[indices])
+            yield _Request(indices, changes.at(indices))
         first_step = 0
 
 
 def _gather(dataset: ImageDataset, request: _Request) -> Batch:
     images = np.asarray(dataset.images[request.indices])  # a copy, since the index is an array
-    if request.flips is not None:
-        images[request.flips] = images[request.flips, ..., ::-1]
+    if request.augmentation is not None:
+        images = request.augmentation.apply(images)
     labels = None if dataset.labels is None else torch.from_numpy(dataset.labels[request.indices])
     return Batch(torch.from_numpy(images), labels, torch.from_numpy(request.indices.copy()))
 

@@ -41,7 +41,9 @@ class Evaluation:
             "nats_per_dim": likelihood.nats_per_dim,
             "k": likelihood.k,
             "levels": likelihood.levels,
-            "dequantization": "gaussian noise: density of noisy images" if noisy else "uniform",
+            "dequantization": (
+                "gaussian noise: density of noisy images" if noisy else likelihood.dequantization
+            ),
             "images": len(likelihood.nats),
             "images_per_second": len(likelihood.nats) / self.seconds,
             "seconds": self.seconds,

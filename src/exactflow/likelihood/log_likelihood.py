@@ -10,10 +10,18 @@ from rich.progress import track
 from torch import Tensor
 
 from exactflow.core import images as grey
-from exactflow.core.model import Flow, NonFiniteError, log_density
+from exactflow.core.model import (
+    AugmentedFlow,
+    DequantizingFlow,
+    Flow,
+    NonFiniteError,
+    evaluating,
+    log_density,
+)
 from exactflow.core.random import generator, normal_rows, uniform_rows
 
-Kind = Literal["dequantized", "noisy-density"]
+Kind = Literal["dequantized", "bound", "noisy-density"]
+Dequantization = Literal["uniform", "variational", "gaussian"]
 
 
 @final
@@ -24,13 +32,17 @@ class LogLikelihood:
     Attributes:
         nats: (n,), float64. For "dequantized", ln of a lower bound of the probability of the
             integer image: ln of the mean density over its grey-level cube, estimated by k draws
-            (Theis et al., arXiv 1511.01844, eq. 3). For "noisy-density", ln p(x + sigma eps), a
-            density with respect to [-1, 1] and not a code length.
-        kind: "dequantized", or "noisy-density" for a model trained with Gaussian noise.
+            (Theis et al., arXiv 1511.01844, eq. 3). For "bound", the same with the mean over what
+            an augmented flow draws besides: the ELBO for k = 1, else the IWBO_k (Burda et al.,
+            arXiv 1509.00519, eq. 8). For "noisy-density", ln p(x + sigma eps), a density with
+            respect to [-1, 1] and not a code length.
+        kind: "dequantized", an exact density over the noise inside a grey level; "bound", of an
+            augmented flow; or "noisy-density", of a model trained with Gaussian noise.
         dims: C * H * W.
         levels: number of grey levels.
         k: noise draws per image; 1 is the published protocol, more tighten the bound.
         data: fingerprint of the images, where they come from a data set.
+        dequantization: law of the noise inside a grey level; "gaussian" is noise across levels.
     """
 
     nats: Float[Tensor, " n"]
@@ -39,6 +51,7 @@ class LogLikelihood:
     levels: int
     k: int
     data: str | None = None
+    dequantization: Dequantization = "uniform"
 
     @property
     def nats_per_dim(self) -> float:
@@ -82,7 +95,7 @@ def log_likelihood(
     """Score integer images; image i's noise is a function of (seed, i), whatever the batch size.
 
     Args:
-        model: an exact flow.
+        model: a flow; scored in evaluation mode.
         images: grey levels 0 .. levels-1, on any device.
         label: class of each image; None scores without labels.
         k: noise draws per image.
@@ -101,14 +114,15 @@ def log_likelihood(
     model.check_label(None if label is None else label.cpu(), len(images))
     starts = range(0, len(images), batch_size)
     nats = []
-    for first in track(starts, "scoring", transient=True) if progress else starts:
-        rows = slice(first, first + batch_size)
-        chunk = None if label is None else label[rows].to(model.device)
-        draws = [
-            _log_density_of_draw(model, images[rows], chunk, (seed, first, draw))
-            for draw in range(k)
-        ]
-        nats.append(torch.stack(draws).logsumexp(0) - math.log(k))
+    with evaluating(model):
+        for first in track(starts, "scoring", transient=True) if progress else starts:
+            rows = slice(first, first + batch_size)
+            chunk = None if label is None else label[rows].to(model.device)
+            draws = [
+                _log_weight_of_draw(model, images[rows], chunk, (seed, first, draw))
+                for draw in range(k)
+            ]
+            nats.append(torch.stack(draws).logsumexp(0) - math.log(k))
     result = torch.cat(nats)
     if not bool(result.isfinite().all()):
         index = int((~result.isfinite()).nonzero()[0, 0])
@@ -117,24 +131,40 @@ def log_likelihood(
             f"({int((~result.isfinite()).sum())} of {len(result)} are not finite): "
             "the model's scales overflow on it"
         )
+    kind, dequantization = _kind(model)
+    return LogLikelihood(result, kind, model.dims, model.levels, k, data, dequantization)
+
+
+def _kind(model: Flow) -> tuple[Kind, Dequantization]:
+    """What the numbers of this model are."""
+    if isinstance(model, AugmentedFlow):
+        return "bound", "variational"
     if model.noise_std > 0:
-        return LogLikelihood(result, "noisy-density", model.dims, model.levels, k, data)
-    result = result - model.dims * grey.nats_per_level_interval(model.levels)
-    return LogLikelihood(result, "dequantized", model.dims, model.levels, k, data)
+        return "noisy-density", "gaussian"
+    uniform = not isinstance(model, DequantizingFlow) or model.dequantization == "uniform"
+    return "dequantized", "uniform" if uniform else "variational"
 
 
-def _log_density_of_draw(
+def _log_weight_of_draw(
     model: Flow, images: Tensor, label: Tensor | None, name: tuple[int, int, int]
 ) -> Float[Tensor, " batch"]:
-    """ln p(x) in nats, float64 on the CPU, of images with the noise of one draw."""
+    """ln w in nats, float64 on the CPU, for the noise of one draw: E[w] is at most P(image)."""
     seed, first, draw = name
     sources = [generator(seed, "score", first + row, draw) for row in range(len(images))]
     dtype = torch.promote_types(model.dtype, torch.float32)
     images = images.to(model.device)
-    if model.noise_std > 0:
-        noise = normal_rows(model.event_shape, sources).to(dtype).to(model.device)
+    kind, dequantization = _kind(model)
+    shape = model.noise_shape if isinstance(model, AugmentedFlow) else model.event_shape
+    rows = uniform_rows if dequantization == "uniform" else normal_rows
+    noise = rows(shape, sources).to(dtype).to(model.device)
+    if isinstance(model, AugmentedFlow):
+        return model.bound(images, label, noise=noise).double().cpu()
+    if kind == "noisy-density":
         x = grey.center(images, model.levels, dtype) + model.noise_std * noise
-    else:
-        noise = uniform_rows(model.event_shape, sources).to(dtype).to(model.device)
-        x = grey.dequantize(images, noise, model.levels)
-    return log_density(model, x, label).double().cpu()
+        return log_density(model, x, label).double().cpu()
+    interval = model.dims * grey.nats_per_level_interval(model.levels)
+    if isinstance(model, DequantizingFlow):
+        x, log_q = model.dequantize(images, noise)
+        return (log_density(model, x, label) - log_q).double().cpu() - interval
+    x = grey.dequantize(images, noise, model.levels)
+    return log_density(model, x, label).double().cpu() - interval

@@ -1,5 +1,6 @@
 """Inverting a flow block by block, with what it cost and how exact it came out."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -195,6 +196,13 @@ class Inversion:
             )
         )
         return u
+
+    @property
+    def residual(self) -> Float[Tensor, " batch"]:
+        """Largest residual of each sample over the blocks so far; NaN where there was none."""
+        if not self.records:
+            return torch.full((len(self.seeds),), math.nan)
+        return torch.stack([record.residual for record in self.records]).amax(0)
 
     def watch(self, result: Float[Tensor, "batch *shape"], place: str) -> None:
         """Record or raise the first non-finite entry of every sample that has one.

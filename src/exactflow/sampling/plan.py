@@ -36,10 +36,14 @@ class Candidate:
         named = self.solver if self.lookahead is None else f"{self.solver} {self.lookahead}"
         return ", ".join([named, self.step, *([self.dtype] if self.dtype else [])])
 
+    def decoding(self, memory: dict[Any, Any]) -> Decoding:
+        """How its caches evaluate the network."""
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        return Decoding(dtype, self.step, memory)
+
     def build(self, tolerance: float, memory: dict[Any, Any]) -> Solver:
         """The solver, on memory that solvers of other blocks may share."""
-        dtype = None if self.dtype is None else getattr(torch, self.dtype)
-        decoding = Decoding(dtype, self.step, memory)
+        decoding = self.decoding(memory)
         if self.lookahead is None:
             return Sequential(decoding)
         return Adaptive(self.lookahead, tolerance=tolerance, decoding=decoding)

@@ -87,7 +87,7 @@ def make_plan(
         machine(model.device),
         str(model.dtype).removeprefix("torch."),
         batch_size,
-        math.inf if not found else tolerance_of(_first(model), tolerance),
+        math.inf if not found else tolerance_of(_parts(model)[0], tolerance),
         tuple(found),
     )
 
@@ -117,7 +117,7 @@ class _Probe:
         """Measure, choose, and confirm the choice against the reference."""
         reference = Candidate()
         self.run(reference)
-        for candidate in self.sequential_ones():
+        for candidate in filter(self.possible, self.sequential_ones()):
             self.run(candidate)
         self.climb(min(self.measured, key=self.seconds).step)
         best = min(self.measured, key=self.seconds)
@@ -135,6 +135,14 @@ class _Probe:
 
     def seconds(self, candidate: Candidate) -> float:
         return self.measured[candidate].seconds
+
+    def possible(self, candidate: Candidate) -> bool:
+        """Whether this network can be decoded that way."""
+        try:
+            self.transform.new_cache(self.v, candidate.decoding(self.memory))
+        except ValueError:
+            return False
+        return True
 
     def sequential_ones(self) -> Iterator[Candidate]:
         """Other steps, and in reduced precision where the tolerance may allow for it."""
@@ -240,7 +248,7 @@ def planned_solvers(model: Flow, rows: int, tolerance: float | None) -> Sequence
         )
         here = [make_plan(model, rows, tolerance=tolerance)]
         keep_plans(model.home, here)
-    limit = tolerance_of(_first(model), tolerance) if here else 0.0
+    limit = tolerance_of(_parts(model)[0], tolerance) if here else 0.0
     fitting = [p for p in here if p.batch_size >= rows and p.tolerance <= limit]
     return min(fitting, key=lambda p: p.batch_size).solvers() if fitting else sequential
 
@@ -257,15 +265,17 @@ def machine(device: torch.device) -> str:
 
 def number_of_blocks(model: Flow) -> int:
     """How many autoregressive parts a solver is asked to invert."""
-    return sum(isinstance(module, AutoregressiveTransform) for module in model.modules())
+    return len(_parts(model))
 
 
 def _identity(model: Flow) -> tuple[str, str]:
     return machine(model.device), str(model.dtype).removeprefix("torch.")
 
 
-def _first(model: Flow) -> AutoregressiveTransform:
-    return next(m for m in model.modules() if isinstance(m, AutoregressiveTransform))
+def _parts(model: Flow) -> list[AutoregressiveTransform]:
+    """The autoregressive parts of the flow itself; a dequantiser's are never inverted."""
+    parts = (part for stage in model.stages for part in stage.modules())
+    return [part for part in parts if isinstance(part, AutoregressiveTransform)]
 
 
 def _synchronize(device: torch.device) -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int, UInt8
 from rich.progress import track
 from torch import Tensor
 
-from exactflow.core.model import Flow
+from exactflow.core.model import Flow, evaluating
 from exactflow.core.random import generator, normal_rows
 from exactflow.core.transform import Solver
 from exactflow.sampling.autoregressive import named_solvers
@@ -31,10 +31,12 @@ class Samples:
         seeds: seed of each sample; shorter than asked for only where samples were left out.
         label: class of each sample, None where none was given.
         evaluations: network passes, summed over blocks and batches (certificates excluded).
-        iterations: passes of each block in generation order, largest over batches.
+        iterations: passes of each autoregressive block in generation order, largest over batches;
+            none for a flow without such blocks, whose inverse is one pass.
         seconds: wall-clock of everything.
         certificate: max |f(u) - v| of each sample over all blocks and tokens: how far the latents
-            that these images really encode to, block by block, lie from those drawn.
+            that these images really encode to, block by block, lie from those drawn; NaN where no
+            block is autoregressive.
         repairs: samples of each block in generation order that were inverted again, token by
             token, since the solver left them too far off.
         failures: seed -> place, of samples left out because they were not finite.
@@ -118,25 +120,27 @@ def sample(
 
     batches = []
     starts = range(0, n, batch_size)
-    for first in track(starts, "sampling", transient=True) if progress else starts:
-        seeds = range(seed + first, seed + min(first + batch_size, n))
-        inversion = Inversion(
-            solvers,
-            seeds,
-            guidance=rule,
-            null_label=model.null_label if model.num_classes else None,
-            on_nonfinite=on_nonfinite,
-            tolerance=tolerance or None,  # 0 is more than any certificate can say
-            observe=profile and first == 0,
-        )
-        chunk = None if labels is None else labels[first : first + len(seeds)]
-        images = _draw(model, inversion, chunk, temperature)
-        if not trace:
-            images = images[-1:]
-        if denoise:
-            images.append(score_denoise(model, images[-1], chunk))
-            inversion.watch(images[-1], "score denoising")
-        batches.append((inversion, torch.stack(images)))
+    with evaluating(model):
+        for first in track(starts, "sampling", transient=True) if progress else starts:
+            seeds = range(seed + first, seed + min(first + batch_size, n))
+            inversion = Inversion(
+                solvers,
+                seeds,
+                guidance=rule,
+                null_label=model.null_label if model.num_classes else None,
+                on_nonfinite=on_nonfinite,
+                tolerance=tolerance or None,  # 0 is more than any certificate can say
+                observe=profile and first == 0,
+            )
+            chunk = None if labels is None else labels[first : first + len(seeds)]
+            images = _draw(model, inversion, chunk, temperature)
+            inversion.watch(images[-1], "the image")
+            if not trace:
+                images = images[-1:]
+            if denoise:
+                images.append(score_denoise(model, images[-1], chunk))
+                inversion.watch(images[-1], "score denoising")
+            batches.append((inversion, torch.stack(images)))
     return _gather(model, batches, labels, trace, profile, began)
 
 
@@ -153,7 +157,7 @@ def _draw(
     """Latent to image, one batch."""
     noise = normal_rows(model.prior.shape, [generator(s, "sample") for s in inversion.seeds])
     noise = noise.to(torch.promote_types(model.dtype, torch.float32)).to(model.device)
-    z = model.prior.from_noise(noise) * temperature
+    z = model.prior.from_noise(noise * temperature)  # about the prior's mean
     return list(model.trajectory(z, label, solver=inversion))
 
 
@@ -172,7 +176,7 @@ def _gather(
     kept = [row for row, seed in enumerate(seeds) if seed not in failures]
     steps = torch.cat([images for _, images in batches], dim=1)[:, kept]
     records = [inversion.records for inversion in inversions]
-    residual = torch.cat([torch.stack([r.residual for r in rs]).amax(0) for rs in records])
+    residual = torch.cat([inversion.residual for inversion in inversions])
     return Samples(
         x=steps[-1],
         images=model.to_grey_levels(steps[-1]),

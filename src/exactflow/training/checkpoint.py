@@ -30,6 +30,7 @@ from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
 from exactflow.core.serialization import write_atomically
+from exactflow.data.augmentation import Augmentation
 from exactflow.data.datasets import ImageDataset
 from exactflow.training.optim import TrainConfig
 
@@ -246,7 +247,7 @@ class MetricsLog:
 
 
 def identity(
-    model: GenerativeModel, dataset: ImageDataset, config: TrainConfig, flip: bool
+    model: GenerativeModel, dataset: ImageDataset, config: TrainConfig, augmentation: Augmentation
 ) -> dict[str, Any]:
     """What decides the weights after a given step, flat and as JSON gives it back."""
     training = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_FIELDS}
@@ -254,7 +255,7 @@ def identity(
         "model.kind": model.kind,
         **{f"model.{name}": value for name, value in dataclasses.asdict(model.config).items()},
         "data.fingerprint": dataset.fingerprint,
-        "data.flip": flip,
+        **{f"data.{name}": value for name, value in dataclasses.asdict(augmentation).items()},
         **{f"training.{name}": value for name, value in training.items()},
     }
     return json.loads(json.dumps(fields))

@@ -1,4 +1,4 @@
-"""How weights move: the configuration, the learning rate, AdamW, and their moving average."""
+"""How weights move: the configuration, the learning rate, the optimizer, the moving average."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+OPTIMIZERS = ("adamw", "adamax")
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 
@@ -21,14 +22,18 @@ class TrainConfig:
 
     batch_size: int = 128  # images per optimizer step, over all processes and micro-batches
     accumulate: int = 1  # micro-batches per optimizer step, to save memory; divides batch_size
-    epochs: float = 100.0  # passes over the data, at the end of which the cosine ends
+    epochs: float = 100.0  # passes over the data
     steps: int | None = None  # optimizer steps; given, it replaces epochs
+    optimizer: Literal["adamw", "adamax"] = "adamw"  # adamw without weight_decay is Adam
     learning_rate: float = 1e-4  # peak, reached at the end of the warm-up
-    min_learning_rate: float = 1e-6  # start of the warm-up and end of the cosine
+    min_learning_rate: float = 1e-6  # what the rate falls to
+    decay: Literal["cosine", "exponential"] = "cosine"  # how it falls
+    decay_factor: float = 1.0  # of the exponential, at every optimizer step; 1: constant
+    fine_tuning_epochs: float = 0.0  # the last so many of the epochs are at min_learning_rate
     warmup_epochs: float = 1.0  # passes of linear warm-up; at most half of the run is used
     warmup_steps: int | None = None  # optimizer steps of warm-up; given, it replaces warmup_epochs
-    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's decay of the first and second moment
-    weight_decay: float = 1e-4  # decoupled, on every parameter
+    betas: tuple[float, float] = (0.9, 0.95)  # decay of the first and second moment
+    weight_decay: float = 1e-4  # on every parameter; decoupled in AdamW
     clip_norm: float | None = 1.0  # largest norm of the gradient of all parameters; None: no limit
     ema_decay: float = 0.0  # of the moving average of weights, after its warm-up; 0: no average
     precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: by autocast, weights float32
@@ -54,6 +59,14 @@ class TrainConfig:
             "min_learning_rate": (
                 0 <= self.min_learning_rate <= self.learning_rate,
                 f"0 .. learning_rate={self.learning_rate}",
+            ),
+            "optimizer": (self.optimizer in OPTIMIZERS, " or ".join(map(repr, OPTIMIZERS))),
+            "decay": (self.decay in ("cosine", "exponential"), "'cosine' or 'exponential'"),
+            "decay_factor": (0 < self.decay_factor <= 1, "in (0, 1]"),
+            "fine_tuning_epochs": (
+                0 <= self.fine_tuning_epochs < self.epochs
+                and not (self.fine_tuning_epochs and self.steps),
+                f"less than epochs={self.epochs}, and 0 where steps are given",
             ),
             "warmup_epochs": (0 <= self.warmup_epochs < math.inf, "0 or more"),
             "warmup_steps": (self.warmup_steps is None or self.warmup_steps >= 0, "None or >= 0"),
@@ -85,46 +98,65 @@ class TrainConfig:
         """
         epoch = max(num_images // self.batch_size, 1)  # as the loader counts: no smaller batch
         total = max(1, round(self.epochs * epoch)) if self.steps is None else self.steps
+        falling = max(1, total - round(self.fine_tuning_epochs * epoch))
         warmup = self.warmup_steps
         if warmup is None:
-            warmup = min(round(self.warmup_epochs * epoch), total // 2)
-        if warmup >= total:
+            warmup = min(round(self.warmup_epochs * epoch), falling // 2)
+        if warmup >= falling:
             raise ValueError(
-                f"TrainConfig.warmup_steps: expected less than the run's {total} steps, "
+                f"TrainConfig.warmup_steps: expected less than the run's {falling} steps, "
                 f"got {warmup}"
             )
-        return Schedule(total, warmup, self.learning_rate, self.min_learning_rate)
+        factor = self.decay_factor if self.decay == "exponential" else None
+        rates = (self.learning_rate, self.min_learning_rate)
+        return Schedule(total, warmup, *rates, factor, falling)
 
 
 @final
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up from `low` to `peak`, then a cosine back to `low` at the last step.
+    """The learning rate of every step.
+
+    A linear warm-up from `low` to `peak`, then half a cosine back to `low`; or one from 0, then
+    an exponential that ends where it reaches `low`.
 
     Attributes:
         total: optimizer steps of the run.
         warmup: how many of them come before the peak.
+        peak: largest rate.
+        low: smallest rate after the warm-up.
+        factor: of the exponential, per step; None: a cosine.
+        falling: step at which the cosine ends, and after which the rate is `low` whatever it was.
     """
 
     total: int
     warmup: int
     peak: float
     low: float
+    factor: float | None = None
+    falling: int | None = None
 
     def learning_rate(self, step: int) -> float:
         """The rate of optimizer step 1 .. total."""
-        done = step - 1
+        done, end = step - 1, self.total if self.falling is None else self.falling
+        if done >= end:
+            return self.low
         if done < self.warmup:
-            height = done / self.warmup
-        else:
-            fraction = (done - self.warmup) / max(self.total - 1 - self.warmup, 1)
-            height = 0.5 * (1 + math.cos(math.pi * fraction))
-        return self.low + (self.peak - self.low) * height
+            start = self.low if self.factor is None else 0.0
+            return start + (self.peak - start) * (done / self.warmup)
+        if self.factor is not None:
+            return max(self.peak * self.factor ** (done - self.warmup), self.low)
+        fraction = (done - self.warmup) / max(end - 1 - self.warmup, 1)
+        return self.low + (self.peak - self.low) * (0.5 * (1 + math.cos(math.pi * fraction)))
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW on all trainable parameters, fused into one kernel where the device has one."""
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of all trainable parameters, in few kernels where the device allows it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "adamax":
+        return torch.optim.Adamax(
+            parameters, config.learning_rate, config.betas, weight_decay=config.weight_decay
+        )
     return torch.optim.AdamW(
         parameters,
         lr=config.learning_rate,
@@ -163,6 +195,11 @@ class MovingAverage:
         self._decay = decay
         self._live = dict(model.named_parameters())
         self._average = {name: p.detach().clone() for name, p in self._live.items()}
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """The average is the weights as they are now."""
+        torch._foreach_copy_(list(self._average.values()), list(self._live.values()))
 
     @torch.no_grad()
     def update(self, t: int) -> None:

@@ -14,8 +14,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from exactflow.core.model import GenerativeModel, NonFiniteError
+from exactflow.core.model import DataInitialized, GenerativeModel, NonFiniteError
 from exactflow.core.random import derive_seed, generator
+from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.loader import Batch, training_batches
 from exactflow.training import checkpoint as disk
@@ -77,7 +78,7 @@ def fit(
     config: TrainConfig,
     run_dir: str | Path,
     *,
-    flip: bool = False,
+    augmentation: Augmentation = NO_AUGMENTATION,
     every: Mapping[int, Callback] | None = None,
     tensorboard: bool = False,
     progress: bool = True,
@@ -92,7 +93,7 @@ def fit(
         config: how to train.
         run_dir: folder of checkpoints and log. One that holds a checkpoint of the same run is
             resumed, and a finished run returns at once.
-        flip: mirror images at random.
+        augmentation: random changes of training images.
         every: callbacks by the number of steps between calls; each is also called at the end.
             The numbers that they return are logged.
         tensorboard: log to `run_dir/tensorboard` too.
@@ -107,7 +108,7 @@ def fit(
     """
     group = ProcessGroup.from_environment()
     check_compatible(model, dataset)
-    run = _Run(model, dataset, config, Path(run_dir), flip, every or {}, group)
+    run = _Run(model, dataset, config, Path(run_dir), augmentation, every or {}, group)
     cuda = [model.device] if model.device.type == "cuda" else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
@@ -148,18 +149,18 @@ class _Run:
         dataset: ImageDataset,
         config: TrainConfig,
         run_dir: Path,
-        flip: bool,
+        augmentation: Augmentation,
         every: Mapping[int, Callback],
         group: ProcessGroup,
     ) -> None:
         if any(interval < 1 for interval in every):
             raise ValueError(f"expected callbacks every 1 step or more, got {sorted(every)}")
         self.model, self.dataset, self.config, self.group = model, dataset, config, group
-        self.dir, self.flip, self.every = run_dir, flip, every
+        self.dir, self.augmentation, self.every = run_dir, augmentation, every
         self.schedule = config.schedule(len(dataset))
         self.optimizer = make_optimizer(model, config)
         self.average = MovingAverage(model, config.ema_decay) if config.ema_decay else None
-        self.identity = disk.identity(model, dataset, config, flip)
+        self.identity = disk.identity(model, dataset, config, augmentation)
         self.checkpoints = disk.Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
         self.checkpoint = self.checkpoints.newest()
         self.state = disk.RunState()
@@ -194,6 +195,7 @@ class _Run:
 
     def _prepare(self) -> Iterator[Batch]:
         """The batches that are left, for a model ready to take them."""
+        self._initialize()
         self.model.train()
         if self.config.compile:
             for stage in self.model.stages:
@@ -203,11 +205,25 @@ class _Run:
             self.config.batch_size,
             seed=self.config.seed,
             start=self.state.step,
-            flip=self.flip,
+            augmentation=self.augmentation,
             num_workers=self.config.num_workers,
             rank=self.group.rank,
             world_size=self.group.world_size,
         )
+
+    def _initialize(self) -> None:
+        """Parameters that are read off data, before the first step."""
+        if self.state.step or not isinstance(self.model, DataInitialized):
+            return
+        count = min(self.model.initial_images, len(self.dataset))
+        name = ("initialization", count)
+        order = generator(self.config.seed, *name)
+        rows = torch.randperm(len(self.dataset), generator=order)[:count].sort().values
+        images = torch.as_tensor(self.dataset.images[rows.numpy()]).to(self.model.device)
+        noise = generator(self.config.seed, *name, device=self.model.device)
+        self.model.initialize(images, generator=noise)
+        if self.average is not None:
+            self.average.restart()
 
     def _advance(self, batch: Batch) -> float:
         """One optimizer step; its loss, the mean over the batch."""
