@@ -31,7 +31,7 @@ def path() -> Iterator[None]:
     sys.path.insert(0, str(BENCHMARKS))
     yield
     sys.path.remove(str(BENCHMARKS))
-    for name in ("baseline", "measure", "tarflow", "sampling", "gpu_solvers", "gpu"):
+    for name in ("baseline", "measure", "tarflow", "sampling", "families", "gpu_solvers", "gpu"):
         sys.modules.pop(name, None)
 
 
@@ -276,3 +276,108 @@ def test_planning_ends_when_time_is_up() -> None:
     limits = gpu_solvers.Limits(1e9, 1e9)
     (row,) = gpu_solvers.planned(gpu_solvers.TINY[0], model, 1, limits, -math.inf)
     assert row["failed"].startswith("TimeoutError: no time left to plan block 1 of 3")
+
+
+@pytest.mark.parametrize("size", ["1m", "10m"])
+def test_trained_families_have_about_as_many_parameters(size: str) -> None:
+    families = script("families")
+    for name, recipe in families.MODELS[size].items():
+        for of, shape in (("fashion", (1, 28, 28)), ("cifar", (3, 32, 32))):
+            model = recipe.build(of, shape, 256)
+            assert model.event_shape == shape
+            if name not in families.CLOSED_FORM:
+                wanted = {"1m": 1e6, "10m": 1e7}[size]
+                assert 0.85 * wanted < model.num_parameters < 1.15 * wanted, (name, of)
+                assert families.Plan(1.0).first % recipe.training["batch_size"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*Matplotlib.*:DeprecationWarning")
+def test_families_are_compared_and_results_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    families = script("families")
+    out, plot = tmp_path / "made" / "r.json", tmp_path / "made" / "r.png"
+    arguments = ["--quick", "--threads", "1", "--out", str(out)]
+    first = families.main([*arguments, "--only", "tarflow"])
+    results = families.main([*arguments, "--only", "whitening", "tarflow", "--plot", str(plot)])
+    told = capsys.readouterr()
+    assert "tarflow on digits: there" in told.err
+    assert results[:1] == first  # not measured again
+    assert json.loads(out.read_text())["results"] == results
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert families.main(["--table", str(out)]) == results
+    assert told.out.endswith(capsys.readouterr().out)  # the table is made from the file alone
+    assert families.main([*arguments, "--only", "tarflow", "--again"]) != results
+
+    trained, fitted = results
+    assert (trained["fitted"], fitted["fitted"]) == (False, True)
+    assert trained["images"] == 32 * trained["steps"]
+    at = [point["images"] for point in trained["curve"]]
+    doublings = [256 * 2**i for i in range(20) if 256 * 2**i < trained["images"]]
+    assert at == [*doublings, trained["images"]]
+    seconds = [point["seconds"] for point in trained["curve"]]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] == trained["seconds"]
+    for result in results:
+        assert "failed" not in result
+        assert result["score"]["kind"] == "dequantized"
+        assert result["data"]["held_out"]["split"] == "test"
+        assert result["score"]["images"] == result["data"]["held_out"]["count"] == 100
+        assert result["sampling"]["certificate"] < 1e-3
+    lines = [line for line in told.out.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {13}
+    score = f"{trained['score']['bits_per_dim']:.3f} ± {trained['score']['standard_error']:.3f}"
+    assert sum(score in line for line in lines) == 2  # in the first table and in the second
+
+
+def test_a_family_that_fails_costs_the_others_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    families = script("families")
+    tarflow = families.MODELS["quick"]["tarflow"]
+    broken = families.Recipe("tarflow", {"digits": {"patch_size": 3}}, tarflow.training)
+    monkeypatch.setitem(families.MODELS, "quick", {"broken": broken, "tarflow": tarflow})
+    out = tmp_path / "r.json"
+    arguments = ["--quick", "--threads", "1", "--out", str(out)]
+    results = families.main(arguments)
+    assert results[0]["failed"].startswith("ValueError: expected a patch size")
+    assert "failed" not in results[1]
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in table} == {13}
+    repaired = families.Recipe("tarflow", tarflow.configs, tarflow.training)
+    monkeypatch.setitem(families.MODELS, "quick", {"broken": repaired, "tarflow": tarflow})
+    results = families.main(arguments)
+    assert [result["model"] for result in results] == ["tarflow", "broken"]
+    assert not any("failed" in result for result in results)
+
+
+def test_kinds_of_likelihood_are_not_ranked_together() -> None:
+    families = script("families")
+
+    def result(model: str, kind: str, bits: float, doublings: int) -> dict[str, object]:
+        score = {"kind": kind, "k": 1, "bits_per_dim": bits, "standard_error": 0.1}
+        drawn = {"samples": 16, "seconds": [1.0], "evaluations": 1, "certificate": None}
+        drawn["nonfinite"] = 0
+        counts = [4096 * 2**index for index in range(doublings)]
+        curve = [families.point(count, 1.0, bits) for count in (*counts, 33000)]
+        common = {"fitted": False, "parameters": 1, "seconds": 1.0, "images": 33000, "curve": curve}
+        run = {"minutes": 1.0, "set": "cifar", "identity": {"plan": {"watched": 5}}}
+        data = {"id": "c", "version": "v", "split": "s", "count": 1, "fingerprint": "f"}
+        hardware = {"date": "today", "load at the end": "1.0"}
+        told = {"hardware": hardware, "data": {"training": data, "held_out": data}}
+        return {"model": model, "score": score, "sampling": drawn, **common, **run, **told}
+
+    scores = [("a", "dequantized", 4.0, 4), ("b", "bound", 3.0, 2), ("c", "dequantized", 2.0, 3)]
+    text = families.table([result(*score) for score in scores])
+    assert [line[2] for line in text.splitlines()[2:5]] == ["b", "c", "a"]
+    assert "bits/dim at 8,192 images" in text
+    assert "JPEG" in text
+
+
+def test_results_of_another_benchmark_are_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    out.write_text('{"results": []}')
+    with pytest.raises(SystemExit, match="expected results of benchmarks"):
+        script("families").main(["--quick", "--only", "tarflow", "--out", str(out)])
+    assert out.read_text() == '{"results": []}'

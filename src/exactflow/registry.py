@@ -6,7 +6,16 @@ from typing import Any, final
 
 from exactflow.core.config import checked, override, suggestion
 from exactflow.core.model import GenerativeModel, Preset
-from exactflow.flows import tarflow, tarflow_presets
+from exactflow.flows import (
+    denseflow,
+    denseflow_presets,
+    gaussianisation,
+    macow,
+    macow_presets,
+    tarflow,
+    tarflow_presets,
+    whitening,
+)
 
 
 @final
@@ -21,6 +30,14 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "tarflow": Family(tarflow.TarFlow, tarflow.TarFlowConfig, tarflow_presets.PRESETS),
+    "macow": Family(macow.MaCow, macow.MaCowConfig, macow_presets.PRESETS),
+    "denseflow": Family(denseflow.DenseFlow, denseflow.DenseFlowConfig, denseflow_presets.PRESETS),
+    "whitening": Family(whitening.Whitening, whitening.WhiteningConfig, whitening.PRESETS),
+    "gaussianisation": Family(
+        gaussianisation.Gaussianisation,
+        gaussianisation.GaussianisationConfig,
+        gaussianisation.PRESETS,
+    ),
 }
 
 

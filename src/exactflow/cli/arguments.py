@@ -165,18 +165,22 @@ class Convergence:
 @final
 @dataclass(frozen=True)
 class Convert:
-    """Read a published TarFlow .pth file and write a model folder."""
+    """Read a published TarFlow, MaCow or DenseFlow file and write a model folder."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """The published file; only tensors are read."""
     out: Annotated[Path, tyro.conf.Positional]
     """Model folder to write."""
     channels: int | None = None
-    """Image channels, where 3 or 1 do not fit uniquely."""
+    """Image channels (TarFlow), where 3 or 1 do not fit uniquely."""
     height: int | None = None
-    """Image height in pixels, where images are not square."""
+    """Image height in pixels; TarFlow: where images are not square."""
+    width: int | None = None
+    """Image width in pixels (MaCow, DenseFlow), where images are not square."""
+    levels: int | None = None
+    """Grey levels (MaCow): 256 for 8 bits, 32 for 5."""
     noise_std: float | None = None
-    """Training noise, where the file name does not tell; 0 for uniform."""
+    """Training noise (TarFlow), where the file name does not tell; 0 for uniform."""
 
 
 @final

@@ -12,6 +12,8 @@ def run(command: Convert) -> None:
         command.checkpoint,
         channels=command.channels,
         height=command.height,
+        width=command.width,
+        levels=command.levels,
         noise_std=command.noise_std,
     )
     card = {"source": f"converted from {command.checkpoint.name}"}

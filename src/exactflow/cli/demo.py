@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from exactflow.cli.train import Trained, read_metrics, train
 from exactflow.core.serialization import write_atomically
 from exactflow.data import load
 from exactflow.evaluation import pictures, report
-from exactflow.evaluation.baselines import gaussian_log_likelihood
+from exactflow.evaluation.baselines import Baseline, baselines
 from exactflow.evaluation.bits_per_dim import Evaluation, evaluate
 from exactflow.likelihood.log_likelihood import LogLikelihood
 from exactflow.sampling.sample import Samples, sample
@@ -26,23 +27,16 @@ TRACED = 8  # samples in the picture of the way from latent to image
 
 
 def run(command: Demo) -> None:
-    """Train, score beside two baselines, sample, write report.html."""
+    """Train, score beside the baselines, sample, write report.html."""
     began = time.perf_counter()
     settings = resolve(PRESET, (*PACE, *command.settings), None)
     trained = train(settings, command.out, "cpu")
     held_out = load(trained.settings.data, "test")
     scored = evaluate(trained.model, held_out)
-    baselines = {
-        "independent pixels": gaussian_log_likelihood(
-            trained.training, held_out, covariance="diagonal"
-        ),
-        "full-covariance Gaussian": gaussian_log_likelihood(
-            trained.training, held_out, covariance="full"
-        ),
-    }
+    floor = baselines(trained.training, held_out)
     drawn = sample(trained.model, 64, trace=True, progress=sys.stderr.isatty())
-    rows = _rows(trained, scored, baselines)
-    _write(command.out, trained, scored, baselines, drawn, rows, time.perf_counter() - began)
+    rows = _rows(scored, floor)
+    _write(command.out, trained, scored, floor, drawn, rows, time.perf_counter() - began)
     table = Table(title=f"bits/dim of {len(held_out)} held-out images ({held_out.id})")
     for name in ("model", "bits/dim", "kind", "parameters"):
         table.add_column(name, justify="left" if name == "model" else "right")
@@ -53,12 +47,11 @@ def run(command: Demo) -> None:
     console.print(f"{time.perf_counter() - began:.0f} s in all; open {command.out / 'report.html'}")
 
 
-def _rows(
-    trained: Trained, scored: Evaluation, baselines: dict[str, LogLikelihood]
-) -> list[list[str]]:
-    dims = trained.model.dims
-    counts = {"independent pixels": 2 * dims, "full-covariance Gaussian": dims * (dims + 3) // 2}
-    rows = [[n, _score(v), v.kind, f"{counts[n]:,}"] for n, v in baselines.items()]
+def _rows(scored: Evaluation, floor: Mapping[str, Baseline]) -> list[list[str]]:
+    rows = [
+        [name, _score(b.likelihood), b.likelihood.kind, f"{b.parameters:,}"]
+        for name, b in floor.items()
+    ]
     likelihood = scored.likelihood
     rows.append(["TarFlow", _score(likelihood), likelihood.kind, f"{scored.parameters:,}"])
     return rows
@@ -72,7 +65,7 @@ def _write(
     folder: Path,
     trained: Trained,
     scored: Evaluation,
-    baselines: dict[str, LogLikelihood],
+    floor: Mapping[str, Baseline],
     drawn: Samples,
     rows: list[list[str]],
     seconds: float,
@@ -84,7 +77,7 @@ def _write(
     trace = pictures.png(pictures.trajectory_grid(drawn.trace[:, :TRACED]))
     real = torch.as_tensor(np.array(trained.training.images[: len(drawn.seeds)]))
     real = pictures.png(pictures.grid(real, levels))
-    lines = {name: value.bits_per_dim for name, value in baselines.items()}
+    lines = {name: baseline.likelihood.bits_per_dim for name, baseline in floor.items()}
     data = scored.data
     parts = [
         report.Table(

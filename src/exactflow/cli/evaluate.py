@@ -2,22 +2,26 @@
 
 import json
 import sys
+import time
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from exactflow.cli.arguments import Evaluate
 from exactflow.cli.settings import data_of, load_flow
-from exactflow.cli.train import likelihood_row
+from exactflow.cli.train import baseline_rows, likelihood_row
 from exactflow.core.serialization import write_atomically
-from exactflow.data import load
+from exactflow.data import DataConfig, ImageDataset, load
+from exactflow.evaluation.baselines import Baseline, baselines, described, training_images
 from exactflow.evaluation.bits_per_dim import evaluate
 
 
 def run(command: Evaluate) -> None:
-    """Score a split and print the number with everything it depends on."""
+    """Score a split and print the number with everything it depends on, beside the baselines'."""
     model = load_flow(command.model, command.device)
-    dataset = load(data_of(command.model, command.settings), command.split)
+    data = data_of(command.model, command.settings)
+    dataset = load(data, command.split)
     evaluation = evaluate(
         model,
         dataset,
@@ -27,10 +31,16 @@ def run(command: Evaluate) -> None:
         progress=sys.stderr.isatty(),
     )
     result = evaluation.describe()
+    floor, remark = {}, "none: noisy densities have no bits/dim"
+    if evaluation.likelihood.kind != "noisy-density":
+        floor, remark = _floor(command, data, dataset, model.device)
     table = Table(title=f"{command.model} on {dataset.id}, {command.split}")
     table.add_column("what")
     table.add_column("value", justify="right")
     table.add_row(*likelihood_row(evaluation, command.split))
+    for row in baseline_rows(floor):
+        table.add_row(*row)
+    table.add_row("baselines", remark)
     for name in ("kind", "k", "levels", "dequantization", "images"):
         table.add_row(name, str(result[name]))
     table.add_row("images/s", f"{result['images_per_second']:.1f}")
@@ -40,6 +50,21 @@ def run(command: Evaluate) -> None:
     Console().print(table)
     if command.out is not None:
         command.out.parent.mkdir(parents=True, exist_ok=True)
+        result["baselines"] = described(floor)
         per_image = {"nats_per_image": evaluation.likelihood.nats.tolist()}
         text = json.dumps({"model": command.model, **result, **per_image}, indent=2)
         write_atomically(command.out, (text + "\n").encode())
+
+
+def _floor(
+    command: Evaluate, data: DataConfig, held_out: ImageDataset, device: torch.device
+) -> tuple[dict[str, Baseline], str]:
+    """The baselines on the same images and noise, and what they were fitted to or why not."""
+    began = time.perf_counter()
+    try:
+        training = training_images(data, held_out)
+    except (ValueError, OSError, ImportError) as error:
+        return {}, f"none: no training split to fit to ({error})"
+    found = baselines(training, held_out, seed=command.seed, k=command.k, device=device)
+    seconds = time.perf_counter() - began
+    return found, f"fitted to {len(training):,} training images, dequantized, {seconds:.1f} s"

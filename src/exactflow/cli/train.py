@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -15,14 +15,16 @@ from rich.table import Table
 
 from exactflow.cli.arguments import Train
 from exactflow.cli.settings import Settings, as_flow, pick_device, resolve
-from exactflow.core.model import Flow
+from exactflow.core.model import FittedFlow, Flow
 from exactflow.core.serialization import write_atomically
 from exactflow.data import ImageDataset, load
 from exactflow.evaluation import pictures
+from exactflow.evaluation.baselines import Baseline
 from exactflow.evaluation.bits_per_dim import Evaluation, evaluate
 from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.sampling.sample import sample
 from exactflow.training import FitResult, Interrupted, Progress, fit
+from exactflow.training.fitting import fit_closed_form
 
 CONFIG_FILE = "config.yaml"
 
@@ -56,23 +58,23 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(settings.describe(), sort_keys=False)
     write_atomically(folder / CONFIG_FILE, text.encode())
-    watch = _Watch(settings, validation, folder)
+    watch = _Watch(settings, model, validation, folder)
     run_config = settings.run
     every = {run_config.sample_every: watch.draw}
     if run_config.evaluate_every == run_config.sample_every:
         every[run_config.sample_every] = watch.both
     else:
         every[run_config.evaluate_every] = watch.score
+    options: dict[str, Any] = {
+        "augmentation": settings.data.augmentation,
+        "every": every,
+        "tensorboard": run_config.tensorboard,
+    }
     try:
-        result = fit(
-            model,
-            training,
-            settings.training,
-            folder,
-            flip=settings.data.flip,
-            every=every,
-            tensorboard=run_config.tensorboard,
-        )
+        if isinstance(model, FittedFlow):
+            result = fit_closed_form(model, training, settings.training, folder, **options)
+        else:
+            result = fit(model, training, settings.training, folder, **options)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
@@ -119,6 +121,14 @@ def likelihood_row(evaluation: Evaluation, split: str) -> tuple[str, str]:
     return f"{split} bits/dim", f"{likelihood.bits_per_dim:.4f}{error}"
 
 
+def baseline_rows(found: Mapping[str, Baseline]) -> Iterator[tuple[str, str]]:
+    """Names and bits/dim of the baselines, on the same images and noise as the model."""
+    for name, baseline in found.items():
+        likelihood = baseline.likelihood
+        error = f" ± {likelihood.standard_error:.4f}" if len(likelihood.nats) > 1 else ""
+        yield f"baseline: {name}", f"{likelihood.bits_per_dim:.4f}{error}"
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -128,11 +138,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 class _Watch:
     """What a run looks at on its way: held-out bits/dim and sample grids."""
 
-    def __init__(self, settings: Settings, validation: ImageDataset, folder: Path) -> None:
+    def __init__(
+        self, settings: Settings, model: Flow, validation: ImageDataset, folder: Path
+    ) -> None:
         count = min(settings.run.evaluation_images, len(validation))
         self.images = torch.as_tensor(np.array(validation.images[:count]))
         self.labels = None
-        if validation.labels is not None and settings.model.num_classes:
+        if validation.labels is not None and model.num_classes:
             self.labels = torch.as_tensor(np.array(validation.labels[:count]))
         self.samples = settings.run.samples
         self.folder = folder

@@ -1,86 +1,141 @@
-"""The floor of every likelihood table: Gaussians fitted in closed form.
+"""The floor of every likelihood table: models fitted in closed form, in seconds.
 
-A model that does not beat the full-covariance Gaussian has learned less than second moments.
+A model that does not beat the full-covariance Gaussian has learned less than second moments; one
+that does not beat Gaussianisation has learned less than what linear prediction leaves, value by
+value.
 """
 
 import math
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from exactflow.core.images import dequantize
-from exactflow.core.random import generator, uniform_rows
-from exactflow.data.datasets import ImageDataset
-from exactflow.likelihood.log_likelihood import LogLikelihood
+from exactflow.data import DataConfig, ImageDataset, load
+from exactflow.data.loader import evaluation_batches
+from exactflow.flows.gaussianisation import Gaussianisation, GaussianisationConfig
+from exactflow.flows.moments import FULL_COVARIANCE_DIMS
+from exactflow.flows.whitening import LinearFirstFlow, Whitening, WhiteningConfig
+from exactflow.likelihood.log_likelihood import LogLikelihood, log_likelihood
 
-FULL_COVARIANCE_DIMS = 4096  # beyond this the covariance alone fills a laptop's memory
-CHUNK = 1024  # images turned to float64 at a time
+BATCH = 500  # images at a time
+FIT_IMAGES = 50_000  # at most so many training images,
+FIT_VALUES = 2**28  # and at most so many pixel values of them, are read
+ENOUGH = 10  # images per dimension of a covariance, from which on it is not shrunk
+LAYERS = 2  # of Gaussianisation: where tokens are many, later ones find next to nothing
+MARGINAL_VALUES = 2**24  # values at most that its layers are fitted to
 
 
-def gaussian_log_likelihood(
+@final
+@dataclass(frozen=True)
+class Baseline:
+    """A fitted model on held-out images.
+
+    Attributes:
+        likelihood: per image, of the draws of noise that `log_likelihood` makes for the seed.
+        parameters: numbers that were fitted.
+        trained_on: images of the training split it was fitted to.
+    """
+
+    likelihood: LogLikelihood
+    parameters: int
+    trained_on: int
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able, without the values of single images."""
+        several = len(self.likelihood.nats) > 1
+        return {
+            "kind": self.likelihood.kind,
+            "bits_per_dim": self.likelihood.bits_per_dim,
+            "standard_error": self.likelihood.standard_error if several else None,
+            "parameters": self.parameters,
+            "trained_on": self.trained_on,
+        }
+
+
+def training_images(config: DataConfig, held_out: ImageDataset) -> ImageDataset:
+    """As much of the training split as baselines are fitted to.
+
+    Raises:
+        DataError: the source has none, or it cannot be read.
+    """
+    most = max(1, min(FIT_IMAGES, FIT_VALUES // math.prod(held_out.event_shape)))
+    limit = most if config.limit is None else min(most, config.limit)
+    return load(replace(config, limit=limit), "train")
+
+
+def baselines(
     training: ImageDataset,
     held_out: ImageDataset,
     *,
-    covariance: Literal["diagonal", "full"],
     seed: int = 0,
-) -> LogLikelihood:
-    """Score `held_out` under the maximum-likelihood Gaussian of dequantised `training` images.
-
-    Uniform dequantisation adds exactly 1/12 of a squared grey level to every variance, so the fit
-    needs no draw; the score uses the draw that `log_likelihood` makes for the same seed.
+    k: int = 1,
+    device: torch.device | None = None,
+) -> dict[str, Baseline]:
+    """Fit every baseline to `training` and score `held_out`.
 
     Args:
-        training: images to fit mean and covariance (biased, divide by n) to.
-        held_out: images to score.
-        covariance: "diagonal" for independent pixels, "full" for all second moments (the
-            whitening flow).
-        seed: names the dequantisation noise.
+        training: what to fit to.
+        held_out: what to score, of the same shape and levels.
+        seed: names the noise of the score.
+        k: draws of it per image.
+        device: where to compute; None or one without float64: the CPU.
 
-    Raises:
-        ValueError: for a full covariance of more dimensions than fit in memory.
+    Returns:
+        The baselines by name, weakest first.
     """
-    dims = math.prod(training.event_shape)
-    if covariance == "full" and dims > FULL_COVARIANCE_DIMS:
-        raise ValueError(
-            f"expected at most {FULL_COVARIANCE_DIMS} dimensions for a full covariance, got {dims}"
+    images = torch.as_tensor(np.array(held_out.images))
+    found = {}
+    for name, model in _fitted(training, device).items():
+        likelihood = log_likelihood(
+            model, images, k=k, seed=seed, batch_size=BATCH, data=held_out.fingerprint
         )
-    mean, second = _moments(training.images, full=covariance == "full")
-    if covariance == "full":
-        matrix = second - torch.outer(mean, mean)
-        matrix.diagonal().add_(1 / 12)
-        factor = torch.linalg.cholesky(matrix)
-    else:
-        factor = (second - mean.square() + 1 / 12).sqrt()
-    mean = mean + 0.5  # of v + u
-    log_det = (factor.diagonal() if factor.dim() == 2 else factor).log().sum()
-    nats = []
-    for first in range(0, len(held_out), CHUNK):
-        chunk = torch.as_tensor(np.array(held_out.images[first : first + CHUNK]))
-        sources = [generator(seed, "score", first + row, 0) for row in range(len(chunk))]
-        noise = uniform_rows(held_out.event_shape, sources)
-        x = dequantize(chunk, noise, held_out.levels).flatten(1)
-        v = (x + 1) * (held_out.levels / 2) - mean
-        if factor.dim() == 2:
-            white = torch.linalg.solve_triangular(factor, v.T, upper=False).T
-        else:
-            white = v / factor
-        constant = 0.5 * dims * math.log(2 * math.pi)
-        nats.append(-0.5 * white.square().sum(1) - constant - log_det)
-    return LogLikelihood(
-        torch.cat(nats), "dequantized", dims, held_out.levels, 1, held_out.fingerprint
+        found[name] = Baseline(likelihood, model.num_parameters, len(training))
+    return found
+
+
+def described(found: Mapping[str, Baseline]) -> dict[str, dict[str, Any]]:
+    """All of them as JSON holds them."""
+    return {name: baseline.describe() for name, baseline in found.items()}
+
+
+def _fitted(training: ImageDataset, device: torch.device | None) -> dict[str, LinearFirstFlow]:
+    """Independent pixels, a Gaussian, and its Gaussianisation: two fits for the three of them."""
+    shape, levels = training.event_shape, training.levels
+    dims = math.prod(shape)
+    small = dims <= FULL_COVARIANCE_DIMS
+    config = GaussianisationConfig(
+        shape,
+        "full" if small else "dct",
+        levels=levels,
+        layers=LAYERS,
+        fit_images=max(2, MARGINAL_VALUES // dims),
     )
+    if len(training) < ENOUGH * config.linear.layout.tokens:
+        config = replace(config, shrinkage=None)
+    independent = Whitening(WhiteningConfig(shape, "diagonal", levels=levels))
+    layered = Gaussianisation(config)
+    if device is None or device.type == "mps":
+        device = torch.device("cpu")
+    for model in (independent, layered):
+        model.to(device).fit(_Batches(training))
+    return {
+        "independent pixels": independent,
+        "full-covariance Gaussian" if small else "DCT-factorised Gaussian": layered.gaussian(),
+        "Gaussianisation" if small else "DCT-factorised Gaussianisation": layered,
+    }
 
 
-def _moments(images: np.ndarray, *, full: bool) -> tuple[Tensor, Tensor]:
-    """Mean and raw second moments (of pairs, if `full`), float64, in grey levels."""
-    total: Tensor | float = 0.0
-    second: Tensor | float = 0.0
-    for first in range(0, len(images), CHUNK):
-        v = torch.as_tensor(np.array(images[first : first + CHUNK])).double().flatten(1)
-        total = total + v.sum(0)
-        second = second + (v.T @ v if full else v.square().sum(0))
-    assert isinstance(total, Tensor)
-    assert isinstance(second, Tensor)
-    return total / len(images), second / len(images)
+@final
+class _Batches:
+    """The images of a set, as often as one asks."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in evaluation_batches(self._dataset, BATCH):
+            yield batch.images

@@ -1,39 +1,18 @@
 """Published checkpoints, read into models of this library.
 
-Only tensors are read (`weights_only=True`); everything about the architecture is taken from their
-names and shapes, and from the file name where the weights are silent (specification, section 8).
+Only tensors are read (`weights_only=True`). What names and shapes of the tensors tell is taken from
+them; what they are silent about must be said.
 """
 
-import math
-import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
-from exactflow.flows.tarflow import TarFlow, TarFlowConfig
-
-# published name -> name here, applied in order; class tables lose their middle axis besides
-_TARFLOW_NAMES = (
-    (r"^var$", "variance"),
-    (r"\.pos_embed$", ".position"),
-    (r"\.class_embed$", ".class_embedding"),
-    (r"\.proj_in\.", ".input."),
-    (r"\.proj_out\.", ".output."),
-    (r"\.attn_blocks\.", ".layers."),
-    (r"\.attention\.norm\.", ".attention_norm."),
-    (r"\.attention\.(qkv|proj)\.", r".\1."),
-    (r"\.mlp\.norm\.", ".mlp_norm."),
-    (r"\.mlp\.main\.0\.", ".expand."),
-    (r"\.mlp\.main\.2\.", ".contract."),
-)
-_TARFLOW_FILE = re.compile(
-    r"model_(?P<patch>\d+)_(?P<width>\d+)_(?P<blocks>\d+)_(?P<layers>\d+)_(?P<noise>[\d.]+|uniform)$"
-)
-_HEAD_DIM = 64  # not recorded in the file; the published models have no other
+from exactflow.flows import denseflow_published, macow_published, tarflow_published
 
 
 def convert(
@@ -41,34 +20,69 @@ def convert(
     *,
     channels: int | None = None,
     height: int | None = None,
+    width: int | None = None,
+    levels: int | None = None,
     noise_std: float | None = None,
 ) -> GenerativeModel:
-    """The model in a published TarFlow `.pth` file, in evaluation mode.
+    """The model in a published TarFlow, MaCow or DenseFlow file, in evaluation mode.
 
     Args:
-        checkpoint: a bare state dict, as the authors publish it.
-        channels: image channels, where neither 3 nor 1 fits the weights uniquely.
-        height: image height in pixels, for images that are not square.
-        noise_std: training noise, 0 for uniform; read off a published file name where absent, and
-            taken as uniform, with a warning, where that is silent too.
+        checkpoint: a state dict as the authors publish it, bare or under the key "model".
+        channels: image channels; TarFlow only, where neither 3 nor 1 fits the weights uniquely.
+        height: image height in pixels. TarFlow: for images that are not square; MaCow, DenseFlow:
+            always, since convolutions fit any size.
+        width: likewise; MaCow, DenseFlow: `height` where absent.
+        levels: grey levels; MaCow only, whose weights do not tell.
+        noise_std: training noise, 0 for uniform; TarFlow only, where the file name does not tell.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: anything that is not such a checkpoint, with what was expected.
+        ValueError: anything that is not such a checkpoint, or a hint that is missing or has no
+            meaning for this one, with what was expected.
     """
     path = Path(checkpoint)
     state = _read_tensors(path)
-    config = _tarflow_config(path, state, channels, height, noise_std)
-    with torch.device("meta"):
-        model = TarFlow(config)
-    renamed = {_rename(k): _reshape(k, v) for k, v in state.items() if not k.endswith("attn_mask")}
-    try:
-        model.load_state_dict(renamed, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} is not a complete TarFlow checkpoint: {error}") from error
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return model.eval()
+    hints = {
+        "channels": channels,
+        "height": height,
+        "width": width,
+        "levels": levels,
+        "noise_std": noise_std,
+    }
+    given = {name: value for name, value in hints.items() if value is not None}
+    if tarflow_published.MARK in state:
+        _check(path, "TarFlow", given, takes=("channels", "height", "noise_std"))
+        return tarflow_published.from_published(state, path.stem, **given)
+    if macow_published.MARK in state:
+        _check(path, "MaCow", given, needs=("height", "levels"), takes=("width",))
+        assert height is not None
+        assert levels is not None
+        return macow_published.from_published(state, (height, width or height), levels)
+    if denseflow_published.MARK in state:
+        _check(path, "DenseFlow", given, needs=("height",), takes=("width",))
+        assert height is not None
+        return denseflow_published.from_published(state, (height, width or height))
+    raise ValueError(
+        f"{path} is no published checkpoint of TarFlow, MaCow or DenseFlow "
+        f"(its first keys: {list(state)[:3]})"
+    )
+
+
+def _check(
+    path: Path,
+    family: str,
+    given: Mapping[str, Any],
+    *,
+    needs: tuple[str, ...] = (),
+    takes: tuple[str, ...] = (),
+) -> None:
+    """Raise ValueError unless the hints are what the family needs and may take."""
+    missing = [name for name in needs if name not in given]
+    if missing:
+        raise ValueError(f"{path}: the weights of a {family} do not tell its {missing[0]}: give it")
+    foreign = [name for name in given if name not in (*needs, *takes)]
+    if foreign:
+        raise ValueError(f"{path}: {foreign[0]} means nothing for a {family}")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -80,90 +94,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} is not a PyTorch file of plain tensors (nothing else is loaded): {error}"
         ) from error
+    if isinstance(state, Mapping) and isinstance(state.get("model"), Mapping):
+        state = state["model"]
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: expected a flat state dict of tensors")
-    required = ("var", "blocks.0.pos_embed", "blocks.0.proj_in.weight", "blocks.0.proj_out.weight")
-    missing = [key for key in required if key not in state]
-    if missing:
-        raise ValueError(
-            f"{path} is not a TarFlow checkpoint: it has no {missing[0]!r} "
-            f"(its first keys: {list(state)[:3]})"
-        )
-    return dict(state)
-
-
-def _tarflow_config(
-    path: Path,
-    state: Mapping[str, Tensor],
-    channels: int | None,
-    height: int | None,
-    noise_std: float | None,
-) -> TarFlowConfig:
-    """Architecture from the weights; patch and noise cross-checked with the file name."""
-    named = _TARFLOW_FILE.search(path.stem)
-    tokens, token_dim = state["var"].shape
-    width = state["blocks.0.proj_in.weight"].shape[0]
-    outputs = state["blocks.0.proj_out.weight"].shape[0]
-    if outputs not in (token_dim, 2 * token_dim) or width % _HEAD_DIM:
-        raise ValueError(
-            f"{path}: expected {token_dim} or {2 * token_dim} outputs and a width that is a "
-            f"multiple of {_HEAD_DIM}, got {outputs} and {width}"
-        )
-    if channels is None:
-        channels = next((c for c in (3, 1) if _is_square(token_dim / c)), None)
-    if channels is None or not _is_square(token_dim / channels):
-        raise ValueError(
-            f"{path}: tokens of {token_dim} numbers are not channels x patch x patch for "
-            f"{channels or '3 or 1'} channels; give channels="
-        )
-    patch = math.isqrt(token_dim // channels)
-    rows = height // patch if height else math.isqrt(tokens)
-    if rows == 0 or tokens % rows or (height is None and rows**2 != tokens):
-        raise ValueError(
-            f"{path}: {tokens} tokens of side {patch} are no square image; give height="
-        )
-    blocks = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-    layers = {key.split(".")[3] for key in state if key.startswith("blocks.0.attn_blocks.")}
-    if named:
-        read = (patch, width, blocks, len(layers))
-        told = tuple(int(named[part]) for part in ("patch", "width", "blocks", "layers"))
-        if read != told:
-            raise ValueError(
-                f"{path}: the file name says patch, width, blocks, layers = {told}, "
-                f"the weights say {read}"
-            )
-        if noise_std is None:
-            noise_std = 0.0 if named["noise"] == "uniform" else float(named["noise"])
-    if noise_std is None:  # a valid reading: any density scores dequantised images
-        noise_std = 0.0
-        warnings.warn(
-            f"{path}: neither weights nor file name tell the training noise; "
-            "taken as uniform dequantisation, give noise_std= if it was Gaussian",
-            stacklevel=3,
-        )
-    embedding = state.get("blocks.0.class_embed")
-    return TarFlowConfig(
-        image_shape=(channels, rows * patch, tokens // rows * patch),
-        patch_size=patch,
-        width=width,
-        blocks=blocks,
-        layers_per_block=len(layers),
-        head_dim=_HEAD_DIM,
-        num_classes=0 if embedding is None else embedding.shape[0],
-        volume_preserving=outputs == token_dim,
-        noise_std=noise_std,
-    )
-
-
-def _is_square(number: float) -> bool:
-    return number.is_integer() and math.isqrt(int(number)) ** 2 == int(number)
-
-
-def _rename(key: str) -> str:
-    for pattern, replacement in _TARFLOW_NAMES:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
-def _reshape(key: str, value: Tensor) -> Tensor:
-    return value.squeeze(1) if key.endswith("class_embed") else value
+    return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}

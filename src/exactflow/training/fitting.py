@@ -1,0 +1,135 @@
+"""Closed-form fits in a run folder: what `fit` is to models that are trained, without steps.
+
+The folder looks like any other run's (checkpoint, metrics.jsonl), and the same command on a
+finished one returns at once.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import final
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from exactflow.core.model import FittedFlow
+from exactflow.core.random import generator
+from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
+from exactflow.data.datasets import ImageDataset
+from exactflow.data.loader import evaluation_batches
+from exactflow.training import checkpoint as disk
+from exactflow.training.distributed import ProcessGroup
+from exactflow.training.optim import TrainConfig
+from exactflow.training.trainer import Callback, FitResult, Progress, check_compatible
+
+LOSS_IMAGES = 1000  # training images whose loss the log has
+
+
+def fit_closed_form(
+    model: FittedFlow,
+    dataset: ImageDataset,
+    config: TrainConfig,
+    run_dir: str | Path,
+    *,
+    augmentation: Augmentation = NO_AUGMENTATION,
+    every: Mapping[int, Callback] | None = None,
+    tensorboard: bool = False,
+    progress: bool = True,
+) -> FitResult:
+    """Fit `model` where it is; afterwards it is in eval mode. Counts as one step.
+
+    Args:
+        model: fitted in place.
+        dataset: images; labels are not used.
+        config: batch size, which changes nothing but memory, and seed.
+        run_dir: folder of checkpoint and log. One that holds the same fit is read, not fitted.
+        augmentation: with flips, every image counts twice, as it is and mirrored.
+        every: callbacks, all called once, at the end; their numbers are logged.
+        tensorboard: log to `run_dir/tensorboard` too.
+        progress: show progress on stderr.
+
+    Raises:
+        ValueError: model and data do not fit together, or `run_dir` holds another run.
+        OSError: a file could not be written.
+    """
+    ProcessGroup.from_environment()  # one process only
+    check_compatible(model, dataset)
+    if augmentation.translate:
+        raise ValueError(
+            "a fit in closed form takes flips but no shifts: expected translate=0, "
+            f"got {augmentation.translate}"
+        )
+    folder = Path(run_dir)
+    identity = disk.identity(model, dataset, config, augmentation)
+    checkpoints = disk.Checkpoints(folder / "checkpoints", config.keep_checkpoints)
+    found = checkpoints.newest()
+    if found is None:
+        began = time.perf_counter()
+        passes = GreyLevelPasses(dataset, config.batch_size, augmentation.flip, progress)
+        home = model.device
+        model.to("cpu" if home.type == "mps" else home)  # MPS has no float64
+        model.fit(passes, seed=config.seed, report=_say if progress else None)
+        model.to(home)
+        seconds = time.perf_counter() - began
+        state = disk.RunState(step=1, images=passes.images, seconds=seconds)
+        weights = {disk.MODEL_FILE: lambda: disk.tensor_bytes(model.state_dict())}
+        found = checkpoints.save(state, identity, weights)
+    else:
+        found.require(identity)
+        model.load_state_dict(found.tensors(disk.MODEL_FILE))
+    model.eval()
+    state = found.state
+    with closing(disk.MetricsLog(folder, state.step, tensorboard)) as log:
+        if log.last_step < state.step:
+            told = Progress(state.step, state.images, state.seconds, model)
+            line = {"step": state.step, "images": state.images, "seconds": state.seconds}
+            line["loss"] = _loss(model, dataset, config.seed)
+            for call in (every or {}).values():
+                line |= {name: float(value) for name, value in call(told).items()}
+            log.write(line)
+        return FitResult(state.step, state.images, state.seconds, found.folder, log.last)
+
+
+@final
+class GreyLevelPasses:
+    """The images of a set, batch by batch, as often as one asks.
+
+    Args:
+        dataset: where they are.
+        batch_size: images at a time.
+        flip: also give every batch mirrored.
+        progress: show a bar for every pass.
+    """
+
+    def __init__(
+        self, dataset: ImageDataset, batch_size: int, flip: bool = False, progress: bool = False
+    ) -> None:
+        self._dataset, self._batch_size, self._flip = dataset, batch_size, flip
+        self._bar = progress and sys.stderr.isatty()
+        self.images = 0  # given so far
+
+    def __iter__(self) -> Iterator[Tensor]:
+        count = -(-len(self._dataset) // self._batch_size)
+        batches = evaluation_batches(self._dataset, self._batch_size)
+        if self._bar:
+            batches = track(batches, "reading", total=count, transient=True)
+        for batch in batches:
+            for images in [batch.images, batch.images.flip(-1)][: 2 if self._flip else 1]:
+                self.images += len(images)
+                yield images
+
+
+@torch.no_grad()
+def _loss(model: FittedFlow, dataset: ImageDataset, seed: int) -> float:
+    """Mean loss of training images, evenly spread."""
+    every = -(-len(dataset) // LOSS_IMAGES)
+    images = torch.tensor(dataset.images[::every], device=model.device)
+    noise = generator(seed, "fitted loss", device=model.device)
+    return float(model.loss(images, generator=noise).double().mean())
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
