@@ -31,7 +31,7 @@ import exactflow
 from exactflow.core.random import generator
 from exactflow.core.serialization import CONFIG_FILE
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
-from exactflow.data import DataConfig, load, training_batches
+from exactflow.data import Augmentation, DataConfig, load, training_batches
 from exactflow.evaluation.profiles import inversion_plot
 from exactflow.flows.tarflow import TarFlow, TarFlowConfig
 from exactflow.nn import compiled
@@ -283,7 +283,9 @@ def trained(
         images = drawn(pictures(config, TRAIN_BATCH, CPU), TRAIN_BATCH)
         return model, train(model, images, LEARNING_RATE, 0.0, QUICK_STEPS)
     images = load(DataConfig(str(data / FOLDERS[name])), "train")
-    batches = training_batches(images, TRAIN_BATCH, seed=0, flip=name == "cifar")
+    batches = training_batches(
+        images, TRAIN_BATCH, seed=0, augmentation=Augmentation(flip=name == "cifar")
+    )
     found = train(model, (batch.images for batch in batches), LEARNING_RATE, 60 * minutes)
     model.save_pretrained(folder / "model", card={"training": found, "data": images.describe()})
     return model, found
