@@ -62,6 +62,12 @@ def some(config: WhiteningConfig, count: int = 200, seed: int = 0) -> torch.Tens
     return values.view(count, *config.image_shape).to(torch.uint8)
 
 
+def noise_images(low: int, high: int, *shape: int) -> torch.Tensor:
+    """Independent grey levels low .. high - 1."""
+    source = torch.Generator().manual_seed(0)
+    return torch.randint(low, high, shape, generator=source, dtype=torch.uint8)
+
+
 def fitted(config: WhiteningConfig, batches: Iterable[torch.Tensor]) -> LinearFit:
     return moments.fit_linear(config.layout, config.levels, config.shrinkage, batches, CPU)
 
@@ -265,7 +271,7 @@ def test_moments_of_parts_are_those_of_the_whole(cuts: list[int], name: str) -> 
 
 def test_a_far_mean_costs_no_digits() -> None:
     config = WhiteningConfig((1, 2, 2), levels=256)
-    images = torch.randint(253, 256, (999, 1, 2, 2), dtype=torch.uint8)
+    images = noise_images(253, 256, 999, 1, 2, 2)
     found = fitted(config, images.split(10))
     v = images.flatten(1).double() / 128
     expected = torch.cov(v.T, correction=0) + torch.eye(4, dtype=torch.float64) / 12 / 128**2
@@ -276,7 +282,7 @@ def test_a_far_mean_costs_no_digits() -> None:
 @pytest.mark.parametrize("shrinkage", [None, 0.0, 0.3, 1.0])
 def test_fewer_images_than_dimensions(count: int, shrinkage: float | None) -> None:
     config = WhiteningConfig((1, 5, 5), shrinkage=shrinkage, levels=256)
-    images = torch.randint(0, 256, (count, 1, 5, 5), dtype=torch.uint8)
+    images = noise_images(0, 256, count, 1, 5, 5)
     found = fitted(config, [images])
     assert 0 <= found.shrinkage <= 1
     assert bool((torch.linalg.eigvalsh(found.covariance) > 0).all())
@@ -284,7 +290,7 @@ def test_fewer_images_than_dimensions(count: int, shrinkage: float | None) -> No
 
 def test_shrinkage_is_chosen_by_held_out_likelihood() -> None:
     config = WhiteningConfig((1, 4, 4), shrinkage=None, levels=256)
-    independent = torch.randint(0, 256, (60, 1, 4, 4), dtype=torch.uint8)
+    independent = noise_images(0, 256, 60, 1, 4, 4)
     assert fitted(config, [independent]).shrinkage > 0.3
     many = some(config, 5000)
     assert fitted(config, [many]).shrinkage < 0.02
@@ -345,7 +351,7 @@ def test_layers_leave_gaussian_images_alone() -> None:
 
 def test_gaussianisation_finds_what_a_gaussian_cannot() -> None:
     """Independent bytes: the Gaussian pays 0.2546 bits for them, the true code is 8."""
-    images = torch.randint(0, 256, (4000, 1, 2, 2), dtype=torch.uint8)
+    images = noise_images(0, 256, 4000, 1, 2, 2)
     plain = log_likelihood(whitening(WhiteningConfig((1, 2, 2)), images), images).bits_per_dim
     assert math.isclose(plain, 8.254614, abs_tol=0.01)
     model = Gaussianisation(GaussianisationConfig((1, 2, 2), layers=1, bins=64)).double()
@@ -402,8 +408,7 @@ def test_unfitted_is_the_identity_and_counts_what_is_free() -> None:
 
 def test_large_colour_images_in_the_cosine_basis() -> None:
     config = WhiteningConfig((3, 64, 64), "dct", shrinkage=None)
-    source = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (300, 3, 64, 64), generator=source, dtype=torch.uint8)
+    images = noise_images(0, 256, 300, 3, 64, 64)
     model = Whitening(config)
     model.fit(images.split(64))
     assert model.num_parameters == 4096 * 9
@@ -462,8 +467,7 @@ def test_baselines_read_no_more_than_they_can_fit_in_seconds() -> None:
 
 
 def test_baselines_of_images_too_large_for_one_covariance() -> None:
-    source = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (40, 3, 40, 40), generator=source, dtype=torch.uint8)
+    images = noise_images(0, 256, 40, 3, 40, 40)
     training = replace(load(DataConfig(), "train"), images=images.numpy(), levels=256)
     found = baselines(training, training)
     assert [*found] == [

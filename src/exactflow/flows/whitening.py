@@ -313,14 +313,14 @@ class LinearFirstFlow(FittedFlow, ABC):
             if rows:
                 sources = [generator(seed, "fit", seen + row) for row in rows]
                 noise = uniform_rows(self.event_shape, sources).to(self.device, dtype)
-                x = grey.dequantize(images[list(rows)].to(self.device), noise, self.levels)
-                found.append(self._whitened(x)[0])
+                picked = images[list(rows)].to(self.device)
+                found.append(grey.dequantize(picked, noise, self.levels))
             seen += len(images)
         if seen != count:
             raise ValueError(f"expected the same {count} images twice, got {seen}: pass a list")
-        z = torch.cat(found)
-        order = torch.randperm(len(z), generator=generator(seed, "order"))
-        return z[order.to(z.device)]
+        x = torch.cat(found)
+        order = torch.randperm(len(x), generator=generator(seed, "order")).to(x.device)
+        return torch.cat([self._whitened(x[rows])[0] for rows in order.split(FIT_BATCH)])
 
     def _whitened(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z, log_abs_det = self.whitening(self.layout.arrange(x))
