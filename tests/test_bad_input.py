@@ -48,7 +48,10 @@ EXPECTED = {
     "convert: no file": ("FileNotFoundError", "no such file"),
     "convert: text": ("ValueError", "not a PyTorch file of plain tensors"),
     "convert: list": ("ValueError", "flat state dict"),
-    "convert: other model": ("ValueError", "no published checkpoint of TarFlow, MaCow or DenseFlow"),
+    "convert: other model": (
+        "ValueError",
+        "no published checkpoint of TarFlow, MaCow or DenseFlow",
+    ),
     "convert: code": ("ValueError", "plain tensors"),
 }
 

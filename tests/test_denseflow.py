@@ -25,7 +25,7 @@ from exactflow.flows.denseflow_presets import PRESETS
 from exactflow.flows.denseflow_published import MARK, from_published, renamed
 from exactflow.flows.transforms import Squeeze
 from exactflow.nn.dense import (
-    CouplingNetwork,
+    DenseCouplingNetwork,
     DeferredBatchNorm,
     NystromAttention,
     pseudo_inverse,
@@ -232,7 +232,7 @@ def test_golden_start_from_data() -> None:
 def test_golden_coupling() -> None:
     settings, state, expected = case("coupling")
     prefix = "transforms.3.blocks.0.transforms.0.transforms.2."
-    network = CouplingNetwork(6, 12, settings["mid_chnls"], 7, 64, 4)
+    network = DenseCouplingNetwork(6, 12, settings["mid_chnls"], 7, 64, 4)
     coupling = DenseCoupling(12, network).eval()
     ours = renamed({prefix + key: value for key, value in state.items()})
     coupling.load_state_dict(

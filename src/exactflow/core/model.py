@@ -309,7 +309,7 @@ class FittedFlow(Flow):
     @abstractmethod
     def fit(
         self,
-        batches: Iterable[Integer[Tensor, "batch channels height width"]],
+        batches: Iterable[Integer[Tensor, "_ channels height width"]],
         *,
         seed: int = 0,
         report: Callable[[str], None] | None = None,

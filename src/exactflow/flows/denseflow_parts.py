@@ -20,7 +20,7 @@ from exactflow.nn.dense import (
     AttentionVariant,
     ConditionalNetwork,
     ContextNetwork,
-    CouplingNetwork,
+    DenseCouplingNetwork,
     NoiseNetwork,
 )
 from exactflow.nn.masked_convolution import DataDependent, standardize
@@ -125,7 +125,7 @@ class DenseCoupling(Transform):
         network: gives the raw scales and shifts of the second half from the first.
     """
 
-    def __init__(self, channels: int, network: CouplingNetwork) -> None:
+    def __init__(self, channels: int, network: DenseCouplingNetwork) -> None:
         super().__init__()
         self.sizes = [channels - channels // 2, channels // 2]
         self.network = network
@@ -223,7 +223,7 @@ class DenseBlock(nn.Module):
 
         def module(size: int) -> CouplingModule:
             kept, moved = size - size // 2, size // 2
-            network = CouplingNetwork(
+            network = DenseCouplingNetwork(
                 kept, 2 * moved, width, depth, dense_growth, landmarks, variant
             )
             return CouplingModule(size, DenseCoupling(size, network))

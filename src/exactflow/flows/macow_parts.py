@@ -170,7 +170,12 @@ class Level(nn.Module):
     """
 
     def __init__(
-        self, plan: StepPlan, channels: int, runs: tuple[int, ...], leaving: int, additive_prior: bool
+        self,
+        plan: StepPlan,
+        channels: int,
+        runs: tuple[int, ...],
+        leaving: int,
+        additive_prior: bool,
     ) -> None:
         super().__init__()
         self.leaving = leaving

@@ -207,7 +207,7 @@ class NystromAttention(nn.Module):
 
 
 @final
-class CouplingNetwork(nn.Module):
+class DenseCouplingNetwork(nn.Module):
     """Attention beside a densely connected part, mixed; the last convolution starts at zero.
 
     Args:
