@@ -288,7 +288,7 @@ def test_trained_families_have_about_as_many_parameters(size: str) -> None:
             if name not in families.CLOSED_FORM:
                 wanted = {"1m": 1e6, "10m": 1e7}[size]
                 assert 0.85 * wanted < model.num_parameters < 1.15 * wanted, (name, of)
-                assert families.Plan(1.0).first % recipe.training["batch_size"] == 0
+                assert families.Plan(1.0).first % recipe.common["batch_size"] == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*Matplotlib.*:DeprecationWarning")

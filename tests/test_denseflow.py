@@ -25,8 +25,8 @@ from exactflow.flows.denseflow_presets import PRESETS
 from exactflow.flows.denseflow_published import MARK, from_published, renamed
 from exactflow.flows.transforms import Squeeze
 from exactflow.nn.dense import (
-    DenseCouplingNetwork,
     DeferredBatchNorm,
+    DenseCouplingNetwork,
     NystromAttention,
     pseudo_inverse,
 )

@@ -19,7 +19,7 @@ from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.data.config import DataConfig
 from exactflow.flows import macow_published
 from exactflow.flows.macow import MaCow, MaCowConfig
-from exactflow.flows.macow_parts import GlowStep, Level, StepPlan, Step, Unit
+from exactflow.flows.macow_parts import GlowStep, Level, Step, StepPlan, Unit
 from exactflow.flows.macow_presets import PRESETS
 from exactflow.flows.macow_published import from_published, published_config, to_published
 from exactflow.flows.transforms import (
