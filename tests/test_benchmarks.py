@@ -336,7 +336,7 @@ def test_a_family_that_fails_costs_the_others_nothing(
 ) -> None:
     families = script("families")
     tarflow = families.MODELS["quick"]["tarflow"]
-    broken = families.Recipe("tarflow", {"digits": {"patch_size": 3}}, tarflow.training)
+    broken = families.Recipe("tarflow", {"digits": {"patch_size": 3}}, tarflow.common)
     monkeypatch.setitem(families.MODELS, "quick", {"broken": broken, "tarflow": tarflow})
     out = tmp_path / "r.json"
     arguments = ["--quick", "--threads", "1", "--out", str(out)]
@@ -345,7 +345,7 @@ def test_a_family_that_fails_costs_the_others_nothing(
     assert "failed" not in results[1]
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in table} == {13}
-    repaired = families.Recipe("tarflow", tarflow.configs, tarflow.training)
+    repaired = families.Recipe("tarflow", tarflow.configs, tarflow.common)
     monkeypatch.setitem(families.MODELS, "quick", {"broken": repaired, "tarflow": tarflow})
     results = families.main(arguments)
     assert [result["model"] for result in results] == ["tarflow", "broken"]

@@ -258,3 +258,15 @@ def test_labels_are_refused_by_unconditional_families() -> None:
             with pytest.raises(ValueError, match="unconditional"):
                 model.encode(some_images(model, 2), torch.zeros(2, dtype=torch.int64))
         assert some_labels(model, 2) is None or model.num_classes
+
+
+def test_convergence_of_parts_that_encode_in_their_own_way() -> None:
+    """MaCow's lines: each iteration settles one more at least, as for any autoregressive part."""
+    from exactflow.sampling.convergence import convergence
+
+    model = make("macow-tiny")
+    blocks = convergence(model, some_images(model))
+    assert len(blocks) == len(exactflow.sample(model, 1).iterations)
+    for block in blocks:
+        assert block.jacobi.finished
+        assert block.jacobi.iterations <= SHAPE[1]  # as many as there are lines, at most

@@ -127,7 +127,11 @@ def crm_percent(blocks: Sequence[BlockConvergence]) -> list[float | None]:
 def _solved(
     model: Flow, x: Tensor, label: Tensor | None
 ) -> list[tuple[AutoregressiveTransform, Tensor, Tensor]]:
-    """(part, u, v) with part(u) = v in generation order, overheard while the model encodes."""
+    """(part, u, v) with part(u) = v in generation order, overheard while the model encodes.
+
+    Parts that encode in a way of their own, as masked convolutions do, are overheard while the
+    model decodes, token by token.
+    """
     heard: list[tuple[Any, Tensor, Tensor]] = []
     hooks = [
         stage.register_forward_hook(lambda part, given, out: heard.append((part, given[0], out[0])))
@@ -135,10 +139,18 @@ def _solved(
         if isinstance(stage, AutoregressiveTransform)
     ]
     try:
-        model.encode(x, label)
+        z, _ = model.encode(x, label)
     finally:
         for hook in hooks:
             hook.remove()
+    if not heard:
+
+        def overhear(part: AutoregressiveTransform, v: Tensor, label: Tensor | None) -> Tensor:
+            u = part.inverse(v, label)
+            heard.insert(0, (part, u, v))
+            return u
+
+        model.decode(z, label, solver=overhear)
     if not heard:
         raise ValueError(f"{model.kind} has no autoregressive parts to invert")
     for index, (_, _, v) in enumerate(heard):
