@@ -502,6 +502,7 @@ def picture(results: Sequence[Result]) -> bytes:
     """PNG, two panels for each run: bits/dim against training seconds and against images."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, LogLocator, NullFormatter
 
     groups = runs([result for result in results if "failed" not in result])
     names = distinct(result["model"] for result in results)
@@ -523,7 +524,7 @@ def picture(results: Sequence[Result]) -> bytes:
             axes.set_title(title(group), fontsize=9)
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(labelsize=8, which="both")
-        panels[0].legend(frameon=False, fontsize=8)
+        panels[1].legend(frameon=True, fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()

@@ -145,9 +145,9 @@ def _solved(
             hook.remove()
     if not heard:
 
-        def overhear(part: AutoregressiveTransform, v: Tensor, label: Tensor | None) -> Tensor:
-            u = part.inverse(v, label)
-            heard.insert(0, (part, u, v))
+        def overhear(transform: AutoregressiveTransform, z: Tensor, label: Tensor | None) -> Tensor:
+            u = transform.inverse(z, label)
+            heard.insert(0, (transform, u, z))
             return u
 
         model.decode(z, label, solver=overhear)
