@@ -502,7 +502,7 @@ def picture(results: Sequence[Result]) -> bytes:
     """PNG, two panels for each run: bits/dim against training seconds and against images."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     groups = runs([result for result in results if "failed" not in result])
     names = distinct(result["model"] for result in results)
@@ -521,6 +521,9 @@ def picture(results: Sequence[Result]) -> bytes:
             axes.set_xlabel(f"training {along}", fontsize=9)
             axes.set_ylabel("bits / dim", fontsize=9)
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_title(title(group), fontsize=9)
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(labelsize=8, which="both")
