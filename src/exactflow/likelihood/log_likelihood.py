@@ -1,8 +1,9 @@
 """Log-likelihoods that say what they are."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal, final
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -14,14 +15,23 @@ from exactflow.core.model import (
     AugmentedFlow,
     DequantizingFlow,
     Flow,
+    GenerativeModel,
     NonFiniteError,
     evaluating,
     log_density,
 )
 from exactflow.core.random import generator, normal_rows, uniform_rows
+from exactflow.likelihood.bound import chain_bound
+from exactflow.likelihood.ode_estimate import ode_log_likelihood
+from exactflow.paths.chain_model import ChainModel
+from exactflow.paths.path_model import PathModel
 
-Kind = Literal["dequantized", "bound", "noisy-density"]
-Dequantization = Literal["uniform", "variational", "gaussian"]
+ESTIMATE_FACTS = (
+    *("solver", "steps", "tolerance", "evaluations", "trace", "probe", "probes"),
+    *("probe_standard_error", "prior_gap", "blur"),
+)
+Kind = Literal["dequantized", "bound", "estimate", "noisy-density"]
+Dequantization = Literal["uniform", "variational", "gaussian", "none"]
 
 
 @final
@@ -37,12 +47,16 @@ class LogLikelihood:
             arXiv 1509.00519, eq. 8). For "noisy-density", ln p(x + sigma eps), a density with
             respect to [-1, 1] and not a code length.
         kind: "dequantized", an exact density over the noise inside a grey level; "bound", of an
-            augmented flow; or "noisy-density", of a model trained with Gaussian noise.
+            augmented flow or a diffusion chain; "estimate", of a probability flow; or
+            "noisy-density", of a model trained with Gaussian noise.
         dims: C * H * W.
         levels: number of grey levels.
         k: noise draws per image; 1 is the published protocol, more tighten the bound.
         data: fingerprint of the images, where they come from a data set.
-        dequantization: law of the noise inside a grey level; "gaussian" is noise across levels.
+        dequantization: law of the noise inside a grey level; "gaussian" is noise across levels, and
+            "none" a bound on the probability of the integers themselves.
+        details: what else the number rests on: of an estimate, its solver, tolerance, evaluations,
+            probes and prior gap; of a chain's bound, its steps.
     """
 
     nats: Float[Tensor, " n"]
@@ -52,6 +66,7 @@ class LogLikelihood:
     k: int
     data: str | None = None
     dequantization: Dequantization = "uniform"
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nats_per_dim(self) -> float:
@@ -80,9 +95,8 @@ class LogLikelihood:
         return float(self.per_image.std()) / math.sqrt(len(self.nats))
 
 
-@torch.no_grad()
 def log_likelihood(
-    model: Flow,
+    model: GenerativeModel,
     images: Integer[Tensor, "n channels height width"],
     label: Int[Tensor, " n"] | None = None,
     k: int = 1,
@@ -95,7 +109,9 @@ def log_likelihood(
     """Score integer images; image i's noise is a function of (seed, i), whatever the batch size.
 
     Args:
-        model: a flow; scored in evaluation mode.
+        model: a flow, a diffusion chain (scored by its bound, all steps) or another model on a path
+            (scored by its probability flow, with dopri5 at 1e-5 and one probe: `ode_log_likelihood`
+            has the options); scored in evaluation mode.
         images: grey levels 0 .. levels-1, on any device.
         label: class of each image; None scores without labels.
         k: noise draws per image.
@@ -108,6 +124,36 @@ def log_likelihood(
         ValueError: for images that are not such integers, or labels the model cannot take.
         NonFiniteError: names the first image whose likelihood is not finite.
     """
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    if isinstance(model, ChainModel):
+        if k != 1:
+            raise ValueError(f"the bound of a chain has one draw per term: expected k=1, got {k}")
+        found = chain_bound(model, images, label, seed=seed, **options)
+        facts = {"steps": len(found.timesteps)}
+        return LogLikelihood(found.nats, "bound", model.dims, model.levels, 1, data, "none", facts)
+    if isinstance(model, PathModel):
+        estimate = ode_log_likelihood(model, images, label, k=k, seed=seed, **options)
+        facts = {name: getattr(estimate, name) for name in ESTIMATE_FACTS}
+        return LogLikelihood(
+            estimate.nats, "estimate", model.dims, model.levels, k, data, "uniform", facts
+        )
+    if not isinstance(model, Flow):
+        raise ValueError(f"a model of kind {model.kind!r} has no likelihood here")
+    return _of_flow(model, images, label, k, seed, data, **options)
+
+
+@torch.no_grad()
+def _of_flow(
+    model: Flow,
+    images: Integer[Tensor, "n channels height width"],
+    label: Int[Tensor, " n"] | None,
+    k: int,
+    seed: int,
+    data: str | None,
+    *,
+    batch_size: int,
+    progress: bool,
+) -> LogLikelihood:
     if k < 1 or batch_size < 1:
         raise ValueError(f"expected k >= 1 and batch_size >= 1, got {k}, {batch_size}")
     grey.check_images(images, model.event_shape, model.levels)

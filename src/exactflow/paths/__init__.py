@@ -1,0 +1,1 @@
+"""Gaussian paths from noise to data, and the models that follow them."""

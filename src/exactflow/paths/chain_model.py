@@ -1,0 +1,49 @@
+"""Diffusion models with a discrete chain: what the variational bound and its samplers ask of one.
+
+A chain model is a path model as well: its network, asked at times between the steps of the chain,
+gives the probability flow that DDIM follows.
+"""
+
+from abc import abstractmethod
+
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from exactflow.paths.chain import MarkovChain
+from exactflow.paths.path_model import PathModel
+
+
+class ChainModel(PathModel):
+    """A network that predicts the noise, and perhaps the variance, of the steps of a chain."""
+
+    @property
+    @abstractmethod
+    def chain(self) -> MarkovChain:
+        """The whole chain that the network is trained on."""
+
+    @abstractmethod
+    def predict_noise(
+        self,
+        x_t: Float[Tensor, "batch channels height width"],
+        timestep: Shaped[Tensor, " batch"],
+        label: Int[Tensor, " batch"] | None = None,
+        low: Float[Tensor, "batch channels low_height low_width"] | None = None,
+    ) -> tuple[
+        Float[Tensor, "batch channels height width"],
+        Float[Tensor, "batch channels height width"] | None,
+    ]:
+        """One evaluation of the network; without `low`, a `chain.Network`.
+
+        Args:
+            x_t: noisy images.
+            timestep: step of each in `chain`; real numbers stand for times between steps.
+            label: class of each image; None for a dropped label.
+            low: the small images in [-1, 1] that an upsampler enlarges; None for other models.
+
+        Returns:
+            The predicted noise, and the place v of the log-variance between its bounds; None where
+            the variance is fixed.
+
+        Raises:
+            ValueError: for labels or small images that the model cannot take, or needs.
+        """

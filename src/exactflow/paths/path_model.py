@@ -1,0 +1,283 @@
+"""Models that follow a Gaussian path: diffusion and flow matching are this one class.
+
+What a network predicts at x_t = alpha x0 + sigma eps is one of four things, each of which gives
+the others: x0, the data; eps, the noise; v = alpha eps - sigma x0 (Salimans & Ho,
+arXiv 2202.00512); velocity = d_alpha x0 + d_sigma eps, the rate of x_t in library time.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+import torch
+from jaxtyping import Float, Int, Integer
+from torch import Tensor, nn
+
+from exactflow.core import images as grey
+from exactflow.core.model import GenerativeModel
+from exactflow.paths.path import SINGULAR_MARGIN, Between, Path, Point
+
+Prediction = Literal["x0", "eps", "v", "velocity"]
+
+
+def data_and_noise(
+    prediction: Float[Tensor, "batch *shape"],
+    x_t: Float[Tensor, "batch *shape"],
+    point: Point,
+    source: Prediction,
+) -> tuple[Float[Tensor, "batch *shape"], Float[Tensor, "batch *shape"]]:
+    """(x0, eps) that a prediction at x_t stands for.
+
+    Divides by sigma for x0, by alpha for eps, by alpha^2 + sigma^2 or delta, which are never 0,
+    for v and velocity.
+    """
+    alpha, sigma = spread(point.alpha, x_t), spread(point.sigma, x_t)
+    match source:
+        case "x0":
+            return prediction, (x_t - alpha * prediction) / sigma
+        case "eps":
+            return (x_t - sigma * prediction) / alpha, prediction
+        case "v":
+            power = alpha.square() + sigma.square()
+            x0 = (alpha * x_t - sigma * prediction) / power
+            return x0, (sigma * x_t + alpha * prediction) / power
+        case "velocity":
+            d_alpha, d_sigma = spread(point.d_alpha, x_t), spread(point.d_sigma, x_t)
+            delta = spread(point.delta, x_t)
+            x0 = (sigma * prediction - d_sigma * x_t) / delta
+            return x0, (d_alpha * x_t - alpha * prediction) / delta
+
+
+def combine(
+    x0: Float[Tensor, "batch *shape"],
+    eps: Float[Tensor, "batch *shape"],
+    point: Point,
+    target: Prediction,
+) -> Float[Tensor, "batch *shape"]:
+    """What a network that predicts `target` is to say of data x0 and noise eps; no division."""
+    match target:
+        case "x0":
+            return x0
+        case "eps":
+            return eps
+        case "v":
+            return spread(point.alpha, x0) * eps - spread(point.sigma, x0) * x0
+        case "velocity":
+            return spread(point.d_alpha, x0) * x0 + spread(point.d_sigma, x0) * eps
+
+
+def convert(
+    prediction: Float[Tensor, "batch *shape"],
+    x_t: Float[Tensor, "batch *shape"],
+    point: Point,
+    source: Prediction,
+    target: Prediction,
+) -> Float[Tensor, "batch *shape"]:
+    """A prediction of `source` at x_t, as one of `target`.
+
+    Args:
+        prediction: what the network said.
+        x_t: where it said it.
+        point: the path at the times of x_t, (batch,) or a scalar.
+        source: what `prediction` is.
+        target: what is asked for.
+    """
+    if source == target:
+        return prediction
+    return combine(*data_and_noise(prediction, x_t, point, source), point, target)
+
+
+def velocity_gain(point: Point, source: Prediction) -> Float[Tensor, "*times"]:
+    """How far the velocity moves when the prediction moves by 1: `convert` is affine."""
+    match source:
+        case "x0":
+            return point.delta / point.sigma
+        case "eps":
+            return -point.delta / point.alpha
+        case "v":
+            return -point.delta / (point.alpha.square() + point.sigma.square())
+        case "velocity":
+            return torch.ones_like(point.alpha)
+
+
+def spread(values: Float[Tensor, "*times"], x: Float[Tensor, "batch *shape"]) -> Tensor:
+    """One value per sample, shaped and typed to multiply x."""
+    return values.to(x.dtype).reshape(values.shape + (1,) * (x.dim() - values.dim()))
+
+
+@final
+@dataclass(frozen=True)
+class Posterior:
+    """What a model knows of the data behind x_t: the mean, and the variance where it gives one."""
+
+    mean: Float[Tensor, "batch channels height width"]
+    var: Float[Tensor, "batch channels height width"] | None = None
+
+
+class PathModel(GenerativeModel):
+    """A network that predicts data, noise or velocity along a path.
+
+    Attributes:
+        dequantized: whether the model is one of uniformly dequantised images; otherwise of
+            centred grey levels.
+    """
+
+    dequantized: bool = False
+
+    @property
+    @abstractmethod
+    def path(self) -> Path:
+        """The path whose marginals the model knows."""
+
+    @property
+    @abstractmethod
+    def prediction(self) -> Prediction:
+        """What `predict` returns."""
+
+    @abstractmethod
+    def predict(
+        self,
+        x_t: Float[Tensor, "batch channels height width"],
+        t: Float[Tensor, " batch"],
+        label: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch channels height width"]:
+        """One evaluation of the network.
+
+        Args:
+            x_t: points on the path.
+            t: their library times, 0 noise .. 1 data.
+            label: class of each sample; None for a dropped label.
+        """
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The path's span, short of an end where this prediction gives no velocity.
+
+        Noise says nothing of the data where alpha = 0, data nothing of the noise where sigma = 0.
+        """
+        first, last = self.path.span
+        ends = self.path.at(torch.tensor([first, last], dtype=torch.float64))
+        if self.prediction == "eps" and ends.alpha[0] == 0:
+            first += SINGULAR_MARGIN
+        if self.prediction == "x0" and ends.sigma[1] == 0:
+            last -= SINGULAR_MARGIN
+        return first, last
+
+    def denoise(
+        self,
+        x_t: Float[Tensor, "batch channels height width"],
+        t: Float[Tensor, " batch"],
+        label: Int[Tensor, " batch"] | None = None,
+    ) -> Posterior:
+        """The data expected behind x_t (arguments as for `predict`)."""
+        said = self.predict(x_t, t, label)
+        return Posterior(convert(said, x_t, self.path.at(t), self.prediction, "x0"))
+
+    def velocity(
+        self,
+        x_t: Float[Tensor, "batch channels height width"],
+        t: Float[Tensor, " batch"],
+        label: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Rate of x_t of the probability flow in library time (arguments as for `predict`)."""
+        said = self.predict(x_t, t, label)
+        return convert(said, x_t, self.path.at(t), self.prediction, "velocity")
+
+    def to_grey_levels(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Integer[Tensor, "batch channels height width"]:
+        """Grey levels of images in [-1, 1]; only here is anything clipped to the range."""
+        quantize = grey.quantize_dequantized if self.dequantized else grey.quantize_centered
+        return quantize(x, self.levels)
+
+
+@final
+class OnPath(PathModel):
+    """A model trained on one path, followed along another.
+
+    Points of equal log-SNR differ by a factor: x' = x alpha' / alpha is a point of the trained
+    path, and what the network says there of data and noise holds here too. A view: save the model.
+
+    Args:
+        model: the trained model.
+        path: the path to follow.
+
+    Raises:
+        ValueError: the paths have no log-SNR in common.
+    """
+
+    kind: ClassVar[str] = "on-path"
+
+    def __init__(self, model: PathModel, path: Path) -> None:
+        super().__init__()
+        self.config = model.config
+        self.dequantized = model.dequantized
+        self.model = model
+        self._path = _common_part(path, model)
+
+    @property
+    def event_shape(self) -> tuple[int, int, int]:
+        return self.model.event_shape
+
+    @property
+    def levels(self) -> int:
+        return self.model.levels
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
+
+    @property
+    def stages(self) -> Sequence[nn.Module]:
+        return self.model.stages
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    @property
+    def prediction(self) -> Prediction:
+        return self.model.prediction
+
+    def predict(
+        self,
+        x_t: Float[Tensor, "batch channels height width"],
+        t: Float[Tensor, " batch"],
+        label: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch channels height width"]:
+        """See `PathModel.predict`."""
+        here, trained, source = self.path.at(t), self.model.path, self.prediction
+        time = trained.time_of(here.log_snr).clamp(*self.model.span)  # rounding at the ends
+        there = trained.at(time)
+        data = here.alpha > here.sigma  # the factor without a division by zero
+        factor = torch.where(data, there.alpha / here.alpha, there.sigma / here.sigma)
+        x = spread(factor, x_t) * x_t
+        said = self.model.predict(x, time, label)
+        if source in ("x0", "eps"):
+            return said
+        return combine(*data_and_noise(said, x, there, source), here, source)
+
+    def loss(
+        self,
+        images: Integer[Tensor, "batch channels height width"],
+        label: Int[Tensor, " batch"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, " batch"]:
+        """The trained model's loss: the path followed does not enter it."""
+        return self.model.loss(images, label, generator=generator)
+
+
+def _common_part(path: Path, model: PathModel) -> Path:
+    """The part of `path` whose log-SNRs the model was trained on."""
+    trained = model.path.at(torch.tensor(model.span, dtype=torch.float64)).log_snr
+    offered = path.at(torch.tensor(path.span, dtype=torch.float64)).log_snr
+    if trained[1] <= offered[0] or offered[1] <= trained[0]:
+        raise ValueError("expected paths with common log-SNRs, got two that share none")
+    first, last = path.span
+    if offered[0] < trained[0]:
+        first = float(path.time_of(trained[0]))
+    if offered[1] > trained[1]:
+        last = float(path.time_of(trained[1]))
+    return Between(path, first, last)

@@ -1,0 +1,408 @@
+"""Solvers against published numbers and orders; the ODE likelihood against closed forms."""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path as File
+from typing import ClassVar, final
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from exactflow.core import images as grey
+from exactflow.core.model import NonFiniteError
+from exactflow.core.random import generator
+from exactflow.likelihood import ode_estimate
+from exactflow.likelihood.ode_estimate import ode_log_likelihood, with_divergence
+from exactflow.paths.ode import OdeSolver, State, edm_times, solve, uniform_times
+from exactflow.paths.path import Path, Polynomial, Straight, VariancePreserving
+from exactflow.paths.path_model import PathModel, Prediction
+from test_paths import DIMS, PATHS, SHAPE, GaussianModel, covariance
+
+FIXED: dict[OdeSolver, int] = {"euler": 1, "midpoint": 2, "heun": 2}  # their orders
+
+
+@final
+@dataclass(frozen=True)
+class LinearConfig:
+    image_shape: tuple[int, int, int]
+
+
+@final
+class LinearField(PathModel):
+    """v(x, t) = (cos(2 t) M + t M M) x, the golden field; with one_rate, v = M x."""
+
+    kind: ClassVar[str] = "linear-field"
+
+    def __init__(self, matrix: Tensor, shape: tuple[int, int, int], one_rate: bool = False) -> None:
+        super().__init__()
+        self.config = LinearConfig(shape)
+        self.matrix, self.one_rate = nn.Parameter(matrix), one_rate
+
+    @property
+    def event_shape(self) -> tuple[int, int, int]:
+        return self.config.image_shape
+
+    @property
+    def levels(self) -> int:
+        return 16
+
+    @property
+    def num_classes(self) -> int:
+        return 0
+
+    @property
+    def stages(self) -> Sequence[nn.Module]:
+        return []
+
+    @property
+    def path(self) -> Path:
+        return Straight()
+
+    @property
+    def prediction(self) -> Prediction:
+        return "velocity"
+
+    def predict(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        m, flat = self.matrix, x_t.flatten(1)
+        if self.one_rate:
+            return (flat @ m.T).view_as(x_t)
+        t = t[:, None]
+        moved = torch.cos(2 * t) * (flat @ m.T) + t * (flat @ (m @ m).T)
+        return moved.view_as(x_t)
+
+    def loss(
+        self,
+        images: Tensor,
+        label: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        raise NotImplementedError("a given field is not trained")
+
+
+@pytest.fixture(scope="module")
+def published(golden: File) -> dict[str, Tensor]:
+    return torch.load(golden / "flows" / "fm_ode.expected.pt", weights_only=True)
+
+
+def stepped(step: float) -> list[float]:
+    """0, h, 2h, .., the last step shortened to end at 1."""
+    return [i * step for i in range(math.ceil(1 / step - 1e-9))] + [1.0]
+
+
+def velocity(model: PathModel) -> ode_estimate.Field:
+    def field(t: float, state: State) -> State:
+        return (model.velocity(state[0], state[0].new_full((len(state[0]),), t)),)
+
+    return field
+
+
+def log_density(x: Tensor) -> Tensor:
+    return torch.distributions.Normal(0.0, 1.0).log_prob(x).flatten(1).sum(1)
+
+
+GRIDS: list[tuple[OdeSolver, float]] = [
+    ("euler", 0.1),
+    ("euler", 0.3),
+    ("midpoint", 0.1),
+    ("midpoint", 0.25),
+]
+
+
+@pytest.mark.parametrize(("solver", "step"), GRIDS)
+def test_golden_fixed_steps(solver: OdeSolver, step: float, published: dict[str, Tensor]) -> None:
+    model, times = LinearField(published["M"], (3, 2, 2)), stepped(step)
+    name = f"{solver}.step_{step}"
+    forward = solve(velocity(model), (published["x_0"],), times, solver)
+    torch.testing.assert_close(forward.state[0], published[f"{name}.x_1"], rtol=1e-10, atol=1e-10)
+    back = [1 - t for t in times]  # a shortened step comes last both ways
+    start = (published["x_1"], torch.zeros(4, 1, dtype=torch.float64))
+    x, log_det = solve(with_divergence(model, None, None), start, back, solver).state
+    torch.testing.assert_close(x, published[f"{name}.x_0"], rtol=1e-10, atol=1e-10)
+    got = log_density(x) + log_det[:, 0]
+    torch.testing.assert_close(got, published[f"{name}.log_prob"], rtol=1e-10, atol=1e-10)
+    assert forward.evaluations == FIXED[solver] * (len(times) - 1)
+
+
+@pytest.mark.parametrize("solver", ["euler", "midpoint"])
+def test_golden_time_grid(solver: OdeSolver, published: dict[str, Tensor]) -> None:
+    model, grid = LinearField(published["M"], (3, 2, 2)), published["time_grid"].tolist()
+    for stop in range(2, len(grid) + 1):
+        got = solve(velocity(model), (published["x_0"],), grid[:stop], solver).state[0]
+        expected = published[f"{solver}.on_time_grid.path"][stop - 1]
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_golden_hutchinson(published: dict[str, Tensor], golden: File) -> None:
+    (key,) = (k for k in published if k.startswith("hutchinson.midpoint"))
+    step = float(key.removeprefix("hutchinson.midpoint.step_").removesuffix(".log_prob"))
+    model = LinearField(published["M"], (3, 2, 2))
+    field = with_divergence(model, None, published["hutchinson.probe"][None])
+    start = (published["x_1"], torch.zeros(4, 1, dtype=torch.float64))
+    x, log_det = solve(field, start, [1 - t for t in stepped(step)], "midpoint").state
+    got = log_density(x) + log_det[:, 0]
+    torch.testing.assert_close(got, published[key], rtol=1e-10, atol=1e-10)
+    error = json.loads((golden / "flows" / "fm_ode.json").read_text())["error_against_closed_form"]
+    exact = published["hutchinson.exact_log_prob"]
+    assert float((got - exact).abs().max()) == pytest.approx(error["hutchinson"], rel=1e-6)
+
+
+@pytest.mark.parametrize("tolerance", [1e-5, 1e-10])
+def test_golden_dopri5(tolerance: float, published: dict[str, Tensor]) -> None:
+    """Against the closed form: an adaptive solver's digits are its own."""
+    model = LinearField(published["M"], (3, 2, 2))
+    start = (published["x_0"],)
+    got = solve(velocity(model), start, [0.0, 1.0], "dopri5", tolerance).state[0]
+    slack = 100 * tolerance
+    torch.testing.assert_close(got, published["exact.x_1_from_x_0"], rtol=slack, atol=slack)
+    state = (published["x_1"], torch.zeros(4, 1, dtype=torch.float64))
+    field = with_divergence(model, None, None)
+    x, log_det = solve(field, state, [1.0, 0.0], "dopri5", tolerance).state
+    torch.testing.assert_close(x, published["exact.x_0_from_x_1"], rtol=slack, atol=slack)
+    torch.testing.assert_close(
+        log_density(x) + log_det[:, 0], published["exact.log_prob"], rtol=slack, atol=slack
+    )
+
+
+@pytest.mark.parametrize("solver", FIXED)
+def test_solver_order(solver: OdeSolver, published: dict[str, Tensor]) -> None:
+    """The slope of log error over log step is the order, of point and of log-density alike."""
+    model = LinearField(published["M"], (3, 2, 2))
+    steps = [20, 40, 80, 160]
+    errors: list[list[float]] = []
+    for count in steps:
+        start = (published["x_1"], torch.zeros(4, 1, dtype=torch.float64))
+        field = with_divergence(model, None, None)
+        x, log_det = solve(field, start, uniform_times(count, 1.0, 0.0), solver).state
+        point = (x - published["exact.x_0_from_x_1"]).abs().max()
+        change = log_det[:, 0] + published["exact.integral_of_divergence"]
+        errors.append([math.log(float(point)), math.log(float(change.abs().max()))])
+    h = -torch.tensor(steps, dtype=torch.float64).log()
+    h = h - h.mean()
+    slopes = (h[:, None] * torch.tensor(errors, dtype=torch.float64)).sum(0) / h.square().sum()
+    assert slopes[0] == pytest.approx(FIXED[solver], abs=0.15)
+    assert slopes[1] >= FIXED[solver] - 0.15  # a quadrature may be better than its trajectory
+
+
+@pytest.mark.parametrize("solver", FIXED)
+def test_samples_do_not_depend_on_their_batch(solver: OdeSolver) -> None:
+    model, x = GaussianModel(Straight()), torch.randn(5, *SHAPE, dtype=torch.float64)
+    times = uniform_times(7)
+    together = solve(velocity(model), (x,), times, solver).state[0]
+    alone = torch.cat([solve(velocity(model), (row[None],), times, solver).state[0] for row in x])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("ends", [(0.0, 1.0), (1.0, 0.0), (0.2, 0.7)])
+def test_dopri5_stays_within_its_times_and_counts(ends: tuple[float, float]) -> None:
+    asked: list[float] = []
+
+    def field(t: float, state: State) -> State:
+        asked.append(t)
+        return (torch.sin(5 * state[0]) + t,)
+
+    solution = solve(field, (torch.ones(3),), ends, "dopri5", 1e-6)
+    assert min(asked) >= min(ends)
+    assert max(asked) <= max(ends)
+    assert solution.evaluations == len(asked) > 6
+
+
+def test_dopri5_fails_with_words() -> None:
+    with pytest.raises(NonFiniteError, match=r"from t = 0\.0 to 1\.0 with tolerance 1e-05"):
+        solve(lambda t, state: (state[0] ** 2,), (torch.full((1,), 2.0),), [0.0, 1.0], "dopri5")
+
+
+def test_time_grids() -> None:
+    assert uniform_times(4) == [0, 0.25, 0.5, 0.75, 1]
+    assert uniform_times(2, 1.0, 0.5) == [1.0, 0.75, 0.5]
+    times = edm_times(Straight(), 50)
+    assert len(times) == 51
+    assert times[0] == pytest.approx(1 / 81)
+    assert times[-2:] == [pytest.approx(1 / 1.002), 1.0]
+    assert all(a < b for a, b in itertools.pairwise(times))
+    middle = (0.5 * (80 ** (1 / 7) + 0.002 ** (1 / 7))) ** 7
+    assert edm_times(Straight(), 3)[1] == pytest.approx(1 / (1 + middle))
+    level = edm_times(VariancePreserving(), 3)
+    point = VariancePreserving().at(torch.tensor(level[:3], dtype=torch.float64))
+    expected = torch.tensor([80, middle, 0.002], dtype=torch.float64)
+    torch.testing.assert_close(point.sigma / point.alpha, expected)
+    with pytest.raises(ValueError, match="noise levels within the path's"):
+        edm_times(Straight(0.1), 5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: solve(lambda t, s: s, (torch.ones(1),), [0.0, 1.0, 0.5]), "rising or falling"),
+        (lambda: solve(lambda t, s: s, (torch.ones(1),), [0.0]), "at least two times"),
+        (
+            lambda: solve(lambda t, s: s, (torch.ones(1),), [0.0, 1.0], "dopri5", 0.0),
+            "tolerance > 0, got 0.0",
+        ),
+        (lambda: uniform_times(0), "at least one step, got 0"),
+        (lambda: edm_times(Straight(), 5, 1.0, 2.0), "sigma_max > sigma_min"),
+    ],
+)
+def test_bad_ode(call: object, message: str) -> None:
+    assert callable(call)
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "v", "x0", "eps"])
+@pytest.mark.parametrize("name", ["straight", "ot", "polynomial", "cosine", "vp", "linear-vp"])
+def test_sampler_reproduces_the_gaussian(name: str, prediction: Prediction) -> None:
+    """The flow of a Gaussian is affine: its mean and covariance follow from DIMS + 1 points."""
+    model = GaussianModel(PATHS[name], prediction)
+    first, last = model.span
+    basis = torch.cat([torch.zeros(1, DIMS), torch.eye(DIMS)]).double().view(-1, *SHAPE)
+    ends = solve(velocity(model), (basis,), [first, last], "dopri5", 1e-9).state[0].flatten(1)
+    offset, linear = ends[0], (ends[1:] - ends[0]).T
+    torch.testing.assert_close(offset, model.mean.detach(), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(linear @ linear.T, model.cov.detach(), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["straight", "ot", "polynomial", "cosine", "vp", "linear-vp"])
+def test_estimate_meets_the_density(name: str) -> None:
+    """With exact trace: the closed form, less what the prior is off at the noise end."""
+    model = GaussianModel(PATHS[name])
+    images = torch.randint(16, (6, *SHAPE), generator=torch.Generator().manual_seed(0))
+    result = ode_log_likelihood(model, images, trace="exact", seed=4, tolerance=1e-9)
+    noise = [
+        torch.rand(*SHAPE, generator=generator(4, "score", i, 0), dtype=torch.float64)
+        for i in range(6)
+    ]
+    x = grey.dequantize(images, torch.stack(noise), 16)
+    first, last = model.span
+    z = solve(velocity(model), (x,), [last, first], "dopri5", 1e-9).state[0]
+    gap = model.law(first).log_prob(z.flatten(1)) - log_density(z)
+    expected = (model.law(last).log_prob(x.flatten(1)) - gap - DIMS * math.log(8)).detach()
+    torch.testing.assert_close(result.nats, expected, rtol=0, atol=2e-5)
+    assert bool((gap.abs().max() > 1e-4) == (name == "vp"))
+    drift = model.law(first).log_prob(x.flatten(1)) - model.law(last).log_prob(x.flatten(1))
+    assert float(drift.detach().abs().min()) > 0.1  # the divergence is felt
+    assert (result.prior_gap > 1e-5) == (name == "vp")
+    assert result.probe_error is None
+    assert (result.probes, result.probe, result.probe_standard_error) == (DIMS, None, 0.0)
+    assert result.evaluations > 50
+    assert result.bits_per_dim == pytest.approx(-float(expected.mean()) / (4 * math.log(2)), 1e-3)
+
+
+def test_sign_of_the_divergence() -> None:
+    """v = a x: x(0) = x e^-a, and ln p falls by a D."""
+    rate, dims = 0.7, 12
+    model = LinearField(rate * torch.eye(dims, dtype=torch.float64), (3, 2, 2), one_rate=True)
+    images = torch.randint(16, (3, 3, 2, 2), generator=torch.Generator().manual_seed(0))
+    result = ode_log_likelihood(model, images, tolerance=1e-9)
+    noise = [
+        torch.rand(3, 2, 2, generator=generator(0, "score", i, 0), dtype=torch.float64)
+        for i in range(3)
+    ]
+    x = grey.dequantize(images, torch.stack(noise), 16)
+    expected = log_density(x * math.exp(-rate)) - rate * dims - dims * math.log(8)
+    torch.testing.assert_close(result.nats, expected, rtol=0, atol=1e-6)
+
+
+def test_hutchinson_is_exact_for_a_diagonal_jacobian() -> None:
+    model = GaussianModel(Straight(), cov=torch.diag(torch.tensor([0.1, 0.2, 0.3, 0.4])).double())
+    images = torch.randint(16, (4, *SHAPE), generator=torch.Generator().manual_seed(0))
+    exact = ode_log_likelihood(model, images, trace="exact", solver="midpoint", steps=20)
+    probed = ode_log_likelihood(model, images, solver="midpoint", steps=20, probes=2)
+    torch.testing.assert_close(probed.nats, exact.nats, rtol=0, atol=1e-10)
+    assert probed.probe_error is not None
+    assert float(probed.probe_error.max()) < 1e-10
+    gaussian = ode_log_likelihood(
+        model, images, solver="midpoint", steps=20, probe="gaussian", probes=2
+    )
+    assert float((gaussian.nats - exact.nats).abs().min()) > 1e-3
+
+
+@pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
+def test_hutchinson_is_unbiased_and_knows_its_error(probe: ode_estimate.Probe) -> None:
+    model = GaussianModel(Polynomial(2.0))
+    images = torch.randint(16, (8, *SHAPE), generator=torch.Generator().manual_seed(0))
+    exact = ode_log_likelihood(model, images, trace="exact", solver="heun", steps=8)
+    many = ode_log_likelihood(model, images, solver="heun", steps=8, probe=probe, probes=400)
+    assert many.probe_error is not None
+    z = (many.nats - exact.nats) / many.probe_error
+    assert float(z.abs().max()) < 4
+    assert 0.3 < float(z.std()) < 2
+    few = ode_log_likelihood(model, images, solver="heun", steps=8, probe=probe, probes=100)
+    assert few.probe_error is not None
+    assert float((few.probe_error / many.probe_error).mean()) == pytest.approx(2, rel=0.2)
+    assert many.probe_standard_error is not None
+    assert many.probe_standard_error < many.standard_error
+
+
+def test_estimate_rises_with_k_on_average() -> None:
+    model = GaussianModel(Straight())
+    images = torch.randint(16, (64, *SHAPE), generator=torch.Generator().manual_seed(0))
+    nats = [
+        float(
+            ode_log_likelihood(
+                model, images, k=k, trace="exact", solver="heun", steps=10
+            ).nats.mean()
+        )
+        for k in (1, 4, 16)
+    ]
+    assert nats[0] < nats[1] < nats[2]
+
+
+@pytest.mark.parametrize("solver", ["heun", "dopri5"])
+def test_estimate_is_a_function_of_seed_and_index(solver: OdeSolver) -> None:
+    model = GaussianModel(Straight())
+    images = torch.randint(16, (7, *SHAPE), generator=torch.Generator().manual_seed(0))
+    settings = {"solver": solver, "steps": 10, "k": 2, "probes": 3, "tolerance": 1e-7}
+    whole = ode_log_likelihood(model, images, **settings)
+    parts = ode_log_likelihood(model, images, batch_size=2, **settings)
+    other = ode_log_likelihood(model, images, seed=1, **settings)
+    atol = 1e-10 if solver == "heun" else 1e-4
+    torch.testing.assert_close(whole.nats, parts.nats, rtol=0, atol=atol)
+    assert float((whole.nats - other.nats).abs().min()) > 1e-3
+    if solver == "heun":
+        assert whole.evaluations == parts.evaluations == pytest.approx(2 * 2 * 10)
+        assert (whole.steps, whole.tolerance) == (10, None)
+    else:
+        assert (whole.steps, whole.tolerance) == (None, 1e-7)
+
+
+def test_estimate_names_its_ends() -> None:
+    images = torch.full((2, *SHAPE), 15)
+    vp = ode_log_likelihood(GaussianModel(VariancePreserving()), images, solver="euler", steps=2)
+    ends = VariancePreserving().at(torch.tensor([0.0, 1 - 1e-5], dtype=torch.float64))
+    assert vp.blur == pytest.approx(float(ends.sigma[1] / ends.alpha[1]))
+    alpha, variance = float(ends.alpha[0]), float(ends.sigma[0]) ** 2
+    kl = 0.5 * DIMS * ((alpha * 15 / 16) ** 2 + variance - 1 - math.log(variance))
+    assert vp.prior_gap == pytest.approx(kl, rel=1e-6)
+    blurred = ode_log_likelihood(GaussianModel(Straight(0.01)), images, solver="euler", steps=2)
+    assert (blurred.prior_gap, blurred.blur) == (0.0, pytest.approx(0.01))
+
+
+def test_estimate_of_a_uniform_model_is_what_the_prior_says() -> None:
+    """The velocity 0: the density is the prior's, and a grey level's volume enters once."""
+    model = LinearField(torch.zeros(4, 4, dtype=torch.float64), SHAPE, one_rate=True)
+    images = torch.randint(16, (2, *SHAPE), generator=torch.Generator().manual_seed(0))
+    result = ode_log_likelihood(model, images, solver="euler", steps=1, k=200)
+    edges = torch.linspace(-1, 1, 17, dtype=torch.float64)
+    mass = torch.distributions.Normal(0.0, 1.0).cdf(edges).diff().log()
+    expected = mass[images].flatten(1).sum(1)
+    torch.testing.assert_close(result.nats, expected, rtol=0, atol=0.03)
+
+
+def test_scoring_restores_the_mode_and_names_what_is_not_finite() -> None:
+    model = GaussianModel(Straight(), cov=covariance() * math.nan).train()
+    images = torch.zeros(2, *SHAPE, dtype=torch.int64)
+    with pytest.raises(NonFiniteError, match="image 0 is nan"):
+        ode_log_likelihood(model, images, solver="euler", steps=2)
+    assert model.training
+
+
+@pytest.mark.parametrize("field", ["k", "batch_size", "probes", "steps"])
+def test_bad_estimate(field: str) -> None:
+    images = torch.zeros(1, *SHAPE, dtype=torch.int64)
+    with pytest.raises(ValueError, match="at least 1"):
+        ode_log_likelihood(GaussianModel(Straight()), images, **{field: 0})
