@@ -1,0 +1,1 @@
+"""Diffusion models: discrete chains and continuous time, one file per family."""

@@ -1,0 +1,135 @@
+"""HDiT checkpoints of k-diffusion, read into this library's model.
+
+A training checkpoint (.pth) is {config, model, model_ema, ...}; a slim one (.safetensors) holds the
+averaged weights alone, mostly in float16, with the same configuration in its metadata. Names of
+tensors are those of `HourglassTransformer`; the random Fourier features belong to the weights.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exactflow.core.config import checked
+from exactflow.diffusion.hdit import HDiT, HDiTConfig
+
+MODEL_TYPE = "image_transformer_v2"
+_UNRECORDED = {  # what bare weights do not tell -> an example of how to say it
+    "image_shape": "(3, 256, 256)",
+    "attention": "('neighborhood', 'neighborhood', 'global')",
+}
+
+
+def from_published(state: Mapping[str, Any], *, hints: Mapping[str, Any] | None = None) -> HDiT:
+    """The model in a k-diffusion checkpoint, in evaluation mode, float32.
+
+    Args:
+        state: what the file holds: the averaged weights under "model_ema" are taken before
+            "model", and "config" is the run's JSON; or bare weights, name by name.
+        hints: fields of `HDiTConfig` that the file does not tell. Bare weights need `image_shape`
+            and `attention` (and `kernel_size`, `window_size`, `sigma_data`, `weighting` where they
+            are not the usual ones).
+
+    Raises:
+        ValueError: no such checkpoint, a field that is missing, or one that contradicts the
+            weights; with what was expected.
+    """
+    nested = state.get("model_ema", state.get("model"))
+    weights = state if nested is None else nested
+    if not isinstance(weights, Mapping) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise ValueError("expected a mapping of names to tensors, bare or under 'model_ema'")
+    for key in ("patch_in.proj.weight", "time_emb.weight", "mid_level.0.ff.up_proj.weight"):
+        if key not in weights:
+            raise ValueError(
+                f"not an HDiT checkpoint of k-diffusion: it has no {key!r} "
+                f"(its first keys: {list(weights)[:3]})"
+            )
+    recorded = _from_config(state["config"]) if "config" in state else {}
+    said = checked(HDiTConfig, {**recorded, **(hints or {})})
+    read = _from_weights(weights)
+    for name in read.keys() & said.keys():
+        if said[name] != read[name]:
+            raise ValueError(f"{name}: the weights say {read[name]}, not {said[name]}")
+    for name, example in _UNRECORDED.items():
+        if name not in said:
+            raise ValueError(f"the file does not tell {name}: give it, such as {name}={example}")
+    side = math.isqrt(weights["patch_in.proj.weight"].shape[1] // said["image_shape"][0])
+    return _filled(HDiTConfig(**{"patch_size": side, **said, **read}), weights)
+
+
+def _from_weights(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields that names and shapes tell."""
+    outer = 1 + max(
+        (int(key.split(".")[1]) for key in weights if "down_levels." in key), default=-1
+    )
+    levels = [*(f"down_levels.{i}" for i in range(outer)), "mid_level"]
+    depths = tuple(
+        len({key[len(level) + 1 :].split(".")[0] for key in weights if key.startswith(f"{level}.")})
+        for level in levels
+    )
+    feed_forward = [weights[f"{level}.0.ff.down_proj.weight"].shape for level in levels]
+    heads = {
+        shape[0] // len(weights[f"{level}.0.self_attn.scale"])
+        for level, shape in zip(levels, feed_forward, strict=True)
+        if f"{level}.0.self_attn.scale" in weights
+    }
+    if len(heads) > 1:
+        raise ValueError(f"expected attention heads of one width, got {sorted(heads)}")
+    inner = weights.get("mapping.blocks.0.down_proj.weight")
+    table = weights.get("class_emb.weight")
+    return {
+        "depths": depths,
+        "widths": tuple(shape[0] for shape in feed_forward),
+        "d_ff": tuple(shape[1] for shape in feed_forward),
+        "mapping_depth": len({key.split(".")[2] for key in weights if "mapping.blocks." in key}),
+        "mapping_width": weights["mapping.out_norm.scale"].shape[0],
+        "num_classes": 0 if table is None else len(table) - 1,
+        **({"head_dim": heads.pop()} if heads else {}),
+        **({} if inner is None else {"mapping_d_ff": inner.shape[1]}),
+    }
+
+
+def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a run's JSON tells and its weights do not."""
+    model = config.get("model", {})
+    if model.get("type") != MODEL_TYPE:
+        raise ValueError(f"expected a model of type {MODEL_TYPE!r}, got {model.get('type')!r}")
+    scales = len(model["widths"])
+    default = [{"type": "neighborhood", "kernel_size": 7}] * (scales - 1) + [{"type": "global"}]
+    attention = model.get("self_attns") or default
+    dropout = model.get("dropout_rate", 0.0)
+    return {
+        "image_shape": (model["input_channels"], *model["input_size"]),
+        "patch_size": model["patch_size"][0],
+        "attention": tuple(kind["type"] for kind in attention),
+        "dropout": tuple(dropout) if isinstance(dropout, list) else (float(dropout),) * scales,
+        "sigma_data": float(model.get("sigma_data", 1.0)),
+        "weighting": model.get("loss_weighting", "karras"),
+        "label_dropout": float(config.get("dataset", {}).get("cond_dropout_rate", 0.1)),
+        **_single(attention, "kernel_size"),
+        **_single(attention, "window_size"),
+    }
+
+
+def _single(attention: Sequence[Mapping[str, Any]], name: str) -> dict[str, int]:
+    """The one value of a field over all levels that have it."""
+    values = {kind[name] for kind in attention if name in kind}
+    if len(values) > 1:
+        raise ValueError(f"expected one {name} for all levels, got {sorted(values)}")
+    return {name: values.pop()} if values else {}
+
+
+def _filled(config: HDiTConfig, weights: Mapping[str, Tensor]) -> HDiT:
+    """The model of that configuration with these weights."""
+    with torch.device("meta"):
+        model = HDiT(config)
+    copied = {name: value.to("cpu", torch.float32, copy=True) for name, value in weights.items()}
+    try:
+        model.network.load_state_dict(copied, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"the weights do not fill the HDiT that they describe: {error}") from error
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model.eval()
