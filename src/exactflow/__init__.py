@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from exactflow.sampling.guidance import Guidance as Guidance
     from exactflow.sampling.latent import interpolate as interpolate
     from exactflow.sampling.latent import reconstruct as reconstruct
-    from exactflow.sampling.sample import Samples as Samples
     from exactflow.sampling.sample import sample as sample
+    from exactflow.sampling.samples import Samples as Samples
 
 __version__ = "0.1.0"
 
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Guidance": "exactflow.sampling.guidance",
     "LogLikelihood": "exactflow.likelihood.log_likelihood",
-    "Samples": "exactflow.sampling.sample",
+    "Samples": "exactflow.sampling.samples",
     "build": "exactflow.registry",
     "convert": "exactflow.hub.convert",
     "from_pretrained": "exactflow.hub.pretrained",

@@ -6,6 +6,7 @@ from typing import Any, final
 
 from exactflow.core.config import checked, override, suggestion
 from exactflow.core.model import GenerativeModel, Preset
+from exactflow.diffusion import discrete, discrete_presets, hdit, hdit_presets
 from exactflow.flows import (
     denseflow,
     denseflow_presets,
@@ -16,6 +17,7 @@ from exactflow.flows import (
     tarflow_presets,
     whitening,
 )
+from exactflow.paths import flow_matching, flow_matching_presets
 
 
 @final
@@ -38,6 +40,15 @@ FAMILIES: dict[str, Family] = {
         gaussianisation.GaussianisationConfig,
         gaussianisation.PRESETS,
     ),
+    "flow-matching": Family(
+        flow_matching.FlowMatching,
+        flow_matching.FlowMatchingConfig,
+        flow_matching_presets.PRESETS,
+    ),
+    "diffusion": Family(
+        discrete.DiscreteDiffusion, discrete.DiscreteDiffusionConfig, discrete_presets.PRESETS
+    ),
+    "hdit": Family(hdit.HDiT, hdit.HDiTConfig, hdit_presets.PRESETS),
 }
 
 

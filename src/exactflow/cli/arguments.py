@@ -13,6 +13,21 @@ import tyro
 # KEY=VALUE words, wherever they stand on the command line: `main` takes them out and hands them on
 Settings = tyro.conf.Suppress[tuple[str, ...]]
 _SETTING = re.compile(r"[\w.]+=")
+Solver = Literal[
+    "auto",
+    "sequential",
+    "jacobi",
+    "gauss-seidel-jacobi",
+    "selective",
+    "adaptive",
+    "euler",
+    "midpoint",
+    "heun",
+    "dopri5",
+    "dpm++",
+    "ancestral",
+    "ddim",
+]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -49,12 +64,14 @@ class Sample:
     """One class for all, or one for each sample."""
     seed: int = 0
     """Seed of the first sample."""
-    solver: Literal[
-        "auto", "sequential", "jacobi", "gauss-seidel-jacobi", "selective", "adaptive"
-    ] = "auto"
-    """"auto" does what `exactflow plan` found best here, else it is sequential."""
+    solver: Solver = "auto"
+    """Flows: sequential to adaptive; "auto" does what `exactflow plan` found best here, else it is
+    sequential. Diffusion and flow matching: euler to dpm++, and for chains ancestral and ddim."""
+    steps: int | None = None
+    """Of a solver of diffusion and flow matching."""
     tolerance: float | None = None
-    """Backward error that counts as exact; by default what rounding leaves; 0 for exact tokens."""
+    """Flows: backward error that counts as exact; by default what rounding leaves; 0 for exact
+    tokens. Else of dopri5."""
     guidance: float = 0.0
     """Guidance scale w; 0 samples the model itself."""
     guidance_rule: Literal["extrapolate", "gaussian-score"] = "extrapolate"

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from exactflow.cli.arguments import Evaluate
-from exactflow.cli.settings import data_of, load_flow
+from exactflow.cli.settings import data_of, load_model
 from exactflow.cli.train import baseline_rows, likelihood_row
 from exactflow.core.serialization import write_atomically
 from exactflow.data import DataConfig, ImageDataset, load
@@ -19,7 +19,7 @@ from exactflow.evaluation.bits_per_dim import evaluate
 
 def run(command: Evaluate) -> None:
     """Score a split and print the number with everything it depends on, beside the baselines'."""
-    model = load_flow(command.model, command.device)
+    model = load_model(command.model, command.device)
     data = data_of(command.model, command.settings)
     dataset = load(data, command.split)
     evaluation = evaluate(

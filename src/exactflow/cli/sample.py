@@ -6,7 +6,8 @@ import sys
 from rich.console import Console
 
 from exactflow.cli.arguments import Sample
-from exactflow.cli.settings import load_flow
+from exactflow.cli.settings import load_model
+from exactflow.core.model import Flow
 from exactflow.core.serialization import write_atomically
 from exactflow.evaluation import pictures
 from exactflow.evaluation.profiles import inversion_plot
@@ -16,7 +17,7 @@ from exactflow.sampling.sample import sample
 
 def run(command: Sample) -> None:
     """Draw samples and write them with their cost."""
-    model = load_flow(command.model, command.device)
+    model = load_model(command.model, command.device)
     if len(command.label) not in (0, 1, command.n):
         raise ValueError(
             f"expected no label, one, or {command.n} (one per sample), got {len(command.label)}"
@@ -27,12 +28,8 @@ def run(command: Sample) -> None:
         command.label[0] if len(command.label) == 1 else command.label or None,
         command.seed,
         command.solver,
-        Guidance(
-            command.guidance,
-            command.guidance_rule,
-            command.guidance_schedule,
-            command.attention_temperature,
-        ),
+        _guidance(command) if isinstance(model, Flow) else command.guidance,
+        steps=command.steps,
         tolerance=command.tolerance,
         denoise=command.denoise,
         temperature=command.temperature,
@@ -72,8 +69,17 @@ def run(command: Sample) -> None:
             f"{drawn.evaluations} evaluations, "
             f"largest round-trip residual {float(drawn.certificate.max()):.1e}"
             if drawn.iterations
-            else "one pass"
+            else f"{drawn.evaluations or 1} passes"
         )
         + (f", {sum(drawn.repairs)} repairs" if any(drawn.repairs) else "")
         + f": {out / 'samples.png'}"
+    )
+
+
+def _guidance(command: Sample) -> Guidance:
+    return Guidance(
+        command.guidance,
+        command.guidance_rule,
+        command.guidance_schedule,
+        command.attention_temperature,
     )

@@ -62,12 +62,12 @@ class Settings:
         facts = {name: value for name, value in facts.items() if name not in self.given}
         return replace(self, model=override(self.model, facts))
 
-    def build(self) -> Flow:
+    def build(self) -> GenerativeModel:
         """The model with its seeded initial weights."""
         kind = registry.family_of(self.preset).model.kind
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(self.training.seed, "initial weights"))
-            return as_flow(registry.from_config(kind, asdict(self.model)))
+            return registry.from_config(kind, asdict(self.model))
 
 
 def resolve(preset_name: str | None, words: Sequence[str], file: Path | None) -> Settings:
@@ -145,9 +145,14 @@ def data_of(location: str, words: Sequence[str]) -> DataConfig:
     return _made(DataConfig, {**recorded, **changes})
 
 
+def load_model(location: str, device: str) -> GenerativeModel:
+    """A saved model on the device asked for."""
+    return from_pretrained(location, device=pick_device(device))
+
+
 def load_flow(location: str, device: str) -> Flow:
     """A saved flow on the device asked for."""
-    return as_flow(from_pretrained(location, device=pick_device(device)))
+    return as_flow(load_model(location, device))
 
 
 def as_flow(model: GenerativeModel) -> Flow:

@@ -14,18 +14,22 @@ from rich.console import Console
 from rich.table import Table
 
 from exactflow.cli.arguments import Train
-from exactflow.cli.settings import Settings, as_flow, pick_device, resolve
-from exactflow.core.model import FittedFlow, Flow
+from exactflow.cli.settings import Settings, pick_device, resolve
+from exactflow.core.model import FittedFlow, GenerativeModel
+from exactflow.core.random import generator
 from exactflow.core.serialization import write_atomically
 from exactflow.data import ImageDataset, load
 from exactflow.evaluation import pictures
 from exactflow.evaluation.baselines import Baseline
 from exactflow.evaluation.bits_per_dim import Evaluation, evaluate
 from exactflow.likelihood.log_likelihood import log_likelihood
+from exactflow.paths.chain_model import ChainModel
+from exactflow.paths.path_model import PathModel
 from exactflow.sampling.sample import sample
 from exactflow.training import FitResult, Interrupted, Progress, fit
 from exactflow.training.fitting import fit_closed_form
 
+LOSS_BATCH = 250
 CONFIG_FILE = "config.yaml"
 
 
@@ -35,10 +39,10 @@ class Trained:
     """A finished run."""
 
     settings: Settings
-    model: Flow
+    model: GenerativeModel
     training: ImageDataset
     result: FitResult
-    validation: Evaluation
+    validation: Evaluation | None  # None: to score such a model takes longer than to train it
 
 
 def run(command: Train) -> None:
@@ -78,9 +82,12 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
-    evaluation = evaluate(model, validation, progress=sys.stderr.isatty())
-    scores = evaluation.describe()
-    del scores["data"]
+    evaluation = None
+    scores: dict[str, Any] = dict(watch.loss(model))
+    if not isinstance(model, PathModel):
+        evaluation = evaluate(model, validation, progress=sys.stderr.isatty())
+        scores = evaluation.describe()
+        del scores["data"]
     card = {
         "training data": training.describe(),
         "validation": {**scores, "fingerprint": validation.fingerprint},
@@ -98,15 +105,17 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
 
 def show(trained: Trained, folder: Path) -> None:
     """The closing table."""
-    likelihood = trained.validation.likelihood
     table = Table(title=f"{trained.settings.preset} on {trained.training.id}")
     table.add_column("what")
     table.add_column("value", justify="right")
     table.add_row("parameters", f"{trained.model.num_parameters:,}")
     table.add_row("images seen", f"{trained.result.images_seen:,}")
     table.add_row("training seconds", f"{trained.result.seconds:.1f}")
-    table.add_row(*likelihood_row(trained.validation, "validation"))
-    table.add_row("kind", likelihood.kind)
+    if trained.validation is None:
+        table.add_row("validation bits/dim", f"exactflow evaluate {folder}")
+    else:
+        table.add_row(*likelihood_row(trained.validation, "validation"))
+        table.add_row("kind", trained.validation.likelihood.kind)
     table.add_row("model", str(folder / "model"))
     Console().print(table)
 
@@ -139,7 +148,7 @@ class _Watch:
     """What a run looks at on its way: held-out bits/dim and sample grids."""
 
     def __init__(
-        self, settings: Settings, model: Flow, validation: ImageDataset, folder: Path
+        self, settings: Settings, model: GenerativeModel, validation: ImageDataset, folder: Path
     ) -> None:
         count = min(settings.run.evaluation_images, len(validation))
         self.images = torch.as_tensor(np.array(validation.images[:count]))
@@ -150,8 +159,10 @@ class _Watch:
         self.folder = folder
 
     def score(self, progress: Progress) -> Mapping[str, float]:
-        """Likelihood of validation images."""
-        likelihood = log_likelihood(as_flow(progress.model), self.images, self.labels)
+        """Likelihood of validation images, or the loss where that takes a chain or an equation."""
+        if isinstance(progress.model, PathModel):
+            return self.loss(progress.model)
+        likelihood = log_likelihood(progress.model, self.images, self.labels)
         if likelihood.kind == "noisy-density":
             return {"noisy_nats_per_dim": likelihood.nats_per_dim}
         return {
@@ -159,12 +170,28 @@ class _Watch:
             "standard_error": likelihood.standard_error,
         }
 
+    @torch.no_grad()
+    def loss(self, model: GenerativeModel) -> Mapping[str, float]:
+        """Mean training loss of validation images, with the same noise every time."""
+        noise = generator(0, "validation loss", device=model.device)
+        losses = []
+        for first in range(0, len(self.images), LOSS_BATCH):
+            rows = slice(first, first + LOSS_BATCH)
+            label = None if self.labels is None else self.labels[rows].to(model.device)
+            losses.append(model.loss(self.images[rows].to(model.device), label, generator=noise))
+        return {"validation_loss": float(torch.cat(losses).double().mean())}
+
     def draw(self, progress: Progress) -> Mapping[str, float]:
         """A grid of samples; the same seeds every time."""
-        model = as_flow(progress.model)
-        classes = model.num_classes
+        model, classes = progress.model, progress.model.num_classes
         label = torch.arange(self.samples) % classes if classes else None
-        drawn = sample(model, self.samples, label, on_nonfinite="omit")
+        drawn = sample(
+            model,
+            self.samples,
+            label,
+            solver="ddim" if isinstance(model, ChainModel) else "auto",  # soon done
+            on_nonfinite="omit",
+        )
         if len(drawn.seeds):
             sheet = pictures.grid(drawn.images, model.levels)
             pictures.save(sheet, self.folder / "samples" / f"step_{progress.step:08d}.png")

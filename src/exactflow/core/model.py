@@ -1,6 +1,7 @@
 """The nouns: what a model is. What one does with it (sample, score, train) lives elsewhere."""
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,22 @@ class Preset:
     published: str = ""
 
 
+@final
+@dataclass(frozen=True)
+class ParameterRule:
+    """How some parameters are trained.
+
+    Attributes:
+        pattern: regular expression that matches the whole of their names.
+        rate: factor of the learning rate.
+        decay: whether weights decay.
+    """
+
+    pattern: str
+    rate: float = 1.0
+    decay: bool = True
+
+
 class GenerativeModel(nn.Module, ABC):
     """A distribution over images, possibly given a class label.
 
@@ -49,9 +66,11 @@ class GenerativeModel(nn.Module, ABC):
         kind: the family's name in the registry.
         config: frozen dataclass with everything that defines the architecture and its noise.
         home: folder the model was loaded from, where what belongs to it is kept; None if none.
+        parameter_rules: how parameters are trained; for each the first whose pattern fits.
     """
 
     kind: ClassVar[str]
+    parameter_rules: ClassVar[tuple[ParameterRule, ...]] = ()
     config: Any
     home: Path | None = None
 
@@ -99,6 +118,11 @@ class GenerativeModel(nn.Module, ABC):
     ) -> Float[Tensor, " batch"]:
         """`loss`, under the name that PyTorch's wrappers call."""
         return self.loss(images, label, generator=generator)
+
+    def rule_of(self, parameter: str) -> ParameterRule:
+        """How the parameter of that name is trained."""
+        fitting = (rule for rule in self.parameter_rules if re.fullmatch(rule.pattern, parameter))
+        return next(fitting, ParameterRule(".*"))
 
     @property
     def dims(self) -> int:

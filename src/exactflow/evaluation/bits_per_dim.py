@@ -7,7 +7,7 @@ from typing import Any, final
 import numpy as np
 import torch
 
-from exactflow.core.model import Flow
+from exactflow.core.model import GenerativeModel
 from exactflow.data.datasets import ImageDataset
 from exactflow.likelihood.log_likelihood import LogLikelihood, log_likelihood
 
@@ -44,6 +44,7 @@ class Evaluation:
             "dequantization": (
                 "gaussian noise: density of noisy images" if noisy else likelihood.dequantization
             ),
+            **({"details": dict(likelihood.details)} if likelihood.details else {}),
             "images": len(likelihood.nats),
             "images_per_second": len(likelihood.nats) / self.seconds,
             "seconds": self.seconds,
@@ -53,7 +54,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Flow,
+    model: GenerativeModel,
     dataset: ImageDataset,
     *,
     k: int = 1,
@@ -87,7 +88,7 @@ def evaluate(
     return Evaluation(likelihood, dataset.describe(), seconds, model.num_parameters)
 
 
-def check_fits(model: Flow, dataset: ImageDataset) -> None:
+def check_fits(model: GenerativeModel, dataset: ImageDataset) -> None:
     """Raise ValueError unless shape and grey levels of data and model are the same."""
     if dataset.event_shape != model.event_shape or dataset.levels != model.levels:
         raise ValueError(

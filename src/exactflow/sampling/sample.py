@@ -1,72 +1,36 @@
-"""Samples of a flow: sample k belongs to seed k, and carries its cost and its certificate."""
+"""Samples of a model: sample k belongs to seed k, and carries its cost and its certificate."""
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int
 from rich.progress import track
 from torch import Tensor
 
-from exactflow.core.model import Flow, evaluating
+from exactflow.core.model import Flow, GenerativeModel, evaluating
 from exactflow.core.random import generator, normal_rows
 from exactflow.core.transform import Solver
+from exactflow.paths.path_model import PathModel
 from exactflow.sampling.autoregressive import named_solvers
 from exactflow.sampling.denoise import score_denoise
 from exactflow.sampling.guidance import Guidance
-from exactflow.sampling.inversion import Inversion, Pass
+from exactflow.sampling.inversion import Inversion
+from exactflow.sampling.path_samples import sample_path
 from exactflow.sampling.planner import number_of_blocks, planned_solvers
-
-
-@final
-@dataclass(frozen=True)
-class Samples:
-    """What `sample` drew.
-
-    Attributes:
-        x: images in [-1, 1] (not clipped), float32 or the model's float64.
-        images: the same as grey levels 0 .. levels-1.
-        seeds: seed of each sample; shorter than asked for only where samples were left out.
-        label: class of each sample, None where none was given.
-        evaluations: network passes, summed over blocks and batches (certificates excluded).
-        iterations: passes of each autoregressive block in generation order, largest over batches;
-            none for a flow without such blocks, whose inverse is one pass.
-        seconds: wall-clock of everything.
-        certificate: max |f(u) - v| of each sample over all blocks and tokens: how far the latents
-            that these images really encode to, block by block, lie from those drawn; NaN where no
-            block is autoregressive.
-        repairs: samples of each block in generation order that were inverted again, token by
-            token, since the solver left them too far off.
-        failures: seed -> place, of samples left out because they were not finite.
-        trace: the latent laid out as an image, the result of each block in generation order, and
-            the denoised image if there is one: (steps, n, C, H, W); None unless asked for.
-        passes: of each block, every evaluation for the first batch; None unless asked for.
-    """
-
-    x: Float[Tensor, "n channels height width"]
-    images: UInt8[Tensor, "n channels height width"]
-    seeds: tuple[int, ...]
-    label: Int[Tensor, " n"] | None
-    evaluations: int
-    iterations: tuple[int, ...]
-    seconds: float
-    certificate: Float[Tensor, " n"]
-    repairs: tuple[int, ...]
-    failures: dict[int, str]
-    trace: Float[Tensor, "steps n channels height width"] | None
-    passes: tuple[tuple[Pass, ...], ...] | None
+from exactflow.sampling.samples import Samples
 
 
 def sample(
-    model: Flow,
+    model: GenerativeModel,
     n: int,
     label: int | Sequence[int] | Tensor | None = None,
     seed: int = 0,
     solver: str | Solver | Sequence[Solver] = "auto",
     guidance: float | Guidance = 0.0,
     *,
+    steps: int | None = None,
     tolerance: float | None = None,
     denoise: bool | None = None,
     temperature: float = 1.0,
@@ -79,14 +43,16 @@ def sample(
     """Draw `n` samples; sample k is a function of seed + k, whatever `n` and `batch_size`.
 
     Args:
-        model: a flow.
+        model: a flow, or a model on a path.
         n: number of samples.
         label: one class for all, or n classes; None samples without a label.
         seed: first seed.
-        solver: "sequential", "jacobi", "gauss-seidel-jacobi", "selective", "adaptive"; "auto",
-            what the plan beside the model says, else sequential; or a solver, for all blocks or
-            one for each in generation order.
-        guidance: scale of the published rule with its linear ramp, or a `Guidance`.
+        solver: of a flow, "sequential", "jacobi", "gauss-seidel-jacobi", "selective",
+            "adaptive"; "auto", what the plan beside the model says, else sequential; or a solver,
+            for all blocks or one for each in generation order. On a path: see `sample_path`.
+        guidance: scale of the published rule with its linear ramp, or a `Guidance`; on a path, of
+            classifier-free guidance.
+        steps: of a solver on a path; None: its usual number.
         tolerance: backward error of a block that counts as exact; None: what rounding leaves of
             the network's dtype; 0: named solvers compute every token from its final prefix.
         denoise: one step of score denoising; None: for models trained with Gaussian noise.
@@ -110,6 +76,17 @@ def sample(
         raise ValueError(f"expected on_nonfinite 'raise' or 'omit', got {on_nonfinite!r}")
     began = time.perf_counter()
     labels = expand_label(model, label, n)
+    if isinstance(model, PathModel):
+        _refuse(denoise=denoise, trace=trace, profile=profile, temperature=temperature != 1)
+        if not isinstance(solver, str) or isinstance(guidance, Guidance):
+            raise ValueError("a model on a path takes the name of a solver and a guidance scale")
+        options = {"steps": steps, "tolerance": tolerance, "batch_size": batch_size}
+        return sample_path(
+            model, n, labels, seed, solver, float(guidance), **options, progress=progress
+        )
+    if not isinstance(model, Flow):
+        raise ValueError(f"expected a flow or a model on a path, got {model.kind!r}")
+    _refuse(steps=steps)
     rule = _guidance(model, guidance, labels)
     if isinstance(solver, str):
         rows = min(n, batch_size) * (1 if rule is None else 2)
@@ -142,6 +119,13 @@ def sample(
                 inversion.watch(images[-1], "score denoising")
             batches.append((inversion, torch.stack(images)))
     return _gather(model, batches, labels, trace, profile, began)
+
+
+def _refuse(**options: object) -> None:
+    """Raise ValueError for the first option that is set."""
+    for name, value in options.items():
+        if value:
+            raise ValueError(f"{name} has no meaning for this model")
 
 
 def _named(model: Flow, name: str, rows: int, tolerance: float | None) -> Solver | Sequence[Solver]:
@@ -196,7 +180,7 @@ def _gather(
 
 
 def expand_label(
-    model: Flow, label: int | Sequence[int] | Tensor | None, n: int
+    model: GenerativeModel, label: int | Sequence[int] | Tensor | None, n: int
 ) -> Int[Tensor, " n"] | None:
     """Labels of n samples on the model's device. Raises ValueError for what is no class."""
     if label is None:

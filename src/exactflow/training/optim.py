@@ -11,6 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from exactflow.core.model import GenerativeModel
+
+DECAYS = ("cosine", "linear", "exponential")
+WARMUPS = ("ratio", "power", "none")
 OPTIMIZERS = ("adamw", "adamax")
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
@@ -27,7 +31,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "adamax"] = "adamw"  # adamw without weight_decay is Adam
     learning_rate: float = 1e-4  # peak, reached at the end of the warm-up
     min_learning_rate: float = 1e-6  # what the rate falls to
-    decay: Literal["cosine", "exponential"] = "cosine"  # how it falls
+    decay: Literal["cosine", "linear", "exponential"] = "cosine"  # how it falls
     decay_factor: float = 1.0  # of the exponential, at every optimizer step; 1: constant
     fine_tuning_epochs: float = 0.0  # the last so many of the epochs are at min_learning_rate
     warmup_epochs: float = 1.0  # passes of linear warm-up; at most half of the run is used
@@ -36,6 +40,10 @@ class TrainConfig:
     weight_decay: float = 1e-4  # on every parameter; decoupled in AdamW
     clip_norm: float | None = 1.0  # largest norm of the gradient of all parameters; None: no limit
     ema_decay: float = 0.0  # of the moving average of weights, after its warm-up; 0: no average
+    ema_warmup: Literal["ratio", "power", "none"] = (
+        "ratio"  # (1 + t) / (10 + t), 1 - (1 + t)^-power
+    )
+    ema_power: float = 0.75  # p of the warm-up "power"
     precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: by autocast, weights float32
     compile: bool = False  # torch.compile each stage of the model; needs a C++ compiler
     activation_checkpointing: bool = False  # recompute stages in the backward pass, to save memory
@@ -61,7 +69,9 @@ class TrainConfig:
                 f"0 .. learning_rate={self.learning_rate}",
             ),
             "optimizer": (self.optimizer in OPTIMIZERS, " or ".join(map(repr, OPTIMIZERS))),
-            "decay": (self.decay in ("cosine", "exponential"), "'cosine' or 'exponential'"),
+            "decay": (self.decay in DECAYS, " or ".join(map(repr, DECAYS))),
+            "ema_warmup": (self.ema_warmup in WARMUPS, " or ".join(map(repr, WARMUPS))),
+            "ema_power": (self.ema_power > 0, "a positive number"),
             "decay_factor": (0 < self.decay_factor <= 1, "in (0, 1]"),
             "fine_tuning_epochs": (
                 0 <= self.fine_tuning_epochs < self.epochs
@@ -109,7 +119,7 @@ class TrainConfig:
             )
         factor = self.decay_factor if self.decay == "exponential" else None
         rates = (self.learning_rate, self.min_learning_rate)
-        return Schedule(total, warmup, *rates, factor, falling)
+        return Schedule(total, warmup, *rates, factor, falling, self.decay == "linear")
 
 
 @final
@@ -117,16 +127,17 @@ class TrainConfig:
 class Schedule:
     """The learning rate of every step.
 
-    A linear warm-up from `low` to `peak`, then half a cosine back to `low`; or one from 0, then
-    an exponential that ends where it reaches `low`.
+    A linear warm-up from `low` to `peak`, then half a cosine or a line back to `low`; or one from
+    0, then an exponential that ends where it reaches `low`.
 
     Attributes:
         total: optimizer steps of the run.
         warmup: how many of them come before the peak.
         peak: largest rate.
         low: smallest rate after the warm-up.
-        factor: of the exponential, per step; None: a cosine.
-        falling: step at which the cosine ends, and after which the rate is `low` whatever it was.
+        factor: of the exponential, per step; None: a cosine or a line.
+        falling: step at which these end, and after which the rate is `low` whatever it was.
+        linear: a line instead of a cosine.
     """
 
     total: int
@@ -135,6 +146,7 @@ class Schedule:
     low: float
     factor: float | None = None
     falling: int | None = None
+    linear: bool = False
 
     def learning_rate(self, step: int) -> float:
         """The rate of optimizer step 1 .. total."""
@@ -147,22 +159,39 @@ class Schedule:
         if self.factor is not None:
             return max(self.peak * self.factor ** (done - self.warmup), self.low)
         fraction = (done - self.warmup) / max(end - 1 - self.warmup, 1)
-        return self.low + (self.peak - self.low) * (0.5 * (1 + math.cos(math.pi * fraction)))
+        height = 1 - fraction if self.linear else 0.5 * (1 + math.cos(math.pi * fraction))
+        return self.low + (self.peak - self.low) * height
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of all trainable parameters, in few kernels where the device allows it."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def make_optimizer(model: GenerativeModel, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of all trainable parameters, in few kernels where the device allows it.
+
+    Every group of parameters has a "rate", the factor that the model's rules give its learning
+    rate.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rule = model.rule_of(name)
+            groups.setdefault((rule.rate, rule.decay), []).append(parameter)
+    described = [
+        {
+            "params": parameters,
+            "rate": rate,
+            "lr": rate * config.learning_rate,
+            "weight_decay": config.weight_decay if decay else 0.0,
+        }
+        for (rate, decay), parameters in groups.items()
+    ]
     if config.optimizer == "adamax":
-        return torch.optim.Adamax(
-            parameters, config.learning_rate, config.betas, weight_decay=config.weight_decay
-        )
+        return torch.optim.Adamax(described, config.learning_rate, config.betas)
+    devices = {p.device.type for parameters in groups.values() for p in parameters}
     return torch.optim.AdamW(
-        parameters,
+        described,
         lr=config.learning_rate,
         betas=config.betas,
         weight_decay=config.weight_decay,
-        fused={p.device.type for p in parameters} <= _FUSED_DEVICES,
+        fused=devices <= _FUSED_DEVICES,
     )
 
 
@@ -186,13 +215,20 @@ def recomputed(stages: Iterable[nn.Module], active: bool) -> Iterator[None]:
 class MovingAverage:
     """Exponential moving average of a model's parameters; buffers are always the model's own.
 
-    At update t = 0, 1, ... the average moves by 1 - min(decay, (1 + t) / (10 + t)) of the way to
-    the weights, so that it soon forgets the initial ones.
+    At update t = 0, 1, ... the average moves by 1 - min(decay, warm-up) of the way to the weights,
+    with a warm-up of (1 + t) / (10 + t), of 1 - (1 + t)^-power, or none, so that it soon forgets
+    the initial ones.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float,
+        warmup: Literal["ratio", "power", "none"] = "ratio",
+        power: float = 0.75,
+    ) -> None:
         self._model = model
-        self._decay = decay
+        self._decay, self._warmup, self._power = decay, warmup, power
         self._live = dict(model.named_parameters())
         self._average = {name: p.detach().clone() for name, p in self._live.items()}
 
@@ -204,7 +240,8 @@ class MovingAverage:
     @torch.no_grad()
     def update(self, t: int) -> None:
         """Take up the weights after optimizer step t + 1."""
-        weight = 1 - min(self._decay, (1 + t) / (10 + t))
+        warm = {"ratio": (1 + t) / (10 + t), "power": 1 - (1 + t) ** -self._power, "none": 1.0}
+        weight = 1 - min(self._decay, warm[self._warmup])
         torch._foreach_lerp_(list(self._average.values()), list(self._live.values()), weight)
 
     @contextmanager

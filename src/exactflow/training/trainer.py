@@ -159,7 +159,10 @@ class _Run:
         self.dir, self.augmentation, self.every = run_dir, augmentation, every
         self.schedule = config.schedule(len(dataset))
         self.optimizer = make_optimizer(model, config)
-        self.average = MovingAverage(model, config.ema_decay) if config.ema_decay else None
+        self.average = None
+        if config.ema_decay:
+            warmup = (config.ema_warmup, config.ema_power)
+            self.average = MovingAverage(model, config.ema_decay, *warmup)
         self.identity = disk.identity(model, dataset, config, augmentation)
         self.checkpoints = disk.Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
         self.checkpoint = self.checkpoints.newest()
@@ -245,7 +248,7 @@ class _Run:
         if not (math.isfinite(mean) and math.isfinite(size)):
             raise self._failure(step, batch, parts, buffers, f"loss {mean}, gradient norm {size}")
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.learning_rate(step)
+            group["lr"] = group["rate"] * self.schedule.learning_rate(step)
         self.optimizer.step()
         if self.average is not None:
             self.average.update(step - 1)

@@ -1,0 +1,49 @@
+"""What sampling gives, whatever the model."""
+
+from dataclasses import dataclass
+from typing import final
+
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from exactflow.sampling.inversion import Pass
+
+
+@final
+@dataclass(frozen=True)
+class Samples:
+    """What `sample` drew.
+
+    Attributes:
+        x: images in [-1, 1] (not clipped), float32 or the model's float64.
+        images: the same as grey levels 0 .. levels-1.
+        seeds: seed of each sample; shorter than asked for only where samples were left out.
+        label: class of each sample, None where none was given.
+        evaluations: network passes, summed over blocks and batches (certificates excluded); with
+            guidance of a diffusion model both of its branches count.
+        iterations: passes of each autoregressive block in generation order, largest over batches;
+            none for a flow without such blocks, and for models that are no flows.
+        seconds: wall-clock of everything.
+        certificate: max |f(u) - v| of each sample over all blocks and tokens: how far the latents
+            that these images really encode to, block by block, lie from those drawn; NaN where no
+            block is autoregressive, and where a solver of differential equations made them.
+        repairs: samples of each block in generation order that were inverted again, token by
+            token, since the solver left them too far off.
+        failures: seed -> place, of samples left out because they were not finite.
+        trace: the latent laid out as an image, the result of each block in generation order, and
+            the denoised image if there is one: (steps, n, C, H, W); None unless asked for.
+        passes: of each block, every evaluation for the first batch; None unless asked for.
+    """
+
+    x: Float[Tensor, "n channels height width"]
+    images: UInt8[Tensor, "n channels height width"]
+    seeds: tuple[int, ...]
+    label: Int[Tensor, " n"] | None
+    evaluations: int
+    iterations: tuple[int, ...]
+    seconds: float
+    certificate: Float[Tensor, " n"]
+    repairs: tuple[int, ...]
+    failures: dict[int, str]
+    trace: Float[Tensor, "steps n channels height width"] | None
+    passes: tuple[tuple[Pass, ...], ...] | None

@@ -1,0 +1,164 @@
+"""DPM-Solver++(2M): its order and its end point on a Gaussian oracle; sample by sample."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import ClassVar, final
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from exactflow.core.model import GenerativeModel
+from exactflow.paths.ode import edm_times
+from exactflow.paths.path import (
+    Cosine,
+    InterpolatedCosine,
+    LinearVP,
+    Path,
+    Straight,
+    VariancePreserving,
+)
+from exactflow.paths.path_model import PathModel, Prediction
+from exactflow.sampling.dpm_solver import dpm_solver, log_snr_times
+
+MEAN, STD = 0.3, torch.tensor([0.05, 0.5, 1.5], dtype=torch.float64).view(3, 1, 1)
+PATHS: dict[str, Path] = {
+    "straight": Straight(),
+    "vp": VariancePreserving(),
+    "linear-vp": LinearVP(),
+    "cosine": Cosine(),
+    "interpolated": InterpolatedCosine(64, low=32, high=64, sigma_data=0.5),
+}
+
+
+@final
+class Oracle(PathModel):
+    """Data N(MEAN, STD^2), whose posterior mean and flow are known."""
+
+    kind: ClassVar[str] = "oracle"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self.batches: list[int] = []
+
+    @property
+    def event_shape(self) -> tuple[int, int, int]:
+        return (3, 1, 1)
+
+    @property
+    def levels(self) -> int:
+        return 256
+
+    @property
+    def num_classes(self) -> int:
+        return 0
+
+    @property
+    def stages(self) -> Sequence[nn.Module]:
+        return []
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    @property
+    def prediction(self) -> Prediction:
+        return "x0"
+
+    def predict(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        self.batches.append(len(x_t))
+        point = self.path.at(t)
+        alpha, sigma = point.alpha.view(-1, 1, 1, 1), point.sigma.view(-1, 1, 1, 1)
+        gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
+        return MEAN + gain * (x_t - alpha * MEAN)
+
+    def loss(self, images, label=None, *, generator=None) -> Tensor:
+        raise NotImplementedError
+
+    def flow(self, x: Tensor, first: float, last: float) -> Tensor:
+        """Where the probability flow takes x: Gaussians keep their standardised value."""
+        (a, b), (c, d) = (
+            (float(p.alpha), float(p.sigma))
+            for p in (self.path.at(torch.tensor(t, dtype=torch.float64)) for t in (first, last))
+        )
+        ratio = ((c**2 * STD**2 + d**2) / (a**2 * STD**2 + b**2)).sqrt()
+        return c * MEAN + ratio * (x - a * MEAN)
+
+
+def start(samples: int) -> Tensor:
+    return torch.randn(samples, 3, 1, 1, generator=torch.Generator().manual_seed(0)).double()
+
+
+def test_the_oracle_is_one() -> None:
+    """Its flow's rate is its velocity."""
+    assert issubclass(Oracle, GenerativeModel)
+    model, x, t, dt = Oracle(Cosine()), start(4), 0.4, 1e-5
+    rate = (model.flow(x, t, t + dt) - model.flow(x, t, t - dt)) / (2 * dt)
+    times = torch.full((4,), t, dtype=torch.float64)
+    torch.testing.assert_close(model.velocity(x, times), rate, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_order_two(name: str) -> None:
+    model, x = Oracle(PATHS[name]), start(8)
+    span = (0.02, 0.98)
+    errors, counts = [], [40, 80, 160, 320]
+    for steps in counts:
+        solved = dpm_solver(model, x, log_snr_times(model.path, steps, span))
+        errors.append(float((solved.x - model.flow(x, *span)).abs().max()))
+        assert solved.evaluations == steps
+    logs = [[math.log(v) for v in values] for values in (counts, errors)]
+    pairs = [itertools.pairwise(values) for values in logs]
+    slopes = [(d - c) / (b - a) for (a, b), (c, d) in zip(*pairs, strict=True)]
+    assert all(-2.3 < slope < -1.8 for slope in slopes[1:]), (errors, slopes)
+
+
+def test_evaluations_are_counted() -> None:
+    model = Oracle(Cosine())
+    solved = dpm_solver(model, start(5), log_snr_times(model.path, 7, (0.1, 0.9)))
+    assert model.batches == [5] * solved.evaluations == [5] * 7
+
+
+@pytest.mark.parametrize("name", ["straight", "interpolated"])
+def test_from_noise_to_data(name: str) -> None:
+    """To the path's very end, where the straight path has no noise and infinite log-SNR."""
+    model, x = Oracle(PATHS[name]), start(16)
+    first, last = model.path.span
+    solved = dpm_solver(model, x, [first, *edm_times(model.path, 200, 80.0, 0.002)])
+    torch.testing.assert_close(solved.x, model.flow(x, first, last), rtol=0, atol=3e-3)
+
+
+def test_one_step_takes_the_posterior_mean() -> None:
+    model, x = Oracle(Straight()), start(4)
+    solved = dpm_solver(model, x, [0.0, 1.0])
+    torch.testing.assert_close(solved.x, torch.full_like(x, MEAN))
+
+
+def test_samples_are_independent_of_their_batch() -> None:
+    model, x = Oracle(VariancePreserving()), start(6)
+    times = log_snr_times(model.path, 12)
+    together = dpm_solver(model, x, times).x
+    alone = torch.cat([dpm_solver(model, row[None], times).x for row in x])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_times_are_even_in_log_snr(name: str) -> None:
+    path, span = PATHS[name], (0.1, 0.9)
+    times = log_snr_times(path, 10, span)
+    assert (times[0], times[-1], len(times)) == (*span, 11)
+    gaps = path.at(torch.tensor(times, dtype=torch.float64)).log_snr.diff()
+    torch.testing.assert_close(gaps, gaps.mean().expand(10), rtol=1e-6, atol=0)
+
+
+def test_bad_input() -> None:
+    model = Oracle(Straight())
+    for times in ([0.5], [0.5, 0.4], [0.5, 1.5]):
+        with pytest.raises(ValueError, match="rising in"):
+            dpm_solver(model, start(1), times)
+    with pytest.raises(ValueError, match="finite log-SNR"):
+        log_snr_times(Straight(), 10)
+    with pytest.raises(ValueError, match="at least one step"):
+        log_snr_times(Cosine(), 0, (0.1, 0.9))
