@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import final
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from exactflow.core import images as grey
 from exactflow.core.model import NonFiniteError
-from exactflow.likelihood.bound import chain_bound
+from exactflow.likelihood.bound import chain_bound, strata_of
 from exactflow.paths.chain import (
     MarkovChain,
     Network,
@@ -384,6 +385,44 @@ def test_bound_does_not_depend_on_the_batch_size() -> None:
     other = chain_bound(model, images, label, seed=4)
     assert not torch.equal(other.terms, together.terms)
     torch.testing.assert_close(other.terms[:, -1], together.terms[:, -1], **EXACT)
+
+
+def test_bound_of_a_part_is_that_part_of_the_bound() -> None:
+    model = Oracle(chain(8), wavy, 17)
+    images = gaussian_images(5, 17, 0.0, 0.4)
+    for some in (None, 4):
+        whole = chain_bound(model, images, seed=3, evaluations=some)
+        part = chain_bound(model, images[2:4], seed=3, evaluations=some, first=2)
+        torch.testing.assert_close(part.terms, whole.terms[2:4], **EXACT)
+
+
+def test_bound_from_some_steps_is_the_same_in_expectation() -> None:
+    model = Oracle(chain(12), wavy, 17)
+    images = gaussian_images(1, 17, 0.0, 0.4).expand(1500, 1, 4, 4)
+    whole = chain_bound(model, images, batch_size=1500)
+    assert torch.equal(
+        chain_bound(model, images, batch_size=1500, evaluations=99).terms, whole.terms
+    )
+    some = chain_bound(model, images, batch_size=1500, evaluations=4)
+    assert some.terms.shape == (1500, 5)
+    assert some.strata == strata_of(12, 4) == (0, 1, 2, 6)
+    for column, (start, end) in enumerate(pairwise((*some.strata, 12))):
+        expected = float(whole.terms[:, start:end].sum(1).mean())
+        error = float(some.terms[:, column].std()) / math.sqrt(1500)
+        assert abs(float(some.terms[:, column].mean()) - expected) < 5 * error
+    assert some.standard_error > whole.standard_error
+    with pytest.raises(ValueError, match="evaluations >= 2"):
+        chain_bound(model, images, evaluations=1)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 20, 1000])
+def test_strata_make_up_the_chain(steps: int) -> None:
+    for count in {2, steps // 3 + 2, steps - 1, steps, steps + 5} - {1}:
+        starts = strata_of(steps, count)
+        assert len(starts) == min(count, steps)
+        assert starts[:2] == (0, 1)
+        assert list(starts) == sorted(set(starts))
+        assert starts[-1] < steps
 
 
 def test_bound_takes_its_terms_at_the_steps_they_belong_to() -> None:

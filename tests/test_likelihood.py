@@ -125,6 +125,8 @@ def test_batch_size_changes_nothing(batch_size: int) -> None:
     images = some_grey_levels(model, 5)
     expected = log_likelihood(model, images, k=2, seed=1)
     result = log_likelihood(model, images, k=2, seed=1, batch_size=batch_size)
+    part = log_likelihood(model, images[2:4], k=2, seed=1, first=2, batch_size=batch_size)
+    torch.testing.assert_close(part.nats, result.nats[2:4], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(result.nats, expected.nats, rtol=0, atol=1e-10)
 
 

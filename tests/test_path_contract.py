@@ -90,6 +90,7 @@ def test_a_score_names_its_kind_and_depends_on_image_and_seed_alone(name: str) -
     images = torch.from_numpy(data(3).images)
     whole = exactflow.log_likelihood(model, images, seed=2, batch_size=3)
     single = exactflow.log_likelihood(model, images, seed=2, batch_size=1)
+    part = exactflow.log_likelihood(model, images[1:], seed=2, first=1)
     chain = isinstance(model, ChainModel)
     assert whole.kind == ("bound" if chain else "estimate")
     assert whole.dequantization == ("none" if chain else "uniform")
@@ -98,6 +99,7 @@ def test_a_score_names_its_kind_and_depends_on_image_and_seed_alone(name: str) -
     # an adaptive solver shares its steps over the batch: to its tolerance only
     tolerance = 1e-8 if chain else 1e-2
     torch.testing.assert_close(single.nats, whole.nats, rtol=0, atol=tolerance)
+    torch.testing.assert_close(part.nats, whole.nats[1:], rtol=0, atol=tolerance)
     if chain:
         with pytest.raises(ValueError, match="expected k=1"):
             exactflow.log_likelihood(model, images, k=2)

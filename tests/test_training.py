@@ -33,7 +33,7 @@ from exactflow.training.distributed import ProcessGroup
 from exactflow.training.optim import MovingAverage, Schedule
 from training_worker import EVERYTHING, PLAIN, Toy, ToyConfig, make_data, make_toy, train
 
-TIMINGS = {"seconds", "images_per_second"}
+TIMINGS = {"seconds", "step_seconds", "images_per_second"}
 
 
 def run(folder: Path, config: TrainConfig = PLAIN, model: Toy | None = None, **options: Any) -> Toy:
@@ -62,7 +62,7 @@ def final_state(folder: Path) -> dict[str, Any]:
     state: dict[str, Any] = {f.name: load_file(f) for f in newest.glob("*.safetensors")}
     state["optimizer"] = torch.load(newest / "optimizer.pt", weights_only=True)
     described = json.loads((newest / "state.json").read_text())
-    state["state"] = {k: v for k, v in described["state"].items() if k != "seconds"}
+    state["state"] = {k: v for k, v in described["state"].items() if k not in TIMINGS}
     return flat(state)
 
 

@@ -293,7 +293,7 @@ PRESETS: dict[str, Preset] = {
         },
         data={"source": "digits"},
     ),
-    "iddpm-fashion": Preset(
+    "iddpm-fashion-mnist": Preset(
         DiscreteDiffusionConfig(
             (1, 28, 28),
             model_channels=32,
@@ -303,10 +303,16 @@ PRESETS: dict[str, Preset] = {
             num_heads=4,
             diffusion_steps=1000,
         ),
-        training={"epochs": 20.0, "warmup_steps": 200, "learning_rate": 1e-3, **_SMALL},
+        training={
+            "epochs": 20.0,
+            "batch_size": 64,
+            "warmup_steps": 200,
+            "learning_rate": 2e-3,
+            **_SMALL,
+        },
         data={"source": "fashion-mnist"},
     ),
-    "iddpm-cifar": Preset(
+    "iddpm-cifar10": Preset(
         DiscreteDiffusionConfig(
             (3, 32, 32),
             model_channels=32,
@@ -316,7 +322,13 @@ PRESETS: dict[str, Preset] = {
             num_heads=4,
             diffusion_steps=1000,
         ),
-        training={"epochs": 20.0, "warmup_steps": 200, "learning_rate": 1e-3, **_SMALL},
+        training={
+            "epochs": 20.0,
+            "batch_size": 64,
+            "warmup_steps": 200,
+            "learning_rate": 2e-3,
+            **_SMALL,
+        },
         data={"source": "hub:uoft-cs/cifar10", "flip": True},
     ),
     **_IDDPM_PRESETS,

@@ -121,7 +121,7 @@ PRESETS: dict[str, Preset] = {
         training={**_small(1500, 2e-3, 0.99), "batch_size": 64},
         data={"source": "digits"},
     ),
-    "hdit-fashion": Preset(
+    "hdit-fashion-mnist": Preset(
         HDiTConfig(
             (1, 28, 28),
             2,
@@ -136,7 +136,7 @@ PRESETS: dict[str, Preset] = {
         training={**_small(4000, 1e-3, 0.999), "batch_size": 64},
         data={"source": "fashion-mnist"},
     ),
-    "hdit-cifar": Preset(
+    "hdit-cifar10": Preset(
         HDiTConfig(
             (3, 32, 32),
             2,

@@ -51,6 +51,21 @@ def _published(
     )
 
 
+_SMALL = {
+    "epochs": 20.0,
+    "batch_size": 64,
+    "warmup_steps": 200,
+    "optimizer": "adamax",
+    "learning_rate": 5e-3,
+    "weight_decay": 0.0,
+}
+_SMALL_DEQUANTIZER: dict[str, int] = {
+    "dequantizer_steps": 2,
+    "dequantizer_width": 24,
+    "dequantizer_depth": 2,
+    "dequantizer_growth": 16,
+    "context_growth": 16,
+}
 PRESETS: dict[str, Preset] = {
     # Small ones of our own, for a CPU.
     "denseflow-tiny": Preset(
@@ -102,6 +117,36 @@ PRESETS: dict[str, Preset] = {
             "weight_decay": 0.0,
         },
         data={"source": "digits"},
+    ),
+    # About a million parameters, as the other families have them, for comparisons on a CPU.
+    "denseflow-fashion-mnist-1m": Preset(
+        DenseFlowConfig(
+            (1, 28, 28),
+            units=(2, 2),
+            modules=(3, 4),
+            widths=(32, 48),
+            growth=8,
+            dense_depth=2,
+            dense_growth=32,
+            landmarks=7,
+            **_SMALL_DEQUANTIZER,
+        ),
+        training={**_SMALL, "betas": (0.9, 0.999)},
+        data={"source": "fashion-mnist"},
+    ),
+    "denseflow-cifar10-1m": Preset(
+        DenseFlowConfig(
+            (3, 32, 32),
+            units=(3, 2, 1),
+            modules=(3, 3, 6),
+            widths=(32, 32, 32),
+            growth=6,
+            dense_depth=2,
+            dense_growth=24,
+            **_SMALL_DEQUANTIZER,
+        ),
+        training={**_SMALL, "betas": (0.9, 0.999)},
+        data={"source": "hub:uoft-cs/cifar10", "flip": True},
     ),
     # The paper's.
     "denseflow-74-10-cifar10": _published(

@@ -137,6 +137,15 @@ def _celeba256(variational: bool, score: str) -> Preset:
     return _published(config, told, _TO_THE_END, 40, 10)
 
 
+_SMALL = {
+    "epochs": 20.0,
+    "batch_size": 64,
+    "warmup_steps": 200,
+    "learning_rate": 2e-3,
+    "weight_decay": 0.0,
+    "clip_norm": 10.0,
+    "ema_decay": 0.998,
+}
 PRESETS: dict[str, Preset] = {
     # Small ones of our own, for a CPU.
     "macow-tiny": Preset(
@@ -154,6 +163,17 @@ PRESETS: dict[str, Preset] = {
             "ema_decay": 0.998,
         },
         data={"source": "digits"},
+    ),
+    # About a million parameters, as the other families have them, for comparisons on a CPU.
+    "macow-fashion-mnist-1m": Preset(
+        MaCowConfig((1, 28, 28), ((1,), (2, 2), (6,)), (32, 64, 320)),
+        training={**_SMALL, "betas": (0.9, 0.999)},
+        data={"source": "fashion-mnist"},
+    ),
+    "macow-cifar10-1m": Preset(
+        MaCowConfig((3, 32, 32), ((1,), (2, 2), (3,)), (24, 64, 208)),
+        training={**_SMALL, "betas": (0.9, 0.999)},
+        data={"source": "hub:uoft-cs/cifar10", "flip": True},
     ),
     # The paper's.
     **_both(

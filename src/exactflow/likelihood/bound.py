@@ -8,6 +8,7 @@ eq. 5; protocol of Nichol and Dhariwal, arXiv 2102.09672.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, final
 
 import torch
@@ -16,7 +17,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from exactflow.core import images as grey
-from exactflow.core.model import NonFiniteError
+from exactflow.core.model import NonFiniteError, evaluating
 from exactflow.core.random import generator, normal_rows
 from exactflow.paths.chain import MarkovChain, Network
 from exactflow.paths.chain_model import ChainModel
@@ -30,10 +31,12 @@ class ChainBound:
     Attributes:
         terms: (n, T + 1), nats, summed over dimensions: column 0 is the decoder's, column t the
             Kullback-Leibler divergence of step t, column T that of the prior. Each is estimated
-            with one noise draw, so that only the mean of a sum over images bounds -ln P.
+            with one noise draw, so that only the mean of a sum over images bounds -ln P. Where
+            only some steps were evaluated, a column stands for a run of steps: see `strata`.
         dims: C * H * W.
         levels: number of grey levels.
-        timesteps: of the original chain, of each step taken.
+        timesteps: of the original chain, of each step.
+        strata: first step of each column but the prior's; with one step each, all were evaluated.
         data: fingerprint of the images, where they come from a data set.
     """
 
@@ -41,6 +44,7 @@ class ChainBound:
     dims: int
     levels: int
     timesteps: tuple[int, ...]
+    strata: tuple[int, ...]
     data: str | None = None
     kind: Literal["bound"] = "bound"
 
@@ -78,6 +82,8 @@ def chain_bound(
     *,
     seed: int = 0,
     respacing: str = "",
+    evaluations: int | None = None,
+    first: int = 0,
     batch_size: int = 64,
     data: str | None = None,
     progress: bool = False,
@@ -87,12 +93,16 @@ def chain_bound(
     The predicted image is clipped to [-1, 1], as published; terms are computed in float64.
 
     Args:
-        model: a chain model.
+        model: a chain model; scored in evaluation mode.
         images: grey levels 0 .. levels-1, on any device.
         label: class of each image; None scores without labels.
         seed: names the noise.
         respacing: bound of the shorter chain of these steps (see `chain.kept_steps`), which is a
             bound as well, mostly a looser one; "" is the whole chain.
+        evaluations: of the network for each image, at most; None evaluates every step. Fewer are
+            drawn at random, the decoder's always and one of each of `strata`, in whose name it
+            counts: the same bound in expectation, with more noise.
+        first: number of the first image, where these are a part of a set.
         batch_size: images evaluated together.
         data: fingerprint of the data set, carried into the result.
         progress: show a bar over steps.
@@ -101,21 +111,25 @@ def chain_bound(
         ValueError: for images that are not such integers, or labels the model cannot take.
         NonFiniteError: names the first image and step whose term is not finite.
     """
-    if batch_size < 1:
-        raise ValueError(f"expected batch_size >= 1, got {batch_size}")
+    if batch_size < 1 or (evaluations is not None and evaluations < 2):
+        raise ValueError(
+            f"expected batch_size >= 1 and evaluations >= 2, got {batch_size}, {evaluations}"
+        )
     grey.check_images(images, model.event_shape, model.levels)
     model.check_label(None if label is None else label.cpu(), len(images))
     chain = model.chain.respaced(respacing)
+    strata = strata_of(chain.steps, chain.steps if evaluations is None else evaluations)
     starts = range(0, len(images), batch_size)
     parts = []
-    with Progress(transient=True, disable=not progress) as bar:
-        task = bar.add_task("scoring", total=len(starts) * chain.steps)
-        for first in starts:
-            rows = slice(first, first + batch_size)
+    with evaluating(model), Progress(transient=True, disable=not progress) as bar:
+        task = bar.add_task("scoring", total=len(starts) * len(strata))
+        for start in starts:
+            rows = slice(start, start + batch_size)
             x0 = grey.center(images[rows].to(model.device), model.levels, torch.float64)
             chunk = None if label is None else label[rows].to(model.device)
-            name = (seed, first)
-            parts.append(_terms(model, chain, x0, chunk, name, lambda: bar.advance(task)))
+            names = range(first + start, first + start + len(x0))
+            terms = _terms(model, chain, strata, x0, chunk, seed, names, lambda: bar.advance(task))
+            parts.append(terms)
     terms = torch.cat(parts)
     if not bool(terms.isfinite().all()):
         image, step = (~terms.isfinite()).nonzero()[0].tolist()
@@ -124,28 +138,48 @@ def chain_bound(
             f"({int((~terms.isfinite()).sum())} of {terms.numel()} terms are not finite)"
         )
     timesteps = tuple(chain.timesteps.tolist())
-    return ChainBound(terms, model.dims, model.levels, timesteps, data)
+    return ChainBound(terms, model.dims, model.levels, timesteps, strata, data)
+
+
+def strata_of(steps: int, count: int) -> tuple[int, ...]:
+    """First steps of `count` runs that make up a chain, or of all its steps if there are no more.
+
+    The first run is step 0, the decoder's; the others grow linearly, as terms shrink with t.
+    """
+    count = min(count, steps)
+    starts = [0]
+    for index in range(count - 1):
+        even = round(1 + (steps - 1) * (index / (count - 1)) ** 2)
+        starts.append(max(starts[-1] + 1, even))
+    return tuple(starts)
 
 
 def _terms(
     model: ChainModel,
     chain: MarkovChain,
+    strata: tuple[int, ...],
     x0: Tensor,
     label: Tensor | None,
-    name: tuple[int, int],
+    seed: int,
+    names: range,
     advanced: Callable[[], None],
 ) -> Float64[Tensor, "batch terms"]:
     """All terms of a batch, on the CPU; noise is named by the original chain's timestep."""
-    seed, first = name
     network: Network = model.predict_noise
+    drawn = [generator(seed, "bound steps", name) for name in names]
     terms = []
-    for index, timestep in enumerate(chain.timesteps.tolist()):
-        sources = [generator(seed, "bound", first + row, timestep) for row in range(len(x0))]
+    for start, end in pairwise((*strata, chain.steps)):
+        if end - start == 1:
+            step = torch.full((len(x0),), start)
+        else:
+            step = torch.cat([torch.randint(start, end, (1,), generator=each) for each in drawn])
+        timesteps = chain.timesteps.cpu()[step].tolist()
+        sources = [generator(seed, "bound", *each) for each in zip(names, timesteps, strict=True)]
         noise = normal_rows(model.event_shape, sources).to(x0)
-        step = torch.full((len(x0),), index, device=x0.device)
+        step = step.to(x0.device)
         x_t = chain.diffuse(x0, step, noise)
         kernel = chain.reverse_kernel(network, x_t, step, label, clip=True)
-        terms.append(chain.bound_term(kernel, x0, x_t, step, model.levels))
+        terms.append((end - start) * chain.bound_term(kernel, x0, x_t, step, model.levels))
         advanced()
     terms.append(chain.prior_term(x0))
     return torch.stack(terms, dim=1).cpu()

@@ -102,6 +102,7 @@ def log_likelihood(
     k: int = 1,
     seed: int = 0,
     *,
+    first: int = 0,
     batch_size: int = 64,
     data: str | None = None,
     progress: bool = False,
@@ -116,6 +117,7 @@ def log_likelihood(
         label: class of each image; None scores without labels.
         k: noise draws per image.
         seed: names the noise.
+        first: number of the first image, where these are a part of a set.
         batch_size: images evaluated together.
         data: fingerprint of the data set, carried into the result.
         progress: show a bar over batches.
@@ -124,7 +126,7 @@ def log_likelihood(
         ValueError: for images that are not such integers, or labels the model cannot take.
         NonFiniteError: names the first image whose likelihood is not finite.
     """
-    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    options: dict[str, Any] = {"first": first, "batch_size": batch_size, "progress": progress}
     if isinstance(model, ChainModel):
         if k != 1:
             raise ValueError(f"the bound of a chain has one draw per term: expected k=1, got {k}")
@@ -151,6 +153,7 @@ def _of_flow(
     seed: int,
     data: str | None,
     *,
+    first: int,
     batch_size: int,
     progress: bool,
 ) -> LogLikelihood:
@@ -161,11 +164,11 @@ def _of_flow(
     starts = range(0, len(images), batch_size)
     nats = []
     with evaluating(model):
-        for first in track(starts, "scoring", transient=True) if progress else starts:
-            rows = slice(first, first + batch_size)
+        for start in track(starts, "scoring", transient=True) if progress else starts:
+            rows = slice(start, start + batch_size)
             chunk = None if label is None else label[rows].to(model.device)
             draws = [
-                _log_weight_of_draw(model, images[rows], chunk, (seed, first, draw))
+                _log_weight_of_draw(model, images[rows], chunk, (seed, first + start, draw))
                 for draw in range(k)
             ]
             nats.append(torch.stack(draws).logsumexp(0) - math.log(k))

@@ -107,6 +107,7 @@ def ode_log_likelihood(
     trace: Trace = "hutchinson",
     probe: Probe = "rademacher",
     probes: int = 1,
+    first: int = 0,
     batch_size: int = 64,
     progress: bool = False,
 ) -> OdeEstimate:
@@ -127,6 +128,7 @@ def ode_log_likelihood(
         trace: divergence by random probes (Hutchinson), or by all dims basis vectors.
         probe: law of the probes: "rademacher" is exact for diagonal Jacobians.
         probes: number of probes.
+        first: number of the first image, where these are a part of a set.
         batch_size: images solved together.
         progress: show a bar over batches.
 
@@ -146,8 +148,8 @@ def ode_log_likelihood(
         )
     grey.check_images(images, model.event_shape, model.levels)
     model.check_label(None if label is None else label.cpu(), len(images))
-    first, last = model.span
-    trajectory = _Trajectory(model, solver, uniform_times(steps, last, first), tolerance)
+    start, end = model.span
+    trajectory = _Trajectory(model, solver, uniform_times(steps, end, start), tolerance)
     starts = range(0, len(images), batch_size)
     results: list[tuple[Tensor, Tensor]] = []
     evaluations = 0
@@ -155,7 +157,8 @@ def ode_log_likelihood(
         for begin in track(starts, "scoring", transient=True) if progress else starts:
             rows = slice(begin, begin + batch_size)
             chunk = None if label is None else label[rows].to(model.device)
-            names = [[(seed, begin + r, d) for r in range(len(images[rows]))] for d in range(k)]
+            numbers = range(first + begin, first + begin + len(images[rows]))
+            names = [[(seed, number, d) for number in numbers] for d in range(k)]
             draws = []
             for name in names:
                 vectors = None if trace == "exact" else _probes(model, name, probe, probes)

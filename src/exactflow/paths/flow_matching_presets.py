@@ -126,8 +126,9 @@ PRESETS: dict[str, Preset] = {
         ),
         training={
             "epochs": 20.0,
+            "batch_size": 64,
             "warmup_steps": 200,
-            "learning_rate": 1e-3,
+            "learning_rate": 2e-3,
             "ema_decay": 0.999,
         },
         data={"source": "fashion-mnist"},
@@ -146,8 +147,9 @@ PRESETS: dict[str, Preset] = {
         ),
         training={
             "epochs": 20.0,
+            "batch_size": 64,
             "warmup_steps": 200,
-            "learning_rate": 1e-3,
+            "learning_rate": 2e-3,
             "ema_decay": 0.999,
         },
         data={"source": "hub:uoft-cs/cifar10", "flip": True},

@@ -57,6 +57,7 @@ class RunState:
         step: optimizer steps done.
         images: images seen, step times batch size.
         seconds: wall-clock time in all sessions of the run.
+        step_seconds: the part of it that optimizer steps took, without callbacks and files.
         logged_step: step of the last line of the log when this was saved, 0 before the first.
         loss_sum: sum of the losses of the steps since that line.
         grad_norm_sum: the same of gradient norms.
@@ -65,6 +66,7 @@ class RunState:
     step: int = 0
     images: int = 0
     seconds: float = 0.0
+    step_seconds: float = 0.0
     logged_step: int = 0
     loss_sum: float = 0.0
     grad_norm_sum: float = 0.0

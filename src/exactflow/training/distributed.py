@@ -158,10 +158,12 @@ class Clock:
 
     Args:
         before: seconds of earlier sessions.
+        stepping: those of them that steps took.
     """
 
-    def __init__(self, before: float) -> None:
+    def __init__(self, before: float, stepping: float) -> None:
         self._start = time.perf_counter() - before
+        self.step_seconds = stepping
         self.lap()
 
     @property
@@ -179,7 +181,9 @@ class Clock:
         """One step happens inside."""
         start = time.perf_counter()
         yield
-        self._stepping += time.perf_counter() - start
+        took = time.perf_counter() - start
+        self._stepping += took
+        self.step_seconds += took
         self._steps += 1
 
     def lap(self) -> None:

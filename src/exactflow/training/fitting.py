@@ -74,7 +74,7 @@ def fit_closed_form(
         model.fit(passes, seed=config.seed, report=_say if progress else None)
         model.to(home)
         seconds = time.perf_counter() - began
-        state = disk.RunState(step=1, images=passes.images, seconds=seconds)
+        state = disk.RunState(1, passes.images, seconds, step_seconds=seconds)
         weights = {disk.MODEL_FILE: lambda: disk.tensor_bytes(model.state_dict())}
         found = checkpoints.save(state, identity, weights)
     else:
@@ -84,13 +84,16 @@ def fit_closed_form(
     state = found.state
     with closing(disk.MetricsLog(folder, state.step, tensorboard)) as log:
         if log.last_step < state.step:
-            told = Progress(state.step, state.images, state.seconds, model)
+            times = (state.seconds, state.step_seconds)
+            told = Progress(state.step, state.images, *times, model)
             line = {"step": state.step, "images": state.images, "seconds": state.seconds}
+            line["step_seconds"] = state.step_seconds
             line["loss"] = _loss(model, dataset, config.seed)
             for call in (every or {}).values():
                 line |= {name: float(value) for name, value in call(told).items()}
             log.write(line)
-        return FitResult(state.step, state.images, state.seconds, found.folder, log.last)
+        times = (state.seconds, state.step_seconds)
+        return FitResult(state.step, state.images, *times, found.folder, log.last)
 
 
 @final

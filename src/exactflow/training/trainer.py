@@ -41,6 +41,7 @@ class Progress:
         step: optimizer steps done.
         images_seen: step times batch size.
         seconds: wall-clock time of the run so far, in all its sessions.
+        step_seconds: the part of it that optimizer steps took, without callbacks and files.
         model: in eval mode, with the averaged weights where there is an average. It must be left
             as it is found.
     """
@@ -48,6 +49,7 @@ class Progress:
     step: int
     images_seen: int
     seconds: float
+    step_seconds: float
     model: GenerativeModel
 
 
@@ -64,6 +66,7 @@ class FitResult:
     step: int
     images_seen: int
     seconds: float
+    step_seconds: float
     checkpoint: Path
     metrics: Mapping[str, Any]
 
@@ -169,7 +172,7 @@ class _Run:
         self.state = disk.RunState()
         if self.checkpoint is not None:
             self._restore(self.checkpoint)
-        self.clock = Clock(self.state.seconds)
+        self.clock = Clock(self.state.seconds, self.state.step_seconds)
 
     def to_end(self, log: disk.MetricsLog, display: Display, stop: StopRequest) -> FitResult:
         """Take the steps that are left."""
@@ -194,7 +197,8 @@ class _Run:
         self.model.eval()
         assert self.checkpoint is not None  # the last step always has one
         last = self.checkpoint.state
-        return FitResult(last.step, last.images, last.seconds, self.checkpoint.folder, log.last)
+        times = (last.seconds, last.step_seconds)
+        return FitResult(last.step, last.images, *times, self.checkpoint.folder, log.last)
 
     def _prepare(self) -> Iterator[Batch]:
         """The batches that are left, for a model ready to take them."""
@@ -316,6 +320,7 @@ class _Run:
             "learning_rate": self.schedule.learning_rate(state.step),
             "images_per_second": self._images_per_second(),
             "seconds": self.clock.seconds,
+            "step_seconds": self.clock.step_seconds,
         }
         for call in calls:
             metrics = self._measure(call)
@@ -329,7 +334,8 @@ class _Run:
 
     def _measure(self, call: Callback) -> Mapping[str, float]:
         """What a callback finds out about the averaged model, in eval mode."""
-        told = Progress(self.state.step, self.state.images, self.clock.seconds, self.model)
+        clock, state = self.clock, self.state
+        told = Progress(state.step, state.images, clock.seconds, clock.step_seconds, self.model)
         self.model.eval()
         try:
             with nullcontext() if self.average is None else self.average.applied():
@@ -349,7 +355,8 @@ class _Run:
         average = self.average
         if average is not None:
             files[disk.EMA_FILE] = lambda: disk.tensor_bytes(average.state_dict())
-        state = replace(self.state, seconds=self.clock.seconds)
+        times = {"seconds": self.clock.seconds, "step_seconds": self.clock.step_seconds}
+        state = replace(self.state, **times)
         self.checkpoint = self.checkpoints.save(state, self.identity, files)
         self.group.barrier()
 

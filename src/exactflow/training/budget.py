@@ -1,0 +1,141 @@
+"""How many optimizer steps a budget of time or of work pays for."""
+
+import dataclasses
+import re
+import tempfile
+import time
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from exactflow.core.model import GenerativeModel, evaluating
+from exactflow.core.random import generator
+from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
+from exactflow.data.datasets import ImageDataset
+from exactflow.training.optim import TrainConfig
+from exactflow.training.trainer import Progress, fit
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+_MARK = 5  # steps of a calibration's warm-up, and between its readings of the clock
+_CALIBRATED = 25  # the step at which it ends
+
+
+@final
+@dataclass(frozen=True)
+class Budget:
+    """What a training may cost: seconds of wall-clock, or FLOPs; the other is None.
+
+    Attributes:
+        seconds: of taking steps; neither calibration nor what callbacks do counts.
+        flops: of all training steps, counted as `training_flops` does.
+    """
+
+    seconds: float | None = None
+    flops: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless exactly one is given, and positive."""
+        given = [value for value in (self.seconds, self.flops) if value is not None]
+        if len(given) != 1 or not 0 < given[0] < float("inf"):
+            raise ValueError(
+                f"expected a positive number of seconds or of FLOPs, got {self.seconds} and "
+                f"{self.flops}"
+            )
+
+    @staticmethod
+    def parse(text: str) -> "Budget":
+        """`90s`, `5m`, `2h` or `1e15flop`. Raises ValueError for anything else."""
+        match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)(s|m|h|flop)", text.strip().lower())
+        try:
+            number = float(match[1]) if match else 0.0
+        except ValueError:
+            number = 0.0
+        if match is None or number <= 0:
+            raise ValueError(f"expected a budget such as 90s, 5m, 2h or 1e15flop, got {text!r}")
+        unit = match[2]
+        return Budget(flops=number) if unit == "flop" else Budget(seconds=number * _UNITS[unit])
+
+    def __str__(self) -> str:
+        return f"{self.flops:.3g} FLOP" if self.seconds is None else f"{self.seconds:.4g} s"
+
+
+def training_flops(model: GenerativeModel) -> float:
+    """FLOPs of one image in a training step: its loss and the gradients of all parameters.
+
+    Two for each multiply-add of matrix products, convolutions and attention; a causal mask saves
+    nothing here, and sums, norms and activations count nothing (PyTorch's `FlopCounterMode`).
+    """
+    count = 2  # per image: nothing of it is shared by a batch
+    source = generator(0, "flops")
+    shape = (count, *model.event_shape)
+    images = torch.randint(model.levels, shape, generator=source).to(model.device)
+    noise = generator(0, "flops", device=model.device)
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    counter = FlopCounterMode(display=False)
+    # Only the plain kernel of attention is made of operations that the counter knows.
+    with evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:
+        model.loss(images, generator=noise).sum().backward()
+    for name, parameter in model.named_parameters():
+        parameter.grad = grads[name]
+    return counter.get_total_flops() / count
+
+
+def steps_within(
+    budget: Budget,
+    model: GenerativeModel,
+    dataset: ImageDataset,
+    config: TrainConfig,
+    *,
+    augmentation: Augmentation = NO_AUGMENTATION,
+) -> int:
+    """Optimizer steps that the budget pays for, at least one.
+
+    A budget of time is divided by the seconds of a step, measured on a copy of what is to be
+    trained: the learning rate's schedule must know its end before it
+    begins, so that one run's speed must be known before it, and the last step is a little off.
+    """
+    if budget.flops is not None:
+        return max(1, int(budget.flops / (training_flops(model) * config.batch_size)))
+    assert budget.seconds is not None
+    return max(1, round(budget.seconds / _seconds_per_step(model, dataset, config, augmentation)))
+
+
+def _seconds_per_step(
+    model: GenerativeModel, dataset: ImageDataset, config: TrainConfig, augmentation: Augmentation
+) -> float:
+    """Seconds of a step after the first few, on this machine now."""
+    total = _CALIBRATED + 1  # the last one writes files
+    short = dataclasses.replace(
+        config,
+        steps=total,
+        fine_tuning_epochs=0.0,
+        warmup_steps=total // 2,
+        checkpoint_every=total,
+        log_every=total,
+    )
+    clock = _Clock(model.device)
+    with tempfile.TemporaryDirectory() as folder:
+        every = {_MARK: clock}
+        copy = deepcopy(model)
+        fit(copy, dataset, short, folder, augmentation=augmentation, every=every, progress=False)
+    return (clock.marks[_CALIBRATED] - clock.marks[_MARK]) / (_CALIBRATED - _MARK)
+
+
+@final
+@dataclass
+class _Clock:
+    """Callback of `fit` that notes the time."""
+
+    device: torch.device
+    marks: dict[int, float] = field(default_factory=dict)
+
+    def __call__(self, progress: Progress) -> Mapping[str, float]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.marks[progress.step] = time.perf_counter()
+        return {}
