@@ -59,7 +59,7 @@ _SMALL = {
     "learning_rate": 5e-3,
     "weight_decay": 0.0,
 }
-_SMALL_DEQUANTIZER: dict[str, int] = {
+_SMALL_DEQUANTIZER: dict[str, Any] = {
     "dequantizer_steps": 2,
     "dequantizer_width": 24,
     "dequantizer_depth": 2,
