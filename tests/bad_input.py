@@ -4,11 +4,13 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import exactflow
 from exactflow.core.transform import Decoding
+from exactflow.flows import macow_published
 from exactflow.flows.tarflow import TarFlow, TarFlowConfig
 from exactflow.sampling.autoregressive import Adaptive, GaussSeidelJacobi, Jacobi
 from exactflow.sampling.planner import make_plan
@@ -19,17 +21,25 @@ MODEL = TarFlow(TarFlowConfig((1, 4, 4), 2, 64, 2, 1, num_classes=3))
 PLAIN = TarFlow(TarFlowConfig((1, 4, 4), 2, 64, 2, 1))
 GREY = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
 X = torch.zeros(1, 1, 4, 4)
+STEM = {"input_blocks.0.0.weight": torch.zeros(32, 3, 3, 3)}  # of OpenAI's U-Nets
+PATCHES = {"patch_in.proj.weight": torch.zeros(64, 12)}  # of HDiT
 BROKEN = Path(sys.argv[1])  # a folder to write broken files into
 
 
-def converted(content: object) -> None:
+def converted(content: object, **hints: Any) -> None:
     path = BROKEN / "broken.pth"
     torch.save(content, path)
-    exactflow.convert(path)
+    exactflow.convert(path, **hints)
 
 
 def text_file() -> None:
     path = BROKEN / "text.pth"
+    path.write_text("not a checkpoint")
+    exactflow.convert(path)
+
+
+def broken_safetensors() -> None:
+    path = BROKEN / "broken.safetensors"
     path.write_text("not a checkpoint")
     exactflow.convert(path)
 
@@ -90,6 +100,13 @@ CASES = {
     "convert: list": lambda: converted([1, 2]),
     "convert: other model": lambda: converted({"conv.weight": torch.zeros(3)}),
     "convert: code": lambda: converted(MODEL),
+    "convert: safetensors": broken_safetensors,
+    "convert: half a U-Net": lambda: converted(STEM, height=64),
+    "convert: half an HDiT": lambda: converted(PATCHES, height=64),
+    "convert: half a MaCow": lambda: converted({macow_published.MARK: torch.zeros(3)}),
+    "convert: unknown hint": lambda: converted(PATCHES, hieght=64),
+    "convert: preset": lambda: converted(STEM, preset="adm-imagenet46"),
+    "convert: preset of another kind": lambda: converted(PATCHES, preset="adm-imagenet64"),
 }
 
 results = {}

@@ -50,8 +50,15 @@ EXPECTED = {
     "convert: list": ("ValueError", "flat state dict"),
     "convert: other model": (
         "ValueError",
-        "no published checkpoint of TarFlow, MaCow or DenseFlow",
+        "no published checkpoint of TarFlow, MaCow, DenseFlow, iDDPM/ADM or HDiT",
     ),
+    "convert: safetensors": ("ValueError", "broken.safetensors is not a whole file"),
+    "convert: half a U-Net": ("ValueError", "U-Net as OpenAI publishes it, got one without"),
+    "convert: half an HDiT": ("ValueError", r"no 'time_emb.weight'"),
+    "convert: half a MaCow": ("ValueError", "the weights of MaCow do not tell height"),
+    "convert: unknown hint": ("ValueError", "hieght means nothing for HDiT, which takes channels"),
+    "convert: preset": ("ValueError", "did you mean 'adm-imagenet64'"),
+    "convert: preset of another kind": ("ValueError", "holds HDiT, not adm-imagenet64"),
     "convert: code": ("ValueError", "plain tensors"),
 }
 

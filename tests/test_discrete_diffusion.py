@@ -27,6 +27,26 @@ HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared" / "golden" / "openai"
 CASES = ["iddpm_uncond", "iddpm_cond", "adm_uncond", "adm_cond_new_attention_order"]
 TOLERANCE = 1e-5  # of the largest output
+COUNTS = {
+    "iddpm-imagenet64-hybrid": 121_063_942,
+    "iddpm-imagenet64-vlb": 121_063_942,
+    "iddpm-imagenet64-simple": 121_060_483,
+    "iddpm-imagenet64-conditional": 273_049_350,
+    "iddpm-cifar10-hybrid": 52_546_438,
+    "iddpm-cifar10-vlb": 52_546_438,
+    "iddpm-imagenet64-to-256": 279_792_390,
+    "iddpm-lsun-bedroom256": 113_676_678,
+    "adm-imagenet64": 295_904_454,
+    "adm-imagenet128": 421_529_606,
+    "adm-imagenet256": 553_838_086,
+    "adm-imagenet256-unconditional": 552_814_086,
+    "adm-imagenet512": 558_997_638,
+    "adm-lsun-bedroom256": 552_814_086,
+    "adm-lsun-cat256": 552_814_086,
+    "adm-lsun-horse256": 552_814_086,
+    "adm-imagenet64-to-256": 311_795_910,
+    "adm-imagenet128-to-512": 308_835_270,
+}
 
 TINY = DiscreteDiffusionConfig(
     (1, 4, 4),
@@ -155,32 +175,14 @@ def test_published_ddim_sample(name: str) -> None:
     close(x, expected["ddim_sample"], 3 * TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    ("preset", "count"),
-    [
-        ("iddpm-imagenet64-hybrid", 121_063_942),
-        ("iddpm-imagenet64-vlb", 121_063_942),
-        ("iddpm-imagenet64-simple", 121_060_483),
-        ("iddpm-imagenet64-conditional", 273_049_350),
-        ("iddpm-cifar10-hybrid", 52_546_438),
-        ("iddpm-cifar10-vlb", 52_546_438),
-        ("iddpm-imagenet64-to-256", 279_792_390),
-        ("iddpm-lsun-bedroom256", 113_676_678),
-        ("adm-imagenet64", 295_904_454),
-        ("adm-imagenet128", 421_529_606),
-        ("adm-imagenet256", 553_838_086),
-        ("adm-imagenet256-unconditional", 552_814_086),
-        ("adm-imagenet512", 558_997_638),
-        ("adm-lsun-bedroom256", 552_814_086),
-        ("adm-lsun-cat256", 552_814_086),
-        ("adm-lsun-horse256", 552_814_086),
-        ("adm-imagenet64-to-256", 311_795_910),
-        ("adm-imagenet128-to-512", 308_835_270),
-    ],
-)
-def test_published_counts(preset: str, count: int) -> None:
+@pytest.mark.parametrize("preset", COUNTS)
+def test_published_counts(preset: str) -> None:
     with torch.device("meta"):
-        assert DiscreteDiffusion(PRESETS[preset].config).num_parameters == count
+        assert DiscreteDiffusion(PRESETS[preset].config).num_parameters == COUNTS[preset]
+
+
+def test_every_published_preset_is_counted() -> None:
+    assert {name for name, preset in PRESETS.items() if preset.published} == COUNTS.keys()
 
 
 # The objectives.

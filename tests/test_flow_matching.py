@@ -12,6 +12,7 @@ from torch import Tensor
 from exactflow.core import images as grey
 from exactflow.core.config import override
 from exactflow.core.random import generator
+from exactflow.likelihood.ode_estimate import ode_log_likelihood
 from exactflow.paths.coupling import minibatch_transport
 from exactflow.paths.flow_matching import (
     FlowMatching,
@@ -22,7 +23,8 @@ from exactflow.paths.flow_matching import (
 )
 from exactflow.paths.flow_matching_presets import PRESETS
 from exactflow.paths.path import Cosine, Straight, VariancePreserving
-from exactflow.paths.path_model import Prediction, convert
+from exactflow.paths.path_model import OnPath, Prediction, convert
+from exactflow.sampling.sample import sample
 from test_paths import GaussianModel
 
 SMALL = FlowMatchingConfig(
@@ -35,6 +37,12 @@ PAPER_COUNTS = {
     "imagenet32": (228_149_507, 209_976_323),
     "imagenet64": (295_131_267, 276_421_059),
     "imagenet128": (542_804_483, 507_319_043),
+}
+LIBRARY_COUNTS = {
+    "meta-cifar10": 55_676_419,
+    "meta-imagenet32": 295_900_035,
+    "meta-imagenet64": 295_900_035,
+    "torchcfm-cifar10": 35_746_307,
 }
 
 
@@ -64,18 +72,16 @@ def test_parameter_counts_of_the_paper(name: str, counts: tuple[int, int]) -> No
         assert f"{count:,}" in preset.published
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("meta-cifar10", 55_676_419),
-        ("meta-imagenet32", 295_900_035),
-        ("meta-imagenet64", 295_900_035),
-        ("torchcfm-cifar10", 35_746_307),
-    ],
-)
+@pytest.mark.parametrize(("name", "count"), LIBRARY_COUNTS.items())
 def test_parameter_counts_of_the_libraries(name: str, count: int) -> None:
     with torch.device("meta"):
         assert FlowMatching(PRESETS[f"flow-matching-{name}"].config).num_parameters == count
+
+
+def test_every_published_preset_is_counted() -> None:
+    published = {name for name, preset in PRESETS.items() if preset.published}
+    counted = {*(f"paper-{name}" for name in PAPER_COUNTS), *LIBRARY_COUNTS}
+    assert published == {f"flow-matching-{name}" for name in counted}
 
 
 def test_presets_for_a_cpu_are_small() -> None:
@@ -298,6 +304,21 @@ def test_an_oracle_is_a_fixed_point_of_the_conversions() -> None:
         model = GaussianModel(Cosine(), prediction)
         torch.testing.assert_close(model.denoise(x, t).mean, reference.denoise(x, t).mean)
         torch.testing.assert_close(model.velocity(x, t), reference.velocity(x, t))
+
+
+def test_a_model_draws_the_same_images_along_another_path() -> None:
+    model = make()
+    moved, errors = OnPath(model, Cosine()), []
+    for steps in (20, 80):
+        whole, other = (sample(m, 2, solver="heun", steps=steps).x for m in (model, moved))
+        errors.append(float((whole - other).abs().max()))
+    assert errors[1] < errors[0] / 4  # both solvers are of second order
+    assert errors[1] < 0.01 * float(whole.abs().max())
+    scores = [
+        ode_log_likelihood(m, some_images(model), solver="heun", steps=80, trace="exact").nats
+        for m in (model, moved)
+    ]
+    torch.testing.assert_close(*scores, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -325,7 +325,7 @@ def test_what_the_file_does_not_hold_must_be_said(missing: str) -> None:
 
 
 def test_settings_of_the_chain_are_asked_for_likewise() -> None:
-    for name in ("schedule", "steps", "rescale_timesteps"):
+    for name in ("schedule", "diffusion_steps", "rescale_timesteps"):
         with pytest.raises(ValueError, match=f"expected {name}.*iDDPM"):
             required(name, None)
     assert required("rescale_timesteps", False) is False

@@ -1,21 +1,25 @@
 """`exactflow convert`."""
 
+from dataclasses import asdict
+
 from rich.console import Console
 
 from exactflow.cli.arguments import Convert
+from exactflow.cli.settings import parse_words
 from exactflow.hub.convert import convert
+
+OPTIONS = ("channels", "height", "width", "levels", "noise_std")
 
 
 def run(command: Convert) -> None:
     """Write the model of a published checkpoint."""
-    model = convert(
-        command.checkpoint,
-        channels=command.channels,
-        height=command.height,
-        width=command.width,
-        levels=command.levels,
-        noise_std=command.noise_std,
-    )
+    options = {name: value for name, value in asdict(command).items() if name in OPTIONS}
+    hints = {name: value for name, value in options.items() if value is not None}
+    words = parse_words(command.settings, ("model",)).get("model", {})
+    twice = hints.keys() & words.keys()
+    if twice:
+        raise ValueError(f"{min(twice)} is given twice, as an option and as a setting")
+    model = convert(command.checkpoint, preset=command.preset, **hints, **words)
     card = {"source": f"converted from {command.checkpoint.name}"}
     model.save_pretrained(command.out, card=card)
     Console().print(

@@ -16,9 +16,25 @@ from exactflow.core.config import checked
 from exactflow.diffusion.hdit import HDiT, HDiTConfig
 
 MODEL_TYPE = "image_transformer_v2"
+MARK = "patch_in.proj.weight"  # a key that no other family has
+HINTS = (  # fields of `HDiTConfig` that bare weights do not hold, the image's shape aside
+    "attention",
+    "kernel_size",
+    "window_size",
+    "sigma_data",
+    "weighting",
+    "dropout",
+    "label_dropout",
+    "sigma_min",
+    "sigma_max",
+    "low_resolution",
+    "min_snr_gamma",
+    "levels",
+)
 _UNRECORDED = {  # what bare weights do not tell -> an example of how to say it
     "image_shape": "(3, 256, 256)",
-    "attention": "('neighborhood', 'neighborhood', 'global')",
+    "attention": "('neighborhood', 'global'), on the command line "
+    "model.attention=[neighborhood,global]",
 }
 
 
@@ -40,23 +56,38 @@ def from_published(state: Mapping[str, Any], *, hints: Mapping[str, Any] | None 
     weights = state if nested is None else nested
     if not isinstance(weights, Mapping) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise ValueError("expected a mapping of names to tensors, bare or under 'model_ema'")
-    for key in ("patch_in.proj.weight", "time_emb.weight", "mid_level.0.ff.up_proj.weight"):
+    for key in (MARK, "time_emb.weight", "mid_level.0.ff.up_proj.weight"):
         if key not in weights:
             raise ValueError(
                 f"not an HDiT checkpoint of k-diffusion: it has no {key!r} "
                 f"(its first keys: {list(weights)[:3]})"
             )
-    recorded = _from_config(state["config"]) if "config" in state else {}
-    said = checked(HDiTConfig, {**recorded, **(hints or {})})
+    recorded = checked(HDiTConfig, _from_config(state["config"]) if "config" in state else {})
+    hinted = checked(HDiTConfig, hints or {})
+    said = {**recorded, **hinted}
     read = _from_weights(weights)
-    for name in read.keys() & said.keys():
-        if said[name] != read[name]:
-            raise ValueError(f"{name}: the weights say {read[name]}, not {said[name]}")
+    for where, known, claimed in (("file says", recorded, hinted), ("weights say", read, said)):
+        for name in known.keys() & claimed.keys():
+            if claimed[name] != known[name]:
+                raise ValueError(f"{name}: the {where} {known[name]}, not {claimed[name]}")
     for name, example in _UNRECORDED.items():
         if name not in said:
             raise ValueError(f"the file does not tell {name}: give it, such as {name}={example}")
-    side = math.isqrt(weights["patch_in.proj.weight"].shape[1] // said["image_shape"][0])
+    side = math.isqrt(weights[MARK].shape[1] // said["image_shape"][0])
     return _filled(HDiTConfig(**{"patch_size": side, **said, **read}), weights)
+
+
+def image_channels(weights: Mapping[str, Tensor]) -> int:
+    """3 or 1, whichever makes tokens square patches of pixels.
+
+    Raises:
+        ValueError: neither does.
+    """
+    inputs = weights[MARK].shape[1]
+    for channels in (3, 1):
+        if inputs == channels * math.isqrt(inputs // channels) ** 2:
+            return channels
+    raise ValueError(f"tokens of {inputs} numbers are no squares of 3 or 1 channels: give channels")
 
 
 def _from_weights(weights: Mapping[str, Tensor]) -> dict[str, Any]:

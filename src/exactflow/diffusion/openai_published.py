@@ -8,7 +8,7 @@ and shapes; what leaves no trace there must be said, see `required`.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,15 +21,17 @@ Value = TypeVar("Value")
 Network = TypeVar("Network", UNet, ClassifierUNet)
 
 UNRECORDED = {  # what the files do not hold -> what the published models have
+    "height": "32 for CIFAR-10, else the side that the model's name tells",
     "num_heads or head_channels": "iDDPM: num_heads=4, LSUN 1; ADM: head_channels=64, the 128-pixel"
     " model and the 64 -> 256 upsampler num_heads=4",
     "attention_order": "'legacy', ADM's 64-pixel model 'new'",
     "dropout": "0.0, iDDPM on CIFAR-10 0.3, ADM's 64-pixel and LSUN models 0.1",
     "schedule": "'cosine' for iDDPM on CIFAR-10 and ImageNet 64 and ADM's 64-pixel model, else"
     " 'linear'",
-    "steps": "iDDPM: 4000, LSUN 1000; ADM: 1000",
+    "diffusion_steps": "iDDPM: 4000, LSUN 1000; ADM: 1000",
     "rescale_timesteps": "True for iDDPM's unconditional ImageNet 64 and CIFAR-10 models, else"
     " False",
+    "low_size": "64 for 64 -> 256, 128 for 128 -> 512 (upsamplers only)",
 }
 _ENDS = {  # name here -> published name, outside the stages
     "time.input": "time_embed.0",
@@ -96,30 +98,41 @@ def unet_of(
     """
     heads = num_heads if head_channels is None else head_channels
     required("num_heads or head_channels", heads)
+    config = UNetConfig(
+        num_heads=num_heads,
+        head_channels=head_channels,
+        attention_order=required("attention_order", attention_order),
+        dropout=required("dropout", dropout),
+        **recorded(state),
+    )
+    with torch.device("meta"):
+        network = UNet(config)
+    return _filled(network, state)
+
+
+def recorded(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of `UNetConfig` that a published U-Net's names and shapes tell.
+
+    Raises:
+        ValueError: the state is no such U-Net's.
+    """
     _check_keys(state, "U-Net", "output_blocks.0.0.in_layers.2.weight", "out.2.weight")
     resample, levels = _levels(state)
     multiples, blocks, factors = _encoder(state, levels)
     first = "input_blocks.1.0."
     modulation, convolution = first + "emb_layers.1.weight", first + "in_layers.2.weight"
     label = state.get("label_emb.weight")
-    config = UNetConfig(
-        in_channels=state["input_blocks.0.0.weight"].shape[1],
-        out_channels=state["out.2.weight"].shape[0],
-        model_channels=state["time_embed.0.weight"].shape[1],
-        channel_mult=multiples,
-        num_res_blocks=blocks,
-        attention_factors=factors,
-        num_heads=num_heads,
-        head_channels=head_channels,
-        attention_order=required("attention_order", attention_order),
-        scale_shift=state[modulation].shape[0] == 2 * state[convolution].shape[0],
-        resample=resample,
-        dropout=required("dropout", dropout),
-        num_classes=0 if label is None else label.shape[0],
-    )
-    with torch.device("meta"):
-        network = UNet(config)
-    return _filled(network, state)
+    return {
+        "in_channels": state["input_blocks.0.0.weight"].shape[1],
+        "out_channels": state["out.2.weight"].shape[0],
+        "model_channels": state["time_embed.0.weight"].shape[1],
+        "channel_mult": multiples,
+        "num_res_blocks": blocks,
+        "attention_factors": factors,
+        "scale_shift": state[modulation].shape[0] == 2 * state[convolution].shape[0],
+        "resample": resample,
+        "num_classes": 0 if label is None else label.shape[0],
+    }
 
 
 def classifier_of(

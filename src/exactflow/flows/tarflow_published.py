@@ -124,7 +124,7 @@ def _config(
         warnings.warn(
             f"{name}: neither weights nor file name tell the training noise; "
             "taken as uniform dequantisation, give noise_std= if it was Gaussian",
-            stacklevel=4,
+            stacklevel=6,  # whoever called `convert`
         )
     embedding = state.get("blocks.0.class_embed")
     return TarFlowConfig(

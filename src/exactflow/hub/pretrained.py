@@ -6,10 +6,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from exactflow import registry
 from exactflow.core.model import GenerativeModel
 from exactflow.core.serialization import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE
+
+ALIGNMENT = 64  # bytes, of tensors that PyTorch allocates
 
 
 def from_pretrained(
@@ -32,7 +35,7 @@ def from_pretrained(
         model = registry.from_config(description["kind"], description["config"])
     try:
         state = load_file(folder / WEIGHTS_FILE, device=str(device))
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict({name: _aligned(v) for name, v in state.items()}, assign=True)
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ValueError(
             f"{folder / WEIGHTS_FILE} does not hold the weights that {CONFIG_FILE} beside it "
@@ -42,6 +45,14 @@ def from_pretrained(
         parameter.requires_grad_(True)
     model.home = folder
     return model.eval()
+
+
+def _aligned(value: Tensor) -> Tensor:
+    """The tensor where an allocator would put it: a product's last bit depends on the address.
+
+    Tensors of a mapped file begin wherever its header ends.
+    """
+    return value.clone() if value.data_ptr() % ALIGNMENT else value
 
 
 def read_config(folder: Path) -> dict:
