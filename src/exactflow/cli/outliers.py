@@ -1,0 +1,106 @@
+"""`exactflow outliers`."""
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from exactflow.cli.latent_arguments import Outliers
+from exactflow.cli.settings import data_of, load_model
+from exactflow.core.serialization import write_atomically
+from exactflow.data import DataConfig, ImageDataset, Split, load
+from exactflow.evaluation.bits_per_dim import check_fits
+from exactflow.evaluation.figures import image_table
+from exactflow.evaluation.out_of_distribution import (
+    SCORES,
+    auroc,
+    foreign_set,
+    outlier_plot,
+    outlier_scores,
+)
+from exactflow.evaluation.restoration import exact_flow
+from exactflow.likelihood.log_likelihood import log_likelihood
+
+SHOWN = 10  # images of each side in the picture of them
+
+
+def run(command: Outliers) -> None:
+    """Score both sets; print the area under the curve of every score, write pictures."""
+    model = exact_flow(load_model(command.model, command.device))
+    data = data_of(command.model, command.settings)
+    inside = _some(data, "test", command.n)
+    training = _some(data, "train", command.training)
+    for dataset in (inside, training):
+        check_fits(model, dataset)
+    outside = foreign_set(
+        command.outside, model.event_shape, model.levels, command.n, border=command.border
+    )
+    if (outside.id, outside.version) == (inside.id, inside.version):
+        raise ValueError(
+            f"expected a set other than the model's own, {inside.id}: --outside SOURCE"
+        )
+    options = {
+        "seed": command.seed,
+        "batch_size": command.batch_size,
+        "progress": sys.stderr.isatty(),
+    }
+    typical = log_likelihood(model, _images(training), **options).bits_per_dim
+    scores = [outlier_scores(model, _images(s), typical, **options) for s in (inside, outside)]
+    areas = {name: auroc(scores[0][name], scores[1][name]) for name in SCORES}
+    means = {name: [float(side[name].mean()) for side in scores] for name in SCORES}
+    summary = {
+        "model": command.model,
+        "inside": inside.describe(),
+        "outside": outside.describe(),
+        "training": training.describe(),
+        "labels": "dropped",
+        "seed": command.seed,
+        "typical_bits_per_dim": typical,
+        "scores": {
+            name: {
+                "auroc": areas[name],
+                "mean_inside": means[name][0],
+                "mean_outside": means[name][1],
+            }
+            for name in SCORES
+        },
+    }
+    command.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    write_atomically(command.out / "outliers.json", text.encode())
+    picture = outlier_plot(scores[0], scores[1], (inside.id, outside.id))
+    write_atomically(command.out / "outliers.png", picture)
+    write_atomically(command.out / "images.png", _sheet(inside, outside))
+    table = Table(title=f"{outside.id} (outside) against {inside.id} (inside)")
+    for name in ("score", "AUROC", "mean inside", "mean outside"):
+        table.add_column(name, justify="left" if name == "score" else "right")
+    for name in SCORES:
+        table.add_row(name, f"{areas[name]:.3f}", *(f"{mean:.3f}" for mean in means[name]))
+    Console().print(table)
+    Console().print(
+        f"{len(inside)} images inside, {len(outside)} outside; 0.5 is chance, less means that the "
+        f"score takes them the wrong way round: {command.out}"
+    )
+
+
+def _some(data: DataConfig, split: Split, most: int) -> ImageDataset:
+    """At most so many images of a split."""
+    limit = most if data.limit is None else min(data.limit, most)
+    return load(replace(data, limit=limit), split)
+
+
+def _images(dataset: ImageDataset) -> Tensor:
+    return torch.as_tensor(np.array(dataset.images))
+
+
+def _sheet(inside: ImageDataset, outside: ImageDataset) -> bytes:
+    """Some images of each side."""
+    shown = min(SHOWN, len(inside), len(outside))
+    images = torch.cat([_images(side)[:shown] for side in (inside, outside)])
+    rows = (f"inside: {inside.id}", f"outside: {outside.id}")
+    return image_table(images, inside.levels, rows, [""] * shown)
