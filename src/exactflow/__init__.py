@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from exactflow import registry as registry
+    from exactflow.evaluation.compare import compare as compare
     from exactflow.hub.convert import convert as convert
     from exactflow.hub.pretrained import from_pretrained as from_pretrained
     from exactflow.likelihood.log_likelihood import LogLikelihood as LogLikelihood
@@ -23,6 +24,7 @@ _HOMES = {
     "LogLikelihood": "exactflow.likelihood.log_likelihood",
     "Samples": "exactflow.sampling.samples",
     "build": "exactflow.registry",
+    "compare": "exactflow.evaluation.compare",
     "convert": "exactflow.hub.convert",
     "from_pretrained": "exactflow.hub.pretrained",
     "interpolate": "exactflow.sampling.latent",

@@ -10,8 +10,9 @@ from typing import Annotated, Literal, final
 
 import tyro
 
-# KEY=VALUE words, wherever they stand on the command line: `main` takes them out and hands them on
-Settings = tyro.conf.Suppress[tuple[str, ...]]
+from exactflow.cli.argument_types import Device, Settings
+from exactflow.cli.latent_arguments import Attributes, Classify, Outliers, Restore
+
 _SETTING = re.compile(r"[\w.]+=")
 Solver = Literal[
     "auto",
@@ -28,7 +29,6 @@ Solver = Literal[
     "ancestral",
     "ddim",
 ]
-Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 @final
@@ -118,6 +118,31 @@ class Evaluate:
 
 @final
 @dataclass(frozen=True)
+class Compare:
+    """Compare models of any kind on the same images, and write one report.
+
+    Presets are trained first, all under the same budget. What the folder holds of the same models,
+    data and protocol is not measured again: a killed comparison goes on where it was. KEY=VALUE
+    words with keys data.* and protocol.* change the data and how much is measured.
+    """
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Presets, run folders, model folders or hub ids."""
+    settings: Settings = ()
+    data: str = "digits"
+    """Source of the images, as in data.source."""
+    budget: str = "5m"
+    """Of each training: 90s, 5m or 2h of optimizer steps, or work such as 1e15flop."""
+    inception: str | None = None
+    """Path or URL of the public Inception weights, for FID; else the features are those of a small
+    classifier of this data set, or without labels its low frequencies."""
+    out: Path = Path("runs/compare")
+    """Folder for the report, the runs and all measurements."""
+    device: Device = "auto"
+
+
+@final
+@dataclass(frozen=True)
 class Encode:
     """Encode images, decode them again, and interpolate between their latents.
 
@@ -182,20 +207,29 @@ class Convergence:
 @final
 @dataclass(frozen=True)
 class Convert:
-    """Read a published TarFlow, MaCow or DenseFlow file and write a model folder."""
+    """Read a published file and write a model folder.
+
+    TarFlow, MaCow, DenseFlow, iDDPM and ADM (OpenAI's .pt), HDiT (k-diffusion's .pth and
+    .safetensors). What the file does not tell is said by a preset, or one by one: by the options
+    below, and for iDDPM, ADM and HDiT by KEY=VALUE words with keys model.*, as of train.
+    """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """The published file; only tensors are read."""
     out: Annotated[Path, tyro.conf.Positional]
     """Model folder to write."""
+    settings: Settings = ()
+    preset: str | None = None
+    """Which model this is, such as adm-imagenet64: gives all that the file does not tell, and an
+    error if its weights are not those of this model."""
     channels: int | None = None
-    """Image channels (TarFlow), where 3 or 1 do not fit uniquely."""
+    """Image channels, where neither 3 nor 1 fits the weights uniquely."""
     height: int | None = None
-    """Image height in pixels; TarFlow: where images are not square."""
+    """Image height in pixels, which weights do not tell; TarFlow: where images are not square."""
     width: int | None = None
-    """Image width in pixels (MaCow, DenseFlow), where images are not square."""
+    """Image width in pixels, where images are not square (TarFlow: give the height alone)."""
     levels: int | None = None
-    """Grey levels (MaCow): 256 for 8 bits, 32 for 5."""
+    """Grey levels: 256 for 8 bits, 32 for 5; MaCow needs it."""
     noise_std: float | None = None
     """Training noise (TarFlow), where the file name does not tell; 0 for uniform."""
 
@@ -211,6 +245,27 @@ class Info:
 
 @final
 @dataclass(frozen=True)
+class Results:
+    """Published numbers of a data set, beside your own; ranked only where they are comparable.
+
+    Numbers are grouped by data version and kind, and † marks what cannot be compared with the main
+    group: with your run's if there is one, else with the largest.
+    """
+
+    dataset: Annotated[str | None, tyro.conf.Positional] = None
+    """Such as imagenet64; none lists the data sets."""
+    metric: Literal["bits/dim", "fid"] | None = None
+    """Only this one."""
+    runs: tuple[Path, ...] = ()
+    """Results of your own: JSON files of `evaluate --out`, or folders that hold them."""
+    group: str | None = None
+    """Label of the main group, as the table prints it: "new, ODE(1)"."""
+    out: Path | None = None
+    """Also write the table, to a .md or a .json file."""
+
+
+@final
+@dataclass(frozen=True)
 class Demo:
     """Train, score and sample a small TarFlow on built-in images, and write a report.
 
@@ -222,7 +277,37 @@ class Demo:
     """Run folder."""
 
 
-Command = Train | Sample | Plan | Evaluate | Encode | Convergence | Convert | Info | Demo
+Command = (
+    Train
+    | Sample
+    | Plan
+    | Evaluate
+    | Compare
+    | Encode
+    | Convergence
+    | Attributes
+    | Classify
+    | Outliers
+    | Restore
+    | Convert
+    | Info
+    | Results
+    | Demo
+)
+
+Configurable = (  # the commands that take KEY=VALUE words
+    Train
+    | Evaluate
+    | Compare
+    | Encode
+    | Convergence
+    | Convert
+    | Attributes
+    | Classify
+    | Outliers
+    | Restore
+    | Demo
+)
 
 # verb -> (what it takes, where it is carried out)
 _VERBS = {
@@ -230,10 +315,16 @@ _VERBS = {
     "sample": (Sample, "exactflow.cli.sample"),
     "plan": (Plan, "exactflow.cli.plan"),
     "evaluate": (Evaluate, "exactflow.cli.evaluate"),
+    "compare": (Compare, "exactflow.cli.compare"),
     "encode": (Encode, "exactflow.cli.encode"),
     "convergence": (Convergence, "exactflow.cli.convergence"),
+    "attributes": (Attributes, "exactflow.cli.attributes"),
+    "classify": (Classify, "exactflow.cli.classify"),
+    "outliers": (Outliers, "exactflow.cli.outliers"),
+    "restore": (Restore, "exactflow.cli.restore"),
     "convert": (Convert, "exactflow.cli.convert"),
     "info": (Info, "exactflow.cli.info"),
+    "results": (Results, "exactflow.cli.results"),
     "demo": (Demo, "exactflow.cli.demo"),
 }
 
@@ -250,7 +341,7 @@ def main() -> None:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     if settings:
-        if not isinstance(command, Train | Evaluate | Encode | Convergence | Demo):
+        if not isinstance(command, Configurable):
             print(f"error: this command takes no settings, got {settings[0]}", file=sys.stderr)
             sys.exit(2)
         command = replace(command, settings=settings)

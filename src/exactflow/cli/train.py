@@ -31,6 +31,7 @@ from exactflow.training.fitting import fit_closed_form
 
 LOSS_BATCH = 250
 CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
 
 
 @final
@@ -140,7 +141,7 @@ def baseline_rows(found: Mapping[str, Baseline]) -> Iterator[tuple[str, str]]:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
 
 
 @final

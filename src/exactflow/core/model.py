@@ -249,8 +249,8 @@ class Flow(GenerativeModel):
         return grey.dequantize(images, torch.full_like(images, 0.5, dtype=dtype), self.levels)
 
     def to_grey_levels(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Integer[Tensor, "batch channels height width"]:
+        self, x: Float[Tensor, "*batch channels height width"]
+    ) -> Integer[Tensor, "*batch channels height width"]:
         """Grey levels of images in [-1, 1]; only here is anything clipped to the range."""
         quantize = grey.quantize_centered if self.noise_std > 0 else grey.quantize_dequantized
         return quantize(x, self.levels)

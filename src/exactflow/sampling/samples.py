@@ -19,8 +19,9 @@ class Samples:
         images: the same as grey levels 0 .. levels-1.
         seeds: seed of each sample; shorter than asked for only where samples were left out.
         label: class of each sample, None where none was given.
-        evaluations: network passes, summed over blocks and batches (certificates excluded); with
-            guidance of a diffusion model both of its branches count.
+        evaluations: network passes, summed over blocks and batches (certificates excluded); one
+            for each batch of a flow without autoregressive blocks; with guidance of a diffusion
+            model both of its branches count.
         iterations: passes of each autoregressive block in generation order, largest over batches;
             none for a flow without such blocks, and for models that are no flows.
         seconds: wall-clock of everything.

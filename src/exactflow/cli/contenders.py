@@ -1,0 +1,214 @@
+"""Who takes part in a comparison: saved models, and presets trained under a budget."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+import torch
+import yaml
+
+from exactflow import registry
+from exactflow.cli.settings import Settings, load_model, resolve
+from exactflow.cli.train import CONFIG_FILE, METRICS_FILE, read_metrics
+from exactflow.core.config import override
+from exactflow.core.model import FittedFlow, GenerativeModel
+from exactflow.core.serialization import write_atomically
+from exactflow.data import DataConfig, ImageDataset
+from exactflow.evaluation.bits_per_dim import check_fits
+from exactflow.evaluation.memory import PeakMemory
+from exactflow.evaluation.protocol import Contender, Protocol, scored, spread
+from exactflow.evaluation.stages import Stages
+from exactflow.hub.pretrained import read_config
+from exactflow.training import Progress, TrainConfig, fit
+from exactflow.training.budget import Budget, steps_within, training_flops
+from exactflow.training.fitting import fit_closed_form
+
+WATCHED = Protocol(images=250, estimate_images=32, bound_evaluations=10, ode_steps=10)
+FIRST_IMAGES = 4096  # seen before held-out images are first scored; then at every doubling
+WARMUP_PART = 10  # the learning rate rises in a tenth of a budget's steps
+
+
+@final
+class Contenders:
+    """The models of a comparison, one after the other: presets are trained when they are due.
+
+    Args:
+        names: presets, run folders, model folders or hub ids.
+        data: where the images are.
+        training: the training split, for presets.
+        held_out: scored in the course of a training.
+        budget: of each training.
+        folder: with a run folder for each preset, which is resumed where it stands.
+        device: where models are trained and measured.
+
+    Raises:
+        ValueError: a name that is neither, two models of one name, or a model that does not fit
+            the images or was trained on others.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        data: DataConfig,
+        training: ImageDataset,
+        held_out: ImageDataset,
+        budget: Budget,
+        folder: Path,
+        device: torch.device,
+    ) -> None:
+        self._data, self._training, self._held_out = data, training, held_out
+        self._budget, self._folder, self._device = budget, folder, device
+        self._names = {_plain_name(name): name for name in names}
+        if len(self._names) < len(names):
+            raise ValueError(f"expected a name for each model, got {', '.join(names)}")
+        for name in names:  # now, and not after hours of the others' training
+            if name in registry.names():
+                with torch.device("meta"):
+                    check_fits(self._settings(name).build(), training)
+            else:
+                self._loaded(name)
+
+    def __iter__(self) -> Iterator[Contender]:
+        """Each one, trained. Raises Interrupted when SIGTERM or SIGINT came and was obeyed."""
+        for number, (shown, name) in enumerate(self._names.items(), 1):
+            print(f"{shown} ({number} of {len(self._names)})", file=sys.stderr, flush=True)
+            yield self._trained(name) if name in registry.names() else self._saved(shown, name)
+
+    def _loaded(self, name: str) -> GenerativeModel:
+        """The saved model, if it was not trained on another version of the data."""
+        if not Path(name).exists() and "/" not in name:
+            registry.preset(name)  # raises, with the nearest names
+        model = load_model(name, self._device.type)
+        check_fits(model, self._training)
+        assert model.home is not None
+        recorded = read_config(model.home).get("card", {}).get("training data")
+        ours = self._training.describe()
+        for key in ("version", "preprocessing_hash") if recorded else ():
+            if recorded[key] != ours[key]:
+                raise ValueError(
+                    f"{name} was trained on {_identity_of(recorded)}: expected "
+                    f"{_identity_of(ours)}, as it is compared here"
+                )
+        return model
+
+    def _saved(self, shown: str, name: str) -> Contender:
+        """With what its card and its run folder tell of its training."""
+        model = self._loaded(name)
+        assert model.home is not None
+        card = read_config(model.home).get("card", {})
+        facts: dict[str, Any] = {}
+        data = card.get("training data")
+        if data and data["fingerprint"] != self._training.fingerprint:
+            facts["other_images"] = f"{data['count']:,}, fingerprint {data['fingerprint'][:12]}"
+        run = Path(name)
+        if (run / METRICS_FILE).is_file():
+            last = read_metrics(run)[-1]
+            facts |= {"images_seen": last["images"], "seconds": last["seconds"]}
+            facts["step_seconds"] = last.get("step_seconds")
+            facts |= _work(model, last["images"])
+        return Contender(shown, model, facts)
+
+    def _trained(self, name: str) -> Contender:
+        folder = self._folder / name
+        settings = self._settings(name)
+        model = settings.build().to(self._device)
+        peak = PeakMemory(self._device)
+        stages = Stages(folder, self._identity(settings))
+        common: dict[str, Any] = {"augmentation": settings.data.augmentation}
+        common["progress"] = sys.stderr.isatty()
+        if isinstance(model, FittedFlow):
+            common["every"] = {1: _Watch(self._held_out, 1, 1)}
+            result = fit_closed_form(model, self._training, settings.training, folder, **common)
+        else:
+            settings = replace(settings, training=self._recipe(settings, model, stages))
+            config = settings.training
+            interval = max(1, FIRST_IMAGES // config.batch_size)
+            assert config.steps is not None
+            common["every"] = {interval: _Watch(self._held_out, interval, config.steps)}
+            result = fit(model, self._training, config, folder, **common)
+        text = yaml.safe_dump(settings.describe(), sort_keys=False)
+        write_atomically(folder / CONFIG_FILE, text.encode())
+        memory = stages.keep("memory", {}, lambda: {"bytes": peak.bytes()})
+        facts = {
+            "steps": result.step,
+            "batch_size": settings.training.batch_size,
+            "images_seen": result.images_seen,
+            "seconds": result.seconds,
+            "step_seconds": result.step_seconds,
+            "peak_memory": memory["bytes"],
+        }
+        card = {"training data": self._training.describe(), "cost": facts}
+        model.save_pretrained(folder / "model", card=card)
+        lines = [line for line in read_metrics(folder) if "bits_per_dim" in line]
+        curve = [{n: line[n] for n in ("step_seconds", "images", "bits_per_dim")} for line in lines]
+        return Contender(name, model, {**facts, **_work(model, result.images_seen)}, curve)
+
+    def _recipe(self, settings: Settings, model: GenerativeModel, stages: Stages) -> TrainConfig:
+        """The preset's, as long as the budget lasts."""
+        config, augmentation = settings.training, settings.data.augmentation
+
+        def measure() -> dict[str, int]:
+            found = steps_within(
+                self._budget, model, self._training, config, augmentation=augmentation
+            )
+            return {"steps": found}
+
+        steps = stages.keep("budget", {}, measure)["steps"]
+        changes = {"steps": steps, "warmup_steps": steps // WARMUP_PART, "fine_tuning_epochs": 0.0}
+        return override(config, changes)
+
+    def _settings(self, name: str) -> Settings:
+        """The preset's recipe on the data of the comparison."""
+        settings = resolve(name, (f"data.source={self._data.source}",), None)
+        augmentation = {n: getattr(settings.data, n) for n in ("flip", "translate", "padding")}
+        return replace(settings, data=replace(self._data, **augmentation)).fitted(self._training)
+
+    def _identity(self, settings: Settings) -> dict[str, Any]:
+        """What the number of steps of a budget depends on."""
+        return {
+            "budget": str(self._budget),
+            "recipe": asdict(settings.training),
+            "images": self._training.fingerprint,
+            "device": self._device.type,
+            "threads": torch.get_num_threads(),
+        }
+
+
+@final
+@dataclass(frozen=True)
+class _Watch:
+    """Callback of `fit`, every `interval` steps: held-out bits/dim at 1, 2, 4, ... and the end."""
+
+    held_out: ImageDataset
+    interval: int
+    total: int
+
+    def __call__(self, progress: Progress) -> Mapping[str, float]:
+        calls, rest = divmod(progress.step, self.interval)
+        doubled = rest == 0 and calls.bit_count() == 1
+        if not (doubled or progress.step == self.total):
+            return {}
+        model = progress.model
+        images, label = spread(self.held_out, WATCHED.scored_images(model), model)
+        found = scored(model, images, label, WATCHED)
+        return {} if found.kind == "noisy-density" else {"bits_per_dim": found.bits_per_dim}
+
+
+def _work(model: GenerativeModel, images: int) -> dict[str, float]:
+    """FLOPs of an image trained on, and of all of them."""
+    if isinstance(model, FittedFlow):  # closed form: no gradient, hardly any work
+        return {}
+    each = training_flops(model)
+    return {"flops_per_image": each, "flops": each * images}
+
+
+def _identity_of(data: Mapping[str, Any]) -> str:
+    return f"{data['id']}, version {data['version']} ({data['preprocessing']})"
+
+
+def _plain_name(place: str) -> str:
+    """A preset's name, a run folder's or a hub id's last part."""
+    path = Path(place)
+    return (path.parent if path.name == "model" else path).name

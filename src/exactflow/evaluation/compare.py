@@ -1,0 +1,94 @@
+"""The verb `compare`: models of any kind on the same images, one report."""
+
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from exactflow.core.model import GenerativeModel
+from exactflow.data.datasets import DataConfig, ImageDataset, load
+from exactflow.evaluation.comparison import Bench
+from exactflow.evaluation.comparison_report import Report, report_of
+from exactflow.evaluation.extractors import FeatureExtractor, classifier, pixels
+from exactflow.evaluation.protocol import Contender, Protocol
+
+PROTOCOL = Protocol()
+
+
+def compare(
+    models: Mapping[str, GenerativeModel] | Iterable[Contender],
+    data: str | DataConfig | tuple[ImageDataset, ImageDataset],
+    folder: str | Path = "runs/compare",
+    *,
+    extractor: FeatureExtractor | None = None,
+    protocol: Protocol = PROTOCOL,
+    setting: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> Report:
+    """Measure all models alike: likelihood by kind, samples, cost; write report.html, .md, .json.
+
+    What `folder` holds of the same weights, images and protocol is not measured again, so that the
+    same call goes on after a crash. Numbers depend on the protocol's seed, not on batches.
+
+    Args:
+        models: by name; or contenders, which also know what their training cost. They may come
+            one by one: each is measured before the next is asked for.
+        data: source of the images, as in `DataConfig.source`; how to read them; or the training
+            split and the held-out one.
+        folder: for the report and everything measured.
+        extractor: of the features that samples are compared in; None: those of a small classifier
+            trained on these images, or without labels their low frequencies.
+        protocol: how much is measured.
+        setting: what else to print in the report.
+        progress: show bars.
+
+    Raises:
+        ValueError: two models of one name, none at all, or one that does not fit the images.
+        NonFiniteError: a likelihood is not finite, or a sample of a model on a path.
+    """
+    folder = Path(folder)
+    training, held_out = _splits(data)
+    if extractor is None:
+        labelled = training.labels is not None
+        extractor = classifier(training, folder / "features") if labelled else pixels()
+    if isinstance(models, Mapping):
+        named = cast("Mapping[str, GenerativeModel]", models)
+        models = (Contender(name, model.eval()) for name, model in named.items())
+    bench = Bench(training, held_out, extractor, protocol, folder / "models", progress)
+    results: list[dict[str, Any]] = []
+    devices: set[str] = set()
+    for contender in models:
+        if any(contender.name == result["name"] for result in results):
+            raise ValueError(f"expected a name for each model, got {contender.name!r} twice")
+        devices.add(str(contender.model.device))
+        results.append(bench.measure(contender))
+    if not results:
+        raise ValueError("expected models to compare, got none")
+    report = report_of(bench, results, {**(setting or {}), **_machine(devices)})
+    report.save(folder)
+    return report
+
+
+def _splits(
+    data: str | DataConfig | tuple[ImageDataset, ImageDataset],
+) -> tuple[ImageDataset, ImageDataset]:
+    if isinstance(data, tuple):
+        return data
+    config = DataConfig(data) if isinstance(data, str) else data
+    return load(config, "train"), load(config, "test")
+
+
+def _machine(devices: Iterable[str]) -> dict[str, Any]:
+    """What the seconds of a report depend on."""
+    return {
+        "device": ", ".join(sorted(devices)),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "exactflow": version("exactflow"),
+    }
