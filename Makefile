@@ -2,6 +2,7 @@
 # A virtual environment that happens to be active is not used.
 
 PYTHON ?= python3
+BUDGET ?= 5m
 BIN    := .venv/bin
 STAMP  := .venv/.stamp
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
@@ -10,7 +11,7 @@ unexport VIRTUAL_ENV
 unexport PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo compare test lint docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -26,15 +27,19 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "==> set-up (.venv, some minutes the first time)"
 	@$(PYTHON) -m venv .venv || { \
 	  echo "error: $(PYTHON) -m venv failed (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
-	@$(PIP) install -q --retries 10 --timeout 60 -c constraints.txt -e '.[all,dev]'
+	@$(PIP) install -q --retries 10 --timeout 60 -c constraints.txt -e '.[all,dev,docs]'
 	@touch $@
 
 demo: $(STAMP) ## train, score and sample a small flow on built-in images (writes runs/demo/)
 	@$(BIN)/exactflow demo
 
+compare: $(STAMP) ## train and compare all families, BUDGET=5m each (writes runs/compare/)
+	@EXACTFLOW_DATA=$${EXACTFLOW_DATA:-$(wildcard ../shared/data)} \
+	  $(BIN)/python benchmarks/compare.py --budget $(BUDGET)
+
 test: lint ## lint, then all tests
 	@echo "==> pytest"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(STAMP) ## style, format, types and the order of imports
 	@echo "==> ruff check"
@@ -45,6 +50,10 @@ lint: $(STAMP) ## style, format, types and the order of imports
 	@$(BIN)/basedpyright --pythonpath $(BIN)/python
 	@echo "==> lint-imports"
 	@$(BIN)/lint-imports --no-logo
+
+docs: $(STAMP) ## build the documentation site (writes build/docs/)
+	@$(BIN)/sphinx-build -W --keep-going -q docs build/docs
+	@echo "open build/docs/index.html"
 
 clean: ## remove caches and builds (keeps .venv and runs/)
 	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,79 +1,199 @@
-"""Every command and example of the README is executed, training shortened to some steps."""
+"""Every command and example of the README and of docs/ is executed, shortened to some steps.
+
+Pages share one folder, where a demo has been run, and a command that was run is not run again.
+```bash parse-only: the command line is parsed as `exactflow` does, and nothing is done.
+"""
 
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import exactflow
+from exactflow import registry
+from exactflow.cli import arguments, main
+from exactflow.likelihood import log_likelihood as scoring
+from exactflow.likelihood.ode_estimate import ode_log_likelihood
+from exactflow.sampling import planner
+
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-SHORT = ["training.steps=12", "training.warmup_steps=4", "training.batch_size=16", "run.samples=4"]
-SLOW_VERBS = ("train", "demo")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+VERBS = set(arguments._VERBS)
+BLOCK = re.compile(r"^```(bash|python)( parse-only)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+TRAINING = ["training.steps=12", "training.warmup_steps=4", "training.batch_size=16"]
+SHORT = {  # what is appended to the commands of a verb
+    "train": [*TRAINING, "run.samples=4"],
+    "demo": [*TRAINING, "run.samples=4", "run.evaluate_every=6"],
+    "evaluate": ["data.limit=16"],
+    "classify": ["--n", "16", "--calibrate-on", "16"],
+    "outliers": ["--n", "16", "--training", "16"],
+    "restore": ["--steps", "6"],
+}
+ELSEWHERE = {("info",)}  # builds all presets: tests/test_cli.py
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+@dataclass
+class Newcomer:
+    """Somebody who types what the pages say, in a folder with photographs of their own."""
+
+    folder: Path
+    typed: set[tuple[str, ...]] = field(default_factory=set)
+
+    def types(self, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Run a command of exactflow, or nothing if that was done before."""
+        command = tuple(words)
+        if command in self.typed | ELSEWHERE:
+            return
+        self.typed.add(command)
+        monkeypatch.setattr(sys, "argv", ["exactflow", *words, *SHORT.get(words[0], [])])
+        try:
+            main()
+        except SystemExit as stop:
+            pytest.fail(f"{shlex.join(sys.argv)} ended with {stop.code}, see stderr")
 
 
-def commands() -> list[list[str]]:
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
-    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+def blocks(page: Path) -> list[tuple[str, bool, str]]:
+    """(language, parse only, text) of every block of a page that can be run."""
+    return [(found[1], bool(found[2]), found[3]) for found in BLOCK.finditer(page.read_text())]
 
 
-def run(words: list[str], cwd: Path) -> None:
-    done = subprocess.run(words, capture_output=True, text=True, cwd=cwd, check=False)
-    assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
+def commands(text: str) -> list[list[str]]:
+    lines = text.replace("\\\n", " ").splitlines()
+    split = [shlex.split(line, comments=True) for line in lines]
+    return [words for words in split if words]
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A newcomer's folder, with photographs of their own."""
+def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Newcomer:
     folder = tmp_path_factory.mktemp("newcomer")
     (folder / "photos").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 36, 3), dtype=np.uint8)
     for index, image in enumerate(pixels):
         Image.fromarray(image).save(folder / "photos" / f"{index}.png")
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        newcomer = Newcomer(folder)
+        newcomer.types(["demo"], patch)
+    return newcomer
 
 
-def test_make_targets_are_the_two_commands() -> None:
-    targets = {words[1] for words in commands() if words[0] == "make"}
-    assert targets == {"demo", "test"}
-    makefile = (ROOT / "Makefile").read_text()
-    for target in targets:
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
-    assert "exactflow demo" in makefile
-
-
-def test_commands_and_python_example(folder: Path) -> None:
-    exactflow = [sys.executable, "-m", "exactflow"]
-    run([*exactflow, "demo", "run.evaluate_every=6", *SHORT], folder)
-    report = (folder / "runs" / "demo" / "report.html").read_text()
+def test_the_demo_leaves_a_report(newcomer: Newcomer) -> None:
+    report = (newcomer.folder / "runs" / "demo" / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 4
     for part in ("TarFlow", "full-covariance Gaussian", "independent pixels", "fingerprint"):
         assert part in report
-    seen = set()
-    for words in commands():
-        if words[0] == "make":
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_examples_run(page: Path, newcomer: Newcomer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(newcomer.folder)
+    monkeypatch.setattr(planner, "ENOUGH", 0.01)  # seconds of timing: the choice is not tested
+    coarse = partial(ode_log_likelihood, solver="midpoint", steps=4)  # nor is the number
+    monkeypatch.setattr(scoring, "ode_log_likelihood", coarse)
+    namespace = {"__name__": "example"}  # of all examples of the page
+    for language, parse_only, text in blocks(page):
+        if language == "python":
+            exec(compile(text, page.name, "exec"), namespace)
             continue
-        assert words[0] == "exactflow", words
-        seen.add(words[1])
-        run([*exactflow, *words[1:], *(SHORT if words[1] in SLOW_VERBS else [])], folder)
-    assert seen == {"info", "train", "evaluate", "sample", "plan", "convergence", "encode"}
-    (example,) = blocks("python")
+        for words in commands(text):
+            if words[0] == "make":
+                assert re.search(rf"^{words[1]}:.*##", (ROOT / "Makefile").read_text(), re.M)
+                continue
+            assert words[0] == "exactflow", words
+            if parse_only:
+                parse(words[1:], monkeypatch)
+            else:
+                newcomer.types(words[1:], monkeypatch)
+
+
+def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `exactflow` does with these words, but for carrying them out."""
+    taken = []
+    with monkeypatch.context() as patch:
+        verb = SimpleNamespace(run=taken.append)
+        patch.setattr(arguments, "import_module", lambda _: verb)
+        patch.setattr(sys, "argv", ["exactflow", *words])
+        main()
+    assert [type(command) for command in taken] == [arguments._VERBS[words[0]][0]]
+
+
+def test_the_two_commands_of_the_readme() -> None:
+    found = [words for _, _, text in blocks(PAGES[0]) for words in commands(text)]
+    assert {words[1] for words in found if words[0] == "make"} == {"demo", "test"}
+    assert "exactflow demo" in (ROOT / "Makefile").read_text()
+    (example,) = (text for language, _, text in blocks(PAGES[0]) if language == "python")
     assert len(example.strip().splitlines()) <= 12
-    run([sys.executable, "-c", example], folder)
-    assert (folder / "runs" / "fresh" / "model.safetensors").exists()
 
 
-def test_links_and_pictures_exist() -> None:
-    for name in ("README.md", "CONTRIBUTING.md", "docs/BENCHMARKS.md", "docs/LOG.md"):
-        text = (ROOT / name).read_text()
-        for target in re.findall(r"\]\(([^)#]+)\)", text):
-            if not target.startswith("http"):
-                assert ((ROOT / name).parent / target).exists(), f"{name}: {target}"
+def test_every_verb_is_explained_with_an_example() -> None:
+    text = (ROOT / "docs" / "command-line.md").read_text()
+    sections = re.split(r"^## (.+)$", text, flags=re.MULTILINE)[1:]
+    explained = dict(zip(sections[::2], sections[1::2], strict=True))
+    assert set(explained) == VERBS
+    for verb, section in explained.items():
+        assert re.search(rf"^```bash.*?^exactflow {verb}\b", section, re.M | re.S), verb
+
+
+@pytest.mark.parametrize("family", registry.FAMILIES)
+def test_every_family_has_a_page_with_its_presets(family: str) -> None:
+    presets = registry.FAMILIES[family].presets
+    pages = [page for page in PAGES if page.parent.name == "models"]
+    (text,) = (p.read_text() for p in pages if all(f"| `{n}` |" in p.read_text() for n in presets))
+    for name, preset in presets.items():
+        if not preset.published:  # the counts of published ones are tested with their families
+            with torch.device("meta"):
+                model = registry.build(name)
+            shape = "x".join(map(str, model.event_shape))
+            assert f"| `{name}` | {shape} | {model.num_parameters:,} |" in text
+
+
+def test_every_public_name_is_in_the_api() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    for name in exactflow._HOMES:
+        assert re.search(rf":: exactflow\.{name}$", text, re.MULTILINE), name
+
+
+def test_measured_numbers_of_the_model_pages_are_recorded() -> None:
+    sources = ("README.md", "docs/BENCHMARKS.md", "docs/LOG.md", "docs/comparison.md")
+    recorded = "".join((ROOT / name).read_text() for name in sources)
+    for page in (ROOT / "docs" / "models").glob("*.md"):
+        for number in re.findall(r"\d+\.\d+ ± \d+\.\d+", page.read_text()):
+            assert number in recorded, f"{page.name}: {number}"
+
+
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", *PAGES], ids=["CONTRIBUTING", *NAMES])
+def test_links_and_pictures_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose(page)):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.skipif(find_spec("sphinx") is None, reason="needs the extra `docs`")
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q"]
+    done = subprocess.run(
+        [*build, "-d", str(tmp_path / "doctrees"), str(ROOT / "docs"), str(tmp_path / "site")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    pages = {page.relative_to(ROOT / "docs").with_suffix(".html") for page in PAGES[1:]}
+    assert all((tmp_path / "site" / page).exists() for page in pages)
