@@ -218,7 +218,8 @@ def test_a_sample_does_not_depend_on_its_batch_mates(trained: TarFlow, title: st
     together = SOLVERS[title](block, v, None)
     for row in range(5):
         alone = SOLVERS[title](block, v[row : row + 1], None)
-        torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-10)
+        # relative: the hard one reaches 1e4 with some processors' rounding in its training
+        torch.testing.assert_close(alone[0], together[row], rtol=1e-12, atol=1e-10)
 
 
 @pytest.mark.parametrize("title", ["jacobi", "gauss-seidel-jacobi", "adaptive", "static passes"])

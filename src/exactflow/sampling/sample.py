@@ -166,7 +166,7 @@ def _gather(
         images=model.to_grey_levels(steps[-1]),
         seeds=tuple(seeds[row] for row in kept),
         label=None if labels is None else labels[kept],
-        evaluations=sum(sum(r.evaluations for r in rs) or 1 for rs in records),
+        evaluations=sum(sum(r.evaluations for r in rs) if rs else 1 for rs in records),
         iterations=tuple(max(r.evaluations for r in block) for block in zip(*records, strict=True)),
         seconds=time.perf_counter() - began,
         certificate=residual[kept],
