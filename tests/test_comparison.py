@@ -16,12 +16,12 @@ import torch
 
 import exactflow
 from exactflow.cli import main
-from exactflow.core.model import FittedFlow, GenerativeModel
+from exactflow.core.model import FittedFlow, GenerativeModel, NonFiniteError
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.evaluation import comparison, protocol
 from exactflow.evaluation.comparison_report import KINDS, Report
 from exactflow.evaluation.extractors import pixels
-from exactflow.evaluation.protocol import Contender, Protocol
+from exactflow.evaluation.protocol import Contender, Failure, Protocol
 from exactflow.likelihood.bound import chain_bound
 from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.likelihood.ode_estimate import ode_log_likelihood
@@ -222,6 +222,28 @@ def test_a_noisy_density_has_no_number_and_says_so(
     assert row[-1] == "none: noisy density"
     assert not any(row[found.tables()[0].header.index(title)] for title in KINDS.values())
     assert found.results[0]["likelihood"]["bits_per_dim"] is None
+
+
+def test_a_model_that_is_not_finite_does_not_stop_the_others(
+    models: dict[str, GenerativeModel], splits: tuple[ImageDataset, ImageDataset], tmp_path: Path
+) -> None:
+    broken = model_of("tarflow", splits[0])
+    with torch.no_grad():
+        next(broken.parameters()).fill_(float("inf"))
+    entries = [
+        Contender("broken", broken),
+        Failure("gone", "in training, step 3 is not finite"),
+        Contender("whitening", models["whitening"]),
+    ]
+    options: dict[str, Any] = {"extractor": pixels(16), "protocol": SMALL}
+    found = exactflow.compare(entries, splits, tmp_path, **options)
+    assert [result["name"] for result in found.results] == ["whitening"]
+    assert set(found.failures) == {"broken", "gone"}
+    text = (tmp_path / "report.md").read_text()
+    assert "gone was not measured: in training, step 3 is not finite" in text
+    assert "broken was not measured: " in text
+    with pytest.raises(NonFiniteError, match="broken: "):
+        exactflow.compare(entries[:2], splits, tmp_path / "none", **options)
 
 
 def test_a_conditional_model_is_marked(

@@ -47,6 +47,10 @@ def run(command: Compare) -> None:
         print(f"{stop}; the same command continues", file=sys.stderr)
         sys.exit(stop.exit_code)
     show(report, command.out)
+    if report.failures:
+        for name, reason in report.failures.items():
+            print(f"error: {name}: {reason}", file=sys.stderr)
+        sys.exit(1)
 
 
 def show(report: Report, folder: Path) -> None:

@@ -13,12 +13,12 @@ from exactflow import registry
 from exactflow.cli.settings import Settings, load_model, resolve
 from exactflow.cli.train import CONFIG_FILE, METRICS_FILE, read_metrics
 from exactflow.core.config import override
-from exactflow.core.model import FittedFlow, GenerativeModel
+from exactflow.core.model import FittedFlow, GenerativeModel, NonFiniteError
 from exactflow.core.serialization import write_atomically
 from exactflow.data import DataConfig, ImageDataset
 from exactflow.evaluation.bits_per_dim import check_fits
 from exactflow.evaluation.memory import PeakMemory
-from exactflow.evaluation.protocol import Contender, Protocol, scored, spread
+from exactflow.evaluation.protocol import Contender, Failure, Protocol, scored, spread
 from exactflow.evaluation.stages import Stages
 from exactflow.hub.pretrained import read_config
 from exactflow.training import Progress, TrainConfig, fit
@@ -70,11 +70,18 @@ class Contenders:
             else:
                 self._loaded(name)
 
-    def __iter__(self) -> Iterator[Contender]:
-        """Each one, trained. Raises Interrupted when SIGTERM or SIGINT came and was obeyed."""
+    def __iter__(self) -> Iterator[Contender | Failure]:
+        """Each one, trained; or why its training failed.
+
+        Raises:
+            Interrupted: SIGTERM or SIGINT came; the state is saved.
+        """
         for number, (shown, name) in enumerate(self._names.items(), 1):
             print(f"{shown} ({number} of {len(self._names)})", file=sys.stderr, flush=True)
-            yield self._trained(name) if name in registry.names() else self._saved(shown, name)
+            try:
+                yield self._trained(name) if name in registry.names() else self._saved(shown, name)
+            except NonFiniteError as error:
+                yield Failure(shown, f"in training, {error}")
 
     def _loaded(self, name: str) -> GenerativeModel:
         """The saved model, if it was not trained on another version of the data."""

@@ -70,15 +70,21 @@ class Settings:
             return registry.from_config(kind, asdict(self.model))
 
 
-def resolve(preset_name: str | None, words: Sequence[str], file: Path | None) -> Settings:
-    """Preset, then file, then words. Raises ValueError for what is unknown, with a suggestion."""
+def resolve(
+    preset_name: str | None, words: Sequence[str], file: Path | None, *, reads_data: bool = True
+) -> Settings:
+    """Preset, then file, then words.
+
+    Raises:
+        ValueError: what is unknown, with a suggestion; no data source, for one who `reads_data`.
+    """
     changes = read_file(file) if file else {}
     preset_name = preset_name or changes.get("preset")
     if not isinstance(preset_name, str):
         raise ValueError(f"expected a preset: {', '.join(registry.names())}")
     preset = registry.preset(preset_name)
     merge(changes, parse_words(words))
-    if "source" not in {**preset.data, **changes.get("data", {})}:
+    if reads_data and "source" not in {**preset.data, **changes.get("data", {})}:
         raise ValueError(f"{preset_name} names no data set: give data.source=FOLDER (or another)")
     return Settings(
         preset_name,

@@ -9,18 +9,18 @@ from typing import Any, cast
 
 import torch
 
-from exactflow.core.model import GenerativeModel
+from exactflow.core.model import GenerativeModel, NonFiniteError
 from exactflow.data.datasets import DataConfig, ImageDataset, load
 from exactflow.evaluation.comparison import Bench
 from exactflow.evaluation.comparison_report import Report, report_of
 from exactflow.evaluation.extractors import FeatureExtractor, classifier, pixels
-from exactflow.evaluation.protocol import Contender, Protocol
+from exactflow.evaluation.protocol import Contender, Failure, Protocol
 
 PROTOCOL = Protocol()
 
 
 def compare(
-    models: Mapping[str, GenerativeModel] | Iterable[Contender],
+    models: Mapping[str, GenerativeModel] | Iterable[Contender | Failure],
     data: str | DataConfig | tuple[ImageDataset, ImageDataset],
     folder: str | Path = "runs/compare",
     *,
@@ -32,7 +32,8 @@ def compare(
     """Measure all models alike: likelihood by kind, samples, cost; write report.html, .md, .json.
 
     What `folder` holds of the same weights, images and protocol is not measured again, so that the
-    same call goes on after a crash. Numbers depend on the protocol's seed, not on batches.
+    same call goes on after a crash. Numbers depend on the protocol's seed, not on batches. A model
+    whose numbers are not finite does not stop the others: the report says what happened to it.
 
     Args:
         models: by name; or contenders, which also know what their training cost. They may come
@@ -48,7 +49,7 @@ def compare(
 
     Raises:
         ValueError: two models of one name, none at all, or one that does not fit the images.
-        NonFiniteError: a likelihood is not finite, or a sample of a model on a path.
+        NonFiniteError: of no model everything is finite.
     """
     folder = Path(folder)
     training, held_out = _splits(data)
@@ -59,16 +60,27 @@ def compare(
         named = cast("Mapping[str, GenerativeModel]", models)
         models = (Contender(name, model.eval()) for name, model in named.items())
     bench = Bench(training, held_out, extractor, protocol, folder / "models", progress)
-    results: list[dict[str, Any]] = []
+    results: dict[str, dict[str, Any]] = {}
+    failures: dict[str, str] = {}
     devices: set[str] = set()
     for contender in models:
-        if any(contender.name == result["name"] for result in results):
-            raise ValueError(f"expected a name for each model, got {contender.name!r} twice")
+        name = contender.name
+        if name in results or name in failures:
+            raise ValueError(f"expected a name for each model, got {name!r} twice")
+        if isinstance(contender, Failure):
+            failures[name] = contender.reason
+            continue
         devices.add(str(contender.model.device))
-        results.append(bench.measure(contender))
+        try:
+            results[name] = bench.measure(contender)
+        except NonFiniteError as error:
+            failures[name] = str(error)
     if not results:
+        if failures:
+            raise NonFiniteError("; ".join(f"{n}: {why}" for n, why in failures.items()))
         raise ValueError("expected models to compare, got none")
-    report = report_of(bench, results, {**(setting or {}), **_machine(devices)})
+    setting = {**(setting or {}), **_machine(devices)}
+    report = report_of(bench, list(results.values()), setting, failures)
     report.save(folder)
     return report
 

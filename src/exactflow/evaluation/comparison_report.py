@@ -41,6 +41,7 @@ class Report:
         setting: what else matters: budget, device, threads, versions.
         grids: the first samples of each model, as grey levels.
         nearest: the nearest training image of each of them.
+        failures: of models that could not be measured, why.
     """
 
     results: Sequence[Result]
@@ -54,6 +55,7 @@ class Report:
     setting: Mapping[str, Any]
     grids: Mapping[str, torch.Tensor]
     nearest: Mapping[str, torch.Tensor]
+    failures: Mapping[str, str]
 
     def describe(self) -> dict[str, Any]:
         """Everything but the pictures, JSON-able."""
@@ -65,6 +67,7 @@ class Report:
             "protocol": asdict(self.protocol),
             "setting": dict(self.setting),
             "floor": self.floor,
+            "failures": dict(self.failures),
             "results": list(self.results),
         }
 
@@ -95,6 +98,8 @@ class Report:
             rows.append([result["name"], *kinds, *(_number(*cost) for cost in costs)])
         header = ["model", *KINDS.values(), "FD", "s/sample"]
         note = f"bits/dim by kind; kinds do not compare. FD: {self.distance}."
+        if self.failures:
+            note += f" Not measured: {', '.join(self.failures)}."
         return Table(self.title, header, rows, note)
 
     @property
@@ -191,6 +196,8 @@ class Report:
         for name, images in others.items():
             if images:
                 note += f" {name} was trained on other images of this version: {images}."
+        for name, reason in self.failures.items():
+            note += f" {name} was not measured: {reason.splitlines()[0]}"
         return Table("Likelihood of held-out images", [*header, "scored"], rows, note)
 
     @staticmethod
@@ -255,7 +262,12 @@ class Report:
         return Table("Work and memory", header, rows, note)
 
 
-def report_of(bench: Bench, results: Sequence[Result], setting: Mapping[str, Any]) -> Report:
+def report_of(
+    bench: Bench,
+    results: Sequence[Result],
+    setting: Mapping[str, Any],
+    failures: Mapping[str, str],
+) -> Report:
     """The report of models that were measured on a bench."""
     return Report(
         results=results,
@@ -274,6 +286,7 @@ def report_of(bench: Bench, results: Sequence[Result], setting: Mapping[str, Any
             )
             for result in results
         },
+        failures=failures,
     )
 
 

@@ -91,6 +91,20 @@ class Contender:
     curve: Sequence[Mapping[str, Any]] = ()
 
 
+@final
+@dataclass(frozen=True)
+class Failure:
+    """A model that was to be compared and cannot be: its training overflowed, say.
+
+    Attributes:
+        name: in tables.
+        reason: for people.
+    """
+
+    name: str
+    reason: str
+
+
 def scored(
     model: GenerativeModel,
     images: Tensor,

@@ -90,9 +90,13 @@ class WeightNormConv(DataDependent):
         self.padding, self.stride = padding, stride
         self.transposed, self.last = transposed, last
         size = (inputs, outputs) if transposed else (outputs, inputs)
-        self.direction = nn.Parameter(torch.randn(*size, *kernel) * DIRECTION_STD)
+        direction = torch.randn(*size, *kernel) * DIRECTION_STD
+        self.direction = nn.Parameter(direction)
         self._summed = (0, 2, 3) if transposed else (1, 2, 3)
-        self.gain = nn.Parameter(self._norm(self.direction.detach()))
+        shape = (1, outputs, 1, 1) if transposed else (outputs, 1, 1, 1)
+        # Norms on the meta device take half a millisecond each, and large models have thousands.
+        norm = direction.new_empty(shape) if direction.is_meta else self._norm(direction)
+        self.gain = nn.Parameter(norm)
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     @property

@@ -1,0 +1,166 @@
+"""What `exactflow info` says of the cost of a training."""
+
+from collections.abc import Iterator
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from exactflow import registry
+from exactflow.cli.arguments import Info
+from exactflow.cli.settings import Settings, pick_device
+from exactflow.core.config import override
+from exactflow.core.model import GenerativeModel
+from exactflow.data import load
+from exactflow.training import TrainConfig
+from exactflow.training.cost import (
+    TrainingCost,
+    measured_rate,
+    micro_batch,
+    remedies,
+    training_cost,
+)
+
+GIB = 2**30
+TERA = 1e12
+BUILT_IN = "digits"  # the only set that is here without looking for it
+Row = tuple[str, str]
+
+
+def is_asked(command: Info) -> bool:
+    """Whether the command asks for the cost of a training."""
+    numbers = (command.batch, command.gpus, command.memory, command.images)
+    rates = (command.images_per_second, command.tflops)
+    return command.measure or any(value is not None for value in (*numbers, *rates))
+
+
+def show(command: Info, settings: Settings) -> None:
+    """Print the cost as a table, and what to change where it does not fit."""
+    for option in ("gpus", "memory", "images", "images_per_second", "tflops"):
+        value = getattr(command, option)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{option.replace('_', '-')}: expected more than 0, got {value}")
+    model, devices = on_meta(settings), command.gpus or 1
+    changes = {} if command.batch is None else {"batch_size": command.batch}
+    config = override(settings.training, changes)
+    cost = training_cost(model, config, devices=devices, epoch=_epoch(command, settings))
+    table = Table(title=f"training of {settings.preset}")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    for row in (*_work(cost), *_memory(cost)):
+        table.add_row(*row)
+    table.add_section()
+    for row in (*_length(cost), *_time(command, settings, cost)):
+        table.add_row(*row)
+    Console().print(table)
+    if command.memory is not None:
+        for line in _verdict(model, cost, command.memory):
+            print(line)
+
+
+def on_meta(settings: Settings) -> GenerativeModel:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return registry.family_of(settings.preset).model(settings.model)
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    for unit in ("KiB", "MiB"):
+        count_in = count / (1024 if unit == "KiB" else 1024**2)
+        if count_in < 1000:
+            return f"{count_in:.1f} {unit}"
+    return f"{count / GIB:.2f} GiB"
+
+
+def _epoch(command: Info, settings: Settings) -> int | None:
+    """Images of the data set, where that is known without reading one from elsewhere."""
+    if command.images is not None:
+        return command.images
+    return len(load(settings.data, "train")) if settings.data.source == BUILT_IN else None
+
+
+def _work(cost: TrainingCost) -> Iterator[Row]:
+    config, share = cost.config, micro_batch(cost.config, cost.devices)
+    yield "parameters", f"{cost.parameters:,}"
+    yield "FLOPs per image, forward and backward", f"{cost.flops_per_image:.4g}"
+    parts = f" x {config.accumulate} micro-batches" if config.accumulate > 1 else ""
+    yield "images per step", f"{config.batch_size} = {cost.devices} devices{parts} x {share}"
+
+
+def _memory(cost: TrainingCost) -> Iterator[Row]:
+    config, memory = cost.config, cost.memory
+    recomputed = "recomputed" if config.activation_checkpointing else "kept"
+    yield "memory of each device", ""
+    yield "  weights and buffers", size(memory.weights)
+    yield f"  state of {config.optimizer}", size(memory.optimizer)
+    if memory.average:
+        yield "  moving average", size(memory.average)
+    if memory.buckets:
+        yield "  buckets of gradients to send", size(memory.buckets)
+    yield f"  activations, {config.precision}, {recomputed}", size(memory.activations)
+    beside = memory.working - memory.activations
+    yield f"  beside them at the peak (gradients: {size(memory.gradients)})", size(beside)
+    yield "  in all", size(memory.total)
+
+
+def _length(cost: TrainingCost) -> Iterator[Row]:
+    if cost.epoch is not None:
+        yield "images per epoch", f"{cost.epoch:,}"
+    if cost.steps is None or cost.images is None or cost.flops is None:
+        yield "images in all", f"{cost.config.epochs:g} epochs: give --images of an epoch"
+        return
+    yield "steps", f"{cost.steps:,}"
+    yield "images in all", f"{cost.images:,}"
+    yield "FLOPs in all", f"{cost.flops:.3g}"
+
+
+def _time(command: Info, settings: Settings, cost: TrainingCost) -> Iterator[Row]:
+    """Days, one row for each rate that was given or measured; none where there is no rate."""
+    if command.images_per_second is not None:
+        rate = command.images_per_second
+        yield f"days at {rate:g} images/s in all, as given", _days(cost, rate)
+    if command.tflops is not None:
+        rate = cost.rate_at(command.tflops * TERA)
+        yield f"days at {command.tflops:g} TFLOP/s a device, as given", _days(cost, rate)
+    if command.measure:
+        device = pick_device(command.device)
+        model = settings.build().to(device)
+        rate = measured_rate(model, cost.config, devices=cost.devices)
+        shared = f", times {cost.devices} without waiting" if cost.devices > 1 else ""
+        each = rate / cost.devices
+        yield f"days at {each:.4g} images/s, measured here on {device}{shared}", _days(cost, rate)
+
+
+def _days(cost: TrainingCost, rate: float) -> str:
+    days = cost.days(rate)
+    return "give --images" if days is None else f"{days:.3g}"
+
+
+def _verdict(model: GenerativeModel, cost: TrainingCost, gibibytes: float) -> Iterator[str]:
+    """Whether a step fits, and if not, what would make it fit."""
+    limit, memory = round(gibibytes * GIB), cost.memory
+    if memory.total <= limit:
+        yield f"fits into {gibibytes:g} GiB, of which {memory.total / limit:.0%} are used"
+        return
+    largest = max(("state", memory.state), ("working", memory.working), key=lambda part: part[1])
+    what = {"state": "weights, optimizer and averages", "working": "activations and gradients"}
+    yield (
+        f"does not fit into {gibibytes:g} GiB: {size(memory.total - limit)} too much, "
+        f"most of it {what[largest[0]]} ({size(largest[1])})"
+    )
+    found = False
+    for changed, changed_memory in remedies(model, cost.config, limit, devices=cost.devices):
+        found = True
+        yield f"fits with {_changes(cost.config, changed)}: {size(changed_memory.total)}"
+    if not found:
+        yield "no number of micro-batches makes it fit, and neither does activation checkpointing"
+
+
+def _changes(config: TrainConfig, changed: TrainConfig) -> str:
+    words = []
+    if changed.activation_checkpointing != config.activation_checkpointing:
+        words.append("training.activation_checkpointing=true")
+    if changed.accumulate != config.accumulate:
+        words.append(f"training.accumulate={changed.accumulate}")
+    return " ".join(words)
