@@ -11,6 +11,7 @@ from typing import Annotated, Literal, final
 import tyro
 
 from exactflow.cli.argument_types import Device, Settings
+from exactflow.cli.data_arguments import Prepare
 from exactflow.cli.latent_arguments import Attributes, Classify, Outliers, Restore
 
 _SETTING = re.compile(r"[\w.]+=")
@@ -237,10 +238,33 @@ class Convert:
 @final
 @dataclass(frozen=True)
 class Info:
-    """List the presets, or say everything about a preset or a model."""
+    """List the presets, say everything about a preset or a model, or what a training costs.
+
+    Any number below asks for the cost: work and memory are counted, and days follow from a rate.
+    KEY=VALUE words change settings, as for train.
+    """
 
     name: Annotated[str | None, tyro.conf.Positional] = None
     """Preset, model folder, run folder or hub id; none lists all presets."""
+    settings: Settings = ()
+    config: Path | None = None
+    """YAML file, as of train."""
+    batch: int | None = None
+    """Images of an optimizer step over all devices; by default the preset's."""
+    gpus: int | None = None
+    """Devices that share each batch; 1 by default."""
+    memory: float | None = None
+    """GiB of a device: says whether a step fits, and what would make it fit."""
+    images: int | None = None
+    """Images of an epoch, where they are not those of the built-in digits."""
+    images_per_second: float | None = None
+    """A rate of all devices together that you measured: says how many days it takes."""
+    tflops: float | None = None
+    """The same, as 1e12 FLOPs of the model that each device does in a second."""
+    measure: bool = False
+    """The same, from some training steps taken here and now on random images."""
+    device: Device = "auto"
+    """Where --measure takes them."""
 
 
 @final
@@ -279,6 +303,7 @@ class Demo:
 
 Command = (
     Train
+    | Prepare
     | Sample
     | Plan
     | Evaluate
@@ -297,11 +322,13 @@ Command = (
 
 Configurable = (  # the commands that take KEY=VALUE words
     Train
+    | Prepare
     | Evaluate
     | Compare
     | Encode
     | Convergence
     | Convert
+    | Info
     | Attributes
     | Classify
     | Outliers
@@ -312,6 +339,7 @@ Configurable = (  # the commands that take KEY=VALUE words
 # verb -> (what it takes, where it is carried out)
 _VERBS = {
     "train": (Train, "exactflow.cli.train"),
+    "prepare": (Prepare, "exactflow.cli.prepare"),
     "sample": (Sample, "exactflow.cli.sample"),
     "plan": (Plan, "exactflow.cli.plan"),
     "evaluate": (Evaluate, "exactflow.cli.evaluate"),

@@ -1,5 +1,6 @@
 """What `exactflow info` says of the cost of a training."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -38,19 +39,21 @@ def show(command: Info, settings: Settings) -> None:
     """Print the cost as a table, and what to change where it does not fit."""
     for option in ("gpus", "memory", "images", "images_per_second", "tflops"):
         value = getattr(command, option)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{option.replace('_', '-')}: expected more than 0, got {value}")
+    epoch = command.images
+    if settings.data.source == BUILT_IN:
+        dataset = load(settings.data, "train")
+        settings, epoch = settings.fitted(dataset), epoch or len(dataset)
     model, devices = on_meta(settings), command.gpus or 1
     changes = {} if command.batch is None else {"batch_size": command.batch}
     config = override(settings.training, changes)
-    cost = training_cost(model, config, devices=devices, epoch=_epoch(command, settings))
+    cost = training_cost(model, config, devices=devices, epoch=epoch)
+    rows = [*_work(cost), *_memory(cost), *_length(cost), *_time(command, settings, cost)]
     table = Table(title=f"training of {settings.preset}")
     table.add_column("what")
     table.add_column("value", justify="right")
-    for row in (*_work(cost), *_memory(cost)):
-        table.add_row(*row)
-    table.add_section()
-    for row in (*_length(cost), *_time(command, settings, cost)):
+    for row in rows:
         table.add_row(*row)
     Console().print(table)
     if command.memory is not None:
@@ -66,18 +69,10 @@ def on_meta(settings: Settings) -> GenerativeModel:
 
 def size(count: int) -> str:
     """Bytes for people."""
-    for unit in ("KiB", "MiB"):
-        count_in = count / (1024 if unit == "KiB" else 1024**2)
-        if count_in < 1000:
-            return f"{count_in:.1f} {unit}"
+    for unit, factor in (("KiB", 2**10), ("MiB", 2**20)):
+        if count < 1000 * factor:
+            return f"{count / factor:.1f} {unit}"
     return f"{count / GIB:.2f} GiB"
-
-
-def _epoch(command: Info, settings: Settings) -> int | None:
-    """Images of the data set, where that is known without reading one from elsewhere."""
-    if command.images is not None:
-        return command.images
-    return len(load(settings.data, "train")) if settings.data.source == BUILT_IN else None
 
 
 def _work(cost: TrainingCost) -> Iterator[Row]:
@@ -141,20 +136,18 @@ def _verdict(model: GenerativeModel, cost: TrainingCost, gibibytes: float) -> It
     """Whether a step fits, and if not, what would make it fit."""
     limit, memory = round(gibibytes * GIB), cost.memory
     if memory.total <= limit:
-        yield f"fits into {gibibytes:g} GiB, of which {memory.total / limit:.0%} are used"
+        yield f"fits into {gibibytes:g} GiB, of which it takes {memory.total / limit:.0%}"
         return
-    largest = max(("state", memory.state), ("working", memory.working), key=lambda part: part[1])
-    what = {"state": "weights, optimizer and averages", "working": "activations and gradients"}
-    yield (
-        f"does not fit into {gibibytes:g} GiB: {size(memory.total - limit)} too much, "
-        f"most of it {what[largest[0]]} ({size(largest[1])})"
-    )
-    found = False
-    for changed, changed_memory in remedies(model, cost.config, limit, devices=cost.devices):
-        found = True
-        yield f"fits with {_changes(cost.config, changed)}: {size(changed_memory.total)}"
-    if not found:
-        yield "no number of micro-batches makes it fit, and neither does activation checkpointing"
+    yield f"does not fit into {gibibytes:g} GiB: {size(memory.total - limit)} too much"
+    if memory.state + memory.gradients > limit:
+        needed = size(memory.state + memory.gradients)
+        yield f"weights, gradients and optimizer alone take {needed}: nothing here makes it fit"
+        return
+    options = [
+        f"fits with {_changes(cost.config, changed)}: {size(found.total)}"
+        for changed, found in remedies(model, cost.config, limit, devices=cost.devices)
+    ]
+    yield from options or ["not even one image at a time fits, with activations recomputed"]
 
 
 def _changes(config: TrainConfig, changed: TrainConfig) -> str:

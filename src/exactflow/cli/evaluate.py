@@ -9,12 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from exactflow.cli.arguments import Evaluate
-from exactflow.cli.settings import data_of, load_model
+from exactflow.cli.settings import data_of, load_model, parse_words
 from exactflow.cli.train import baseline_rows, likelihood_row
+from exactflow.core.model import GenerativeModel
 from exactflow.core.serialization import write_atomically
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.evaluation.baselines import Baseline, baselines, described, training_images
 from exactflow.evaluation.bits_per_dim import evaluate
+from exactflow.hub.pretrained import read_config
 
 
 def run(command: Evaluate) -> None:
@@ -22,6 +24,7 @@ def run(command: Evaluate) -> None:
     model = load_model(command.model, command.device)
     data = data_of(command.model, command.settings)
     dataset = load(data, command.split)
+    trained_on = _trained_on(command, model, dataset)
     evaluation = evaluate(
         model,
         dataset,
@@ -45,15 +48,38 @@ def run(command: Evaluate) -> None:
         table.add_row(name, str(result[name]))
     table.add_row("images/s", f"{result['images_per_second']:.1f}")
     table.add_row("data version", dataset.version)
+    if trained_on:
+        table.add_row("trained on", trained_on)
     table.add_row("preprocessing", dataset.preprocessing)
     table.add_row("fingerprint", dataset.fingerprint[:16])
     Console().print(table)
     if command.out is not None:
         command.out.parent.mkdir(parents=True, exist_ok=True)
         result["baselines"] = described(floor)
+        result |= {"trained on": trained_on} if trained_on else {}
         per_image = {"nats_per_image": evaluation.likelihood.nats.tolist()}
         text = json.dumps({"model": command.model, **result, **per_image}, indent=2)
         write_atomically(command.out, (text + "\n").encode())
+
+
+def _trained_on(command: Evaluate, model: GenerativeModel, dataset: ImageDataset) -> str:
+    """What the model was trained on, where that is not what it is scored on; else nothing.
+
+    Raises:
+        ValueError: that is another version of the data, and nobody asked for these by name.
+    """
+    assert model.home is not None  # it was loaded
+    card = read_config(model.home).get("card", {}).get("training data")
+    if not card or (card["id"], card["version"]) == (dataset.id, dataset.version):
+        return ""
+    known = f"{card['id']}, version {card['version']}"
+    named = "source" in parse_words(command.settings, ("data",)).get("data", {})
+    if named or card["version"] == dataset.version:
+        return known
+    raise ValueError(
+        f"{command.model} was trained on {known}: expected that, found {dataset.id}, version "
+        f"{dataset.version}; name data.source to score another set all the same"
+    )
 
 
 def _floor(

@@ -77,6 +77,7 @@ def resolve(
 
     Raises:
         ValueError: what is unknown, with a suggestion; no data source, for one who `reads_data`.
+            For others it is then called FOLDER.
     """
     changes = read_file(file) if file else {}
     preset_name = preset_name or changes.get("preset")
@@ -84,8 +85,12 @@ def resolve(
         raise ValueError(f"expected a preset: {', '.join(registry.names())}")
     preset = registry.preset(preset_name)
     merge(changes, parse_words(words))
-    if reads_data and "source" not in {**preset.data, **changes.get("data", {})}:
-        raise ValueError(f"{preset_name} names no data set: give data.source=FOLDER (or another)")
+    if "source" not in {**preset.data, **changes.get("data", {})}:
+        if reads_data:
+            raise ValueError(
+                f"{preset_name} names no data set: give data.source=FOLDER (or another)"
+            )
+        merge(changes, {"data": {"source": "FOLDER"}})
     return Settings(
         preset_name,
         override(preset.config, changes.get("model", {})),

@@ -4,6 +4,7 @@ from exactflow.data.augmentation import Augmentation
 from exactflow.data.config import DataConfig, DataError, Split
 from exactflow.data.datasets import ImageDataset, load
 from exactflow.data.loader import Batch, evaluation_batches, training_batches
+from exactflow.data.preparation import prepare
 
 __all__ = [
     "Augmentation",
@@ -14,5 +15,6 @@ __all__ = [
     "Split",
     "evaluation_batches",
     "load",
+    "prepare",
     "training_batches",
 ]

@@ -11,6 +11,7 @@ from exactflow.data.augmentation import Augmentation
 Split = Literal["train", "validation", "test"]
 PADDINGS = ("edge", "reflect")
 SPLITS: tuple[Split, ...] = get_args(Split)
+BUILT_IN = ("digits", "fashion-mnist")  # sources that are no path
 
 # Folder, file and hub names under which a stored split is recognised (compared in lower case).
 SPLIT_NAMES: dict[str, Split] = {
@@ -39,8 +40,10 @@ class DataConfig:
 
     Attributes:
         source: "digits" (built in, 8x8, 17 levels), "fashion-mnist" (looked up in the usual
-            places), a folder of IDX files, a folder of images, a .parquet file or a folder of
-            them, or "hub:owner/name" (or "hub:/local/path") for the `datasets` library.
+            places), a folder of IDX files, a folder of images, a .parquet or .tar file or a folder
+            of them, a set that `exactflow prepare` wrote, or "hub:owner/name" (or
+            "hub:/local/path") for the `datasets` library. In a prepared set, fields from
+            `image_size` to `split_seed` at their defaults mean: as it was prepared.
         image_size: pixels; resize the short side to it (see `decode.py` for the filters), then cut
             the central square. None keeps every image as it is stored.
         channels: None as stored, 1 grey (ITU-R 601), 3 RGB.

@@ -7,9 +7,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, final
 
 import numpy as np
@@ -17,13 +15,22 @@ import numpy as np
 from exactflow.data import store
 from exactflow.data.config import SPLITS, DataConfig, DataError, Split
 from exactflow.data.decode import Preprocessing
-from exactflow.data.order import permutation
+from exactflow.data.prepared import PreparedSet, open_prepared, read_prepared
 from exactflow.data.records import Source
 from exactflow.data.sources import open_source
+from exactflow.data.splits import split_members
 
 log = logging.getLogger(__name__)
 
-__all__ = ["DataConfig", "DataError", "ImageDataset", "Split", "load", "split_members"]
+__all__ = [
+    "DataConfig",
+    "DataError",
+    "ImageDataset",
+    "Split",
+    "load",
+    "select",
+    "split_members",
+]
 
 
 @final
@@ -110,6 +117,10 @@ class ImageDataset:
 def load(config: DataConfig, split: Split) -> ImageDataset:
     """Read one split of the set that `config` describes.
 
+    A prepared set (`exactflow prepare`) is mapped as it was decoded, with the identity that its
+    source has: splits are those of the words it was prepared with, and a word that differs is
+    refused unless it is at its default. Only a `limit` may be smaller.
+
     Args:
         config: where the images are and what is done to them.
         split: "train", "validation" or "test".
@@ -125,32 +136,16 @@ def load(config: DataConfig, split: Split) -> ImageDataset:
     """
     if split not in SPLITS:
         raise DataError(f"split: expected one of {', '.join(SPLITS)}, found {split!r}")
+    prepared = open_prepared(config.source)
+    if prepared is not None:
+        return _load_prepared(prepared, config, split)
     source = open_source(config)
-    counts: dict[Split, int] = {name: len(stored.records) for name, stored in source.splits.items()}
-    home, indices = split_members(config, split, counts)
-    preprocessing = Preprocessing(config.image_size, config.channels, config.bits)
-    shape, shape_of = store.first_shape(
-        source.splits["train"].records, preprocessing, config.on_error
-    )
-    selection = store.Selection(
-        split=source.splits[home],
-        indices=indices,
-        preprocessing=preprocessing,
-        shape=shape,
-        shape_of=shape_of,
-        levels=_levels(source, config),
-        on_error=config.on_error,
-    )
-    images_read = sum(min(count, config.limit or count) for count in counts.values())
-    if images_read * int(np.prod(shape)) <= store.RAM_LIMIT_BYTES:
-        decoded = store.decode_to_memory(selection)
-    else:
-        folder = Path(config.cache_dir or "~/.cache/exactflow").expanduser()
-        decoded = store.decode_to_file(selection, source.stamp, folder)
+    selection = select(config, source, split)
+    stored = (len(part.records) for part in source.splits.values())
+    images_read = sum(min(count, config.limit or count) for count in stored)
+    decoded = store.decode(selection, source.stamp, config.cache_dir, of=images_read)
     if decoded.skipped:
-        log.warning(
-            "%s: skipped %d of %d %s images", source.id, len(decoded.skipped), len(indices), split
-        )
+        _tell_skipped(source.id, len(decoded.skipped), len(selection.indices), split)
     return ImageDataset(
         images=decoded.images,
         labels=decoded.labels,
@@ -159,52 +154,59 @@ def load(config: DataConfig, split: Split) -> ImageDataset:
         split=split,
         levels=selection.levels,
         class_names=() if decoded.labels is None else source.class_names,
-        preprocessing=preprocessing.text,
-        preprocessing_hash=preprocessing.hash,
+        preprocessing=selection.preprocessing.text,
+        preprocessing_hash=selection.preprocessing.hash,
         fingerprint=decoded.fingerprint,
         skipped=decoded.skipped,
     )
 
 
-def split_members(
-    config: DataConfig, split: Split, counts: Mapping[Split, int]
-) -> tuple[Split, np.ndarray]:
-    """Which stored images make up a split.
-
-    What the source does not store is cut from its training split, in the split order: test first,
-    then validation, the rest is for training.
-
-    Args:
-        config: its fractions, seed and limit are used.
-        split: the split asked for.
-        counts: number of images in each stored split; "train" is always there.
-
-    Returns:
-        The stored split and the indices in it, ascending, int64.
+def select(config: DataConfig, source: Source, split: Split) -> store.Selection:
+    """What of an opened source has to be decoded for a split; the first image is decoded here.
 
     Raises:
-        DataError: no image is left for the split.
+        DataError: no image is left for the split, or none of the training images is readable.
     """
-    home: Split = split if split in counts else "train"
-    order = permutation(counts[home], "split", config.split_seed)
-    if home == "train":
-        cut_test = 0 if "test" in counts else round(config.test_fraction * len(order))
-        cut_both = cut_test
-        if "validation" not in counts:
-            cut_both += round(config.validation_fraction * len(order))
-        bounds = {
-            "test": slice(0, cut_test),
-            "validation": slice(cut_test, cut_both),
-            "train": slice(cut_both, None),
-        }
-        order = order[bounds[split]]
-    if not len(order):
-        raise DataError(
-            f"{config.source}: expected images for the {split} split, found none: "
-            f"{counts[home]} stored in {home}, test_fraction {config.test_fraction}, "
-            f"validation_fraction {config.validation_fraction}"
-        )
-    return home, np.sort(order[: config.limit])
+    counts: dict[Split, int] = {name: len(stored.records) for name, stored in source.splits.items()}
+    home, indices = split_members(config, split, counts)
+    preprocessing = Preprocessing(config.image_size, config.channels, config.bits)
+    shape, shape_of = store.first_shape(
+        source.splits["train"].records, preprocessing, config.on_error
+    )
+    return store.Selection(
+        split=source.splits[home],
+        indices=indices,
+        preprocessing=preprocessing,
+        shape=shape,
+        shape_of=shape_of,
+        levels=_levels(source, config),
+        on_error=config.on_error,
+    )
+
+
+def _load_prepared(prepared: PreparedSet, config: DataConfig, split: Split) -> ImageDataset:
+    decoded = read_prepared(prepared, config, split)
+    identity = prepared.identity
+    if decoded.skipped:
+        count = len(decoded.images) + len(decoded.skipped)
+        _tell_skipped(identity.id, len(decoded.skipped), count, split)
+    return ImageDataset(
+        images=decoded.images,
+        labels=decoded.labels,
+        id=identity.id,
+        version=identity.version,
+        split=split,
+        levels=identity.levels,
+        class_names=() if decoded.labels is None else tuple(identity.class_names),
+        preprocessing=identity.preprocessing,
+        preprocessing_hash=identity.preprocessing_hash,
+        fingerprint=decoded.fingerprint,
+        skipped=decoded.skipped,
+    )
+
+
+def _tell_skipped(id: str, skipped: int, count: int, split: Split) -> None:
+    log.warning("%s: skipped %d of %d %s images", id, skipped, count, split)
 
 
 def _levels(source: Source, config: DataConfig) -> int:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
-from exactflow.data.config import SPLIT_NAMES, DataError, Split
+from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload
 from exactflow.data.records import (
     Records,
     Source,
     StoredSplit,
     check_labels,
+    files_by_split,
     integer_labels,
     local_id,
     numbered_class_names,
@@ -44,7 +45,7 @@ def open_parquet(path: Path) -> Source:
         ImportError: pyarrow is missing; the message names the extra.
     """
     root = path if path.is_dir() else path.parent
-    groups = _split_files(path)
+    groups = files_by_split(path, ".parquet")
     columns = _find_columns(groups["train"][0])
     splits: dict[Split, StoredSplit] = {
         split: _open_split(files, columns) for split, files in groups.items()
@@ -123,28 +124,6 @@ class ParquetRecords(Records):
             start += len(batch)
             for value in batch.column(0).take(_pyarrow().array(wanted)).to_pylist():
                 yield value["bytes"] if isinstance(value, dict) else value
-
-
-def _split_files(path: Path) -> dict[Split, list[Path]]:
-    if path.is_file():
-        return {"train": [path]}
-    files = sorted(path.glob("*.parquet"))
-    named: dict[Path, Split | None] = {
-        file: SPLIT_NAMES.get(file.stem.lower().split("-")[0]) for file in files
-    }
-    if not any(named.values()):
-        return {"train": files}
-    groups: dict[Split, list[Path]] = {}
-    for file, split in named.items():
-        if split is None:
-            raise DataError(
-                f"{file}: expected a name that begins with train-, validation- or test-, "
-                f"like those of the files beside it"
-            )
-        groups.setdefault(split, []).append(file)
-    if "train" not in groups:
-        raise DataError(f"{path}: expected train-*.parquet, found {', '.join(sorted(groups))} only")
-    return groups
 
 
 def _open_split(files: Sequence[Path], columns: Columns) -> StoredSplit:

@@ -157,6 +157,36 @@ def version_and_stamp(files: Sequence[Path], root: Path) -> tuple[str, str]:
     return f"files-{version.hexdigest()[:12]}", stamp.hexdigest()
 
 
+def files_by_split(path: Path, suffix: str) -> dict[Split, list[Path]]:
+    """The file itself as the training split, or the files of a folder, by the split they name.
+
+    Files named train-*, validation-* (or val-*, valid-*) and test-* are these splits; if no name
+    begins like that, all together, in the order of their names, are the training split.
+
+    Raises:
+        DataError: some files name a split and others do not, or none is of the training split.
+    """
+    if path.is_file():
+        return {"train": [path]}
+    files = sorted(path.glob(f"*{suffix}"))
+    named: dict[Path, Split | None] = {
+        file: SPLIT_NAMES.get(file.stem.lower().split("-")[0]) for file in files
+    }
+    if not any(named.values()):
+        return {"train": files}
+    groups: dict[Split, list[Path]] = {}
+    for file, split in named.items():
+        if split is None:
+            raise DataError(
+                f"{file}: expected a name that begins with train-, validation- or test-, "
+                f"like those of the files beside it"
+            )
+        groups.setdefault(split, []).append(file)
+    if "train" not in groups:
+        raise DataError(f"{path}: expected train-*{suffix}, found {', '.join(sorted(groups))} only")
+    return groups
+
+
 def local_id(path: Path) -> str:
     """Name of a local source: the file's or folder's own, or its parent's if it is just a split."""
     path = path.resolve()

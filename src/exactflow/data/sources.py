@@ -16,7 +16,9 @@ from exactflow.data.folders import IMAGE_SUFFIXES, open_folder
 from exactflow.data.hub import open_hub
 from exactflow.data.idx import has_idx_files, open_idx
 from exactflow.data.parquet import open_parquet
+from exactflow.data.prepared import PREPARED_FILE
 from exactflow.data.records import Records, Source, StoredSplit, relabel
+from exactflow.data.shards import has_shards, open_shards
 
 # Where Debian's package dataset-fashion-mnist puts its files.
 _DEBIAN_DATASETS = Path("/usr/share/datasets")
@@ -83,22 +85,30 @@ class ArrayRecords(Records):
 
 
 def _open_path(path: Path) -> Source:
-    """Open a parquet file, or a folder by what lies in it."""
+    """Open a parquet or a tar file, or a folder by what lies in it."""
     if path.suffix.lower() == ".parquet" and path.is_file():
         return open_parquet(path)
+    if path.suffix.lower() == ".tar" and path.is_file():
+        return open_shards(path)
     if not path.is_dir():
         raise DataError(
-            f"{path}: expected digits, fashion-mnist, hub:owner/name, a .parquet file or a folder "
-            f"of images, IDX or parquet files; found {'a file' if path.exists() else 'nothing'}"
+            f"{path}: expected digits, fashion-mnist, hub:owner/name, a .parquet or .tar file, or "
+            f"a folder of images, IDX, parquet or tar files; "
+            f"found {'a file' if path.exists() else 'nothing'}"
         )
+    if (path / PREPARED_FILE).is_file():
+        raise DataError(f"{path}: expected a source, found a prepared set, which is data.source")
     if has_idx_files(path):
         return open_idx(path)
-    if not any(path.glob("*.parquet")):
+    kind = "parquet" if any(path.glob("*.parquet")) else "tar" if has_shards(path) else None
+    if kind is None:
         return open_folder(path)
     images = [child.name for child in path.iterdir() if child.suffix.lower() in IMAGE_SUFFIXES]
     if images:
-        raise DataError(f"{path}: expected parquet files only, found also the image {images[0]}")
-    return open_parquet(path)
+        raise DataError(f"{path}: expected {kind} files only, found also the image {images[0]}")
+    if kind == "parquet" and has_shards(path):
+        raise DataError(f"{path}: expected parquet files only, found also tar files")
+    return open_parquet(path) if kind == "parquet" else open_shards(path)
 
 
 def _find_fashion_mnist() -> Path:

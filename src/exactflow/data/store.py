@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -93,6 +95,24 @@ def first_shape(
     raise DataError(f"expected at least one readable image, found none of {len(records)}") from last
 
 
+def decode(selection: Selection, stamp: str, cache_dir: str | None, *, of: int) -> Decoded:
+    """Decode into memory, or into a file of the cache folder where the source is large.
+
+    Args:
+        selection: what to decode.
+        stamp: changes whenever the stored files do.
+        cache_dir: the cache folder; None means ~/.cache/exactflow.
+        of: number of images in all that are read of the source.
+
+    Raises:
+        DataError: an image is unreadable or of another shape, and is not to be skipped.
+    """
+    if of * math.prod(selection.shape) <= RAM_LIMIT_BYTES:
+        return decode_to_memory(selection)
+    folder = Path(cache_dir or "~/.cache/exactflow").expanduser()
+    return decode_to_file(selection, stamp, folder)
+
+
 def decode_to_memory(selection: Selection) -> Decoded:
     """Decode into one array, read-only so that it stays what its fingerprint says.
 
@@ -108,7 +128,7 @@ def decode_to_memory(selection: Selection) -> Decoded:
         skipped += bad
     images = images[:count]
     images.setflags(write=False)
-    labels, names = _without_skipped(selection, skipped)
+    labels, names = without_skipped(selection, skipped)
     return Decoded(images, labels, names, fingerprint(images, labels, selection.levels))
 
 
@@ -135,12 +155,12 @@ def decode_to_file(selection: Selection, stamp: str, folder: Path) -> Decoded:
         skipped = _write_pixels(selection, pixels)
         shape = (len(selection.indices) - len(skipped), *selection.shape)
         images = np.memmap(pixels, np.uint8, "r", shape=shape)
-        labels, _ = _without_skipped(selection, skipped)
+        labels, _ = without_skipped(selection, skipped)
         digest = fingerprint(images, labels, selection.levels)
         facts = {"shape": shape, "skipped": skipped, "fingerprint": digest}
         with _atomic_file(sidecar) as path:
             path.write_text(json.dumps(facts))
-    labels, names = _without_skipped(selection, facts["skipped"])
+    labels, names = without_skipped(selection, facts["skipped"])
     images = np.memmap(pixels, np.uint8, "r", shape=tuple(facts["shape"]))
     return Decoded(images, labels, names, facts["fingerprint"])
 
@@ -156,46 +176,78 @@ def fingerprint(images: np.ndarray, labels: np.ndarray | None, levels: int) -> s
     return digest.hexdigest()
 
 
+def decode_blocks(
+    selection: Selection, *, start: int = 0, workers: int | None = None
+) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """Decode from position `start` of the selection on, in order, one block ahead.
+
+    Args:
+        selection: what to decode.
+        start: where to begin.
+        workers: threads that decode; None: one per core. They change nothing but the time.
+
+    Returns:
+        Blocks of decoded images (k, C, H, W), each with the positions that were skipped in it.
+
+    Raises:
+        DataError: an image is unreadable or of another shape, and is not to be skipped.
+    """
+    total = len(selection.indices)
+    payloads = selection.split.records.read(selection.indices[start:])
+    ahead: deque[tuple[int, Iterator[list[np.ndarray | DataError]]]] = deque()
+    with ThreadPoolExecutor(workers or _DECODING_THREADS) as threads:
+        for first in range(start, total, _IMAGES_PER_BLOCK):
+            block = list(islice(payloads, _IMAGES_PER_BLOCK))
+            ahead.append((first, _decode_block(threads, selection, first, block)))
+            if len(ahead) > 1:  # a block is decoded while the next one is read
+                yield _gathered(selection, *ahead.popleft())
+        for first, parts in ahead:
+            yield _gathered(selection, first, parts)
+
+
 def _decode_blocks(selection: Selection) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Blocks of decoded images (k, C, H, W), each with the positions that were skipped in it."""
+    """All blocks of a selection in which something can be read, with a bar where it takes long."""
     total = len(selection.indices)
     readable = 0
-    payloads = selection.split.records.read(selection.indices)
-    with (
-        ThreadPoolExecutor(_DECODING_THREADS) as threads,
-        _late_progress(total, "decoding images") as advance,
-    ):
-        for start in range(0, total, _IMAGES_PER_BLOCK):
-            block = list(islice(payloads, _IMAGES_PER_BLOCK))
-            results = _decode_block(threads, selection, start, block)
-            images = [result for result in results if isinstance(result, np.ndarray)]
-            bad: list[int] = []
-            for position, result in enumerate(results, start):
-                if isinstance(result, DataError):
-                    if selection.on_error == "raise":
-                        raise result
-                    log.warning("skipped %s", result)
-                    bad.append(position)
-            empty = np.empty((0, *selection.shape), dtype=np.uint8)
-            yield np.stack(images) if images else empty, bad
-            advance(len(block))
-            readable += len(images)
+    with _late_progress(total, "decoding images") as advance:
+        for block, bad in decode_blocks(selection):
+            yield block, bad
+            advance(len(block) + len(bad))
+            readable += len(block)
     if not readable:
         raise DataError(f"expected at least one readable image, found none of {total}")
 
 
 def _decode_block(
     threads: ThreadPoolExecutor, selection: Selection, start: int, block: list[Payload]
-) -> list[np.ndarray | DataError]:
-    """Decode the payloads at positions start, start + 1, ... of the selection, in order."""
+) -> Iterator[list[np.ndarray | DataError]]:
+    """Start to decode the payloads at positions start, start + 1, ...; results come in order."""
 
     def task(offset: int) -> list[np.ndarray | DataError]:
         part = block[offset : offset + _IMAGES_PER_TASK]
         indices = selection.indices[start + offset :]
         return [_try_decode(selection, int(i), p) for i, p in zip(indices, part, strict=False)]
 
-    parts = threads.map(task, range(0, len(block), _IMAGES_PER_TASK))
-    return [result for part in parts for result in part]
+    return threads.map(task, range(0, len(block), _IMAGES_PER_TASK))
+
+
+def _gathered(
+    selection: Selection, start: int, parts: Iterator[list[np.ndarray | DataError]]
+) -> tuple[np.ndarray, list[int]]:
+    """The images of a block whose first position is `start`, and the positions skipped in it."""
+    images: list[np.ndarray] = []
+    bad: list[int] = []
+    for position, result in enumerate((result for part in parts for result in part), start):
+        if isinstance(result, DataError):
+            if selection.on_error == "raise":
+                raise result
+            log.warning("skipped %s", result)
+            bad.append(position)
+        else:
+            images.append(result)
+    if not images:
+        return np.empty((0, *selection.shape), dtype=np.uint8), bad
+    return np.ascontiguousarray(np.stack(images)), bad  # stacking keeps the colours' order
 
 
 def _try_decode(selection: Selection, index: int, payload: Payload) -> np.ndarray | DataError:
@@ -213,10 +265,10 @@ def _try_decode(selection: Selection, index: int, payload: Payload) -> np.ndarra
     )
 
 
-def _without_skipped(
+def without_skipped(
     selection: Selection, skipped: list[int]
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """Labels of the images that remain, and names of those that do not."""
+    """Labels of the images that remain, and names of those at the positions `skipped`."""
     names = tuple(selection.split.records.name(int(selection.indices[i])) for i in skipped)
     if selection.split.labels is None:
         return None, names

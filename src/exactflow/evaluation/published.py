@@ -11,6 +11,7 @@ from typing import Any, Literal, final, get_args
 import yaml
 
 from exactflow.core.config import checked, suggestion
+from exactflow.data.known import KNOWN_SETS
 
 Metric = Literal["bits_per_dim", "fid"]
 Version = Literal["old", "new", "blurred", "unresolved", "n/a"]
@@ -317,18 +318,19 @@ def _run(file: Path, content: Mapping[str, Any], dataset: str) -> PublishedRow:
 
 def _placed(data: Mapping[str, Any], dataset: str) -> tuple[Version, str]:
     """Version of a run's data, and how they differ from the published ones ("" if they do not)."""
-    facts = _facts(dataset)
-    images: dict[Version, int] = facts.get("images", {})
+    _facts(dataset)
+    facts = KNOWN_SETS.get(dataset)
+    images = facts.images if facts else {}
     names: dict[str, Version] = {f"{dataset}-{name}": name for name in images if name != "n/a"}
     names[dataset] = "n/a" if "n/a" in images else "unresolved"
     version = names.get(data["id"], "unresolved")
-    expected = [images[version]] if version in images else list(images.values())
+    expected = [count for name, count in images.items() if version in (name, "unresolved")]
     differences = {
         f"the data set is {data['id']!r}": data["id"] not in names,
-        f"the published images of {dataset} are not described": not images,
-        f"shape {data['shape']}": data["shape"] != facts.get("shape"),
-        f"{data['levels']} grey levels": data["levels"] != facts.get("levels"),
-        f"the {data['split']} split": data["split"] != facts.get("split"),
+        f"the published images of {dataset} are not described": facts is None,
+        f"shape {data['shape']}": facts and data["shape"] != list(facts.shape),
+        f"{data['levels']} grey levels": facts and data["levels"] != facts.levels,
+        f"the {data['split']} split": facts and data["split"] != facts.split,
         f"{data['count']:,} images": data["count"] not in expected,
         data["preprocessing"]: not data["preprocessing"].startswith("stored size"),
     }

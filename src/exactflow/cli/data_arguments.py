@@ -1,0 +1,30 @@
+"""What can be typed for the verb that prepares images. Nothing here imports torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, final
+
+import tyro
+
+from exactflow.cli.argument_types import Settings
+
+
+@final
+@dataclass(frozen=True)
+class Prepare:
+    """Decode a source once into a folder that `data.source=FOLDER` reads at once, or go on with it.
+
+    KEY=VALUE words with keys data.* say what is done to the images and how they are split. Numbers,
+    fingerprints and runs are those of the source itself under the same words.
+    """
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Folder of images, IDX, parquet or tar files, one such file, or hub:owner/name."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Folder to write, outside the source; the same command continues an interrupted one."""
+    settings: Settings = ()
+    id: str | None = None
+    """Name of the set, by default the source's. imagenet64-old or imagenet64-new say which of the
+    two it is, and are refused where shape, number of validation images or labels do not fit."""
+    workers: int | None = None
+    """Threads that decode; by default one per core."""

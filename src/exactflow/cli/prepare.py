@@ -1,0 +1,48 @@
+"""`exactflow prepare`."""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from exactflow.cli.arguments import Prepare
+from exactflow.cli.settings import parse_words
+from exactflow.core.config import override
+from exactflow.data import DataConfig, prepare
+
+OF_TRAINING = ("flip", "translate", "padding")
+
+
+def run(command: Prepare) -> None:
+    """Decode every split, and say what is there now."""
+    words = parse_words(command.settings, ("data",)).get("data", {})
+    if "source" in words:
+        raise ValueError(f"the source is {command.source}: expected no data.source beside it")
+    for name in OF_TRAINING:
+        if name in words:
+            raise ValueError(f"data.{name} is a word of training: images are prepared without it")
+    began = time.monotonic()
+    try:
+        splits = prepare(
+            override(DataConfig(command.source), words),
+            command.out,
+            id=command.id,
+            workers=command.workers,
+            progress=True,
+        )
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    some = splits["train"]
+    table = Table(title=f"{some.id}, {some.version}, in {command.out}")
+    for name in ("split", "images", "skipped", "shape", "levels", "classes", "fingerprint"):
+        table.add_column(name, justify="left" if name in ("split", "fingerprint") else "right")
+    for split, dataset in splits.items():
+        shape = "x".join(map(str, dataset.event_shape))
+        counts = f"{len(dataset):,}", f"{len(dataset.skipped):,}"
+        facts = shape, str(dataset.levels), str(dataset.num_classes), dataset.fingerprint[:16]
+        table.add_row(split, *counts, *facts)
+    console = Console()
+    console.print(table)
+    console.print(f"{time.monotonic() - began:.1f} s; read it with data.source={command.out}")

@@ -1,0 +1,82 @@
+"""How far a long job is: a bar on a terminal, elsewhere a line every ten seconds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def shown_progress(
+    total: int, title: str, *, done: int = 0, quiet: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Yield `advance(count)`; images, images/s and the time left are shown on stderr.
+
+    Args:
+        total: number of images.
+        title: what is done to them.
+        done: how many of them were done before; the rate is that of the others.
+        quiet: show nothing.
+    """
+    if quiet:
+        yield lambda count: None
+    elif sys.stderr.isatty():
+        with _bar(total, title, done) as advance:
+            yield advance
+    else:
+        yield _lines(total, title, done)
+
+
+def _lines(total: int, title: str, done: int) -> Callable[[int], None]:
+    began = told = time.monotonic()
+    count = 0
+
+    def advance(more: int) -> None:
+        nonlocal told, count
+        count += more
+        now = time.monotonic()
+        if now - told >= SECONDS_BETWEEN_LINES:
+            told = now
+            rate = count / max(now - began, 1e-9)
+            left = timedelta(seconds=round((total - done - count) / max(rate, 1e-9)))
+            line = f"{title}: {done + count:,} of {total:,}, {rate:,.0f} images/s, {left} left"
+            print(line, file=sys.stderr, flush=True)
+
+    return advance
+
+
+@contextmanager
+def _bar(total: int, title: str, done: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total, completed=done, rate="")
+        began = time.monotonic()
+        count = 0
+
+        def advance(more: int) -> None:
+            nonlocal count
+            count += more
+            rate = count / max(time.monotonic() - began, 1e-9)
+            bar.update(task, advance=more, rate=f"{rate:,.0f} images/s")
+
+        yield advance
