@@ -199,7 +199,7 @@ def test_the_remedies_fit_and_are_the_smallest() -> None:
         step_memory(model, config).total,
         step_memory(model, replace(config, accumulate=2)),
     )
-    assert [changed for changed, _ in remedies(model, config, whole)][0] == config
+    assert next(changed for changed, _ in remedies(model, config, whole)) == config
     limit = half.total
     kept, again = remedies(model, config, limit)
     assert (kept[0].accumulate, kept[0].activation_checkpointing) == (2, False)
