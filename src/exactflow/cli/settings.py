@@ -70,15 +70,8 @@ class Settings:
             return registry.from_config(kind, asdict(self.model))
 
 
-def resolve(
-    preset_name: str | None, words: Sequence[str], file: Path | None, *, reads_data: bool = True
-) -> Settings:
-    """Preset, then file, then words.
-
-    Raises:
-        ValueError: what is unknown, with a suggestion; no data source, for one who `reads_data`.
-            For others it is then called FOLDER.
-    """
+def resolve(preset_name: str | None, words: Sequence[str], file: Path | None) -> Settings:
+    """Preset, then file, then words. Raises ValueError for what is unknown, with a suggestion."""
     changes = read_file(file) if file else {}
     preset_name = preset_name or changes.get("preset")
     if not isinstance(preset_name, str):
@@ -86,11 +79,7 @@ def resolve(
     preset = registry.preset(preset_name)
     merge(changes, parse_words(words))
     if "source" not in {**preset.data, **changes.get("data", {})}:
-        if reads_data:
-            raise ValueError(
-                f"{preset_name} names no data set: give data.source=FOLDER (or another)"
-            )
-        merge(changes, {"data": {"source": "FOLDER"}})
+        raise ValueError(f"{preset_name} names no data set: give data.source=FOLDER (or another)")
     return Settings(
         preset_name,
         override(preset.config, changes.get("model", {})),

@@ -92,6 +92,7 @@ def prepare(
     _require_name(config, source, selections, identity.id)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
+        _remove_partial_files(folder)
         if not _is_finished(folder, identity):
             write_atomically(folder / UNFINISHED_FILE, (_text(identity) + "\n").encode())
             splits = _write_splits(selections, folder, workers, progress)
@@ -247,6 +248,13 @@ def _require_name(
         resized=config.image_size is not None,
     )
     require_known(id, claim)
+
+
+def _remove_partial_files(folder: Path) -> None:
+    """Remove what a kill left of files that are written under another name first."""
+    for name in (UNFINISHED_FILE, PREPARED_FILE, *(label_file(folder, s).name for s in SPLITS)):
+        for file in folder.glob(f".{name}.*.partial"):
+            file.unlink()
 
 
 def _is_finished(folder: Path, identity: Identity) -> bool:

@@ -1,27 +1,24 @@
 """Which steps of a chain to train on: importance sampling by the second moment of the loss."""
 
-from collections.abc import Mapping, Sequence
 from typing import final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from exactflow.nn.running import RunningBuffers
-
 HISTORY = 10  # last losses of each step that its second moment is taken of
 UNIFORM_SHARE = 0.001  # of the draws, whatever the losses
 
 
 @final
-class StepImportance(nn.Module, RunningBuffers):
+class StepImportance(nn.Module):
     """Draws step t with p_t ~ sqrt(E[L_t^2]) (Nichol and Dhariwal, arXiv 2102.09672, eq. 18).
 
     E[L_t^2] is the mean over the last 10 losses seen at t; until every step has been seen 10 times
     the law is uniform, and it keeps a uniform share of 0.001. Weights 1 / (T p_t) make a weighted
-    loss unbiased whatever the history. The history is part of the model's state, from which a run
-    resumes. Histories that several processes began alike can be combined into one; until then each
-    draws by what it has seen itself, so that another number of processes draws other steps.
+    loss unbiased whatever the history, so processes that train together need not share theirs:
+    each has its own, of the losses that it has seen. The history is part of the model's state,
+    from which a run resumes.
 
     Args:
         steps: T.
@@ -61,23 +58,3 @@ class StepImportance(nn.Module, RunningBuffers):
         cell = (seen[step] + rank) % HISTORY
         losses[step[kept], cell[kept]] = loss[kept].to(losses.dtype)
         seen.index_add_(0, step, torch.ones_like(step))
-
-    @torch.no_grad()
-    def combine(
-        self, before: Mapping[str, Tensor], after: Sequence[Mapping[str, Tensor]], parts: int
-    ) -> None:
-        """See `RunningBuffers.combine`: the last losses of every step, process after process."""
-        losses, seen = self.get_buffer("losses"), self.get_buffer("seen")
-        losses.copy_(before["losses"])
-        seen.copy_(before["seen"])
-        start = before["seen"].to(seen)
-        for buffers in after:
-            new = buffers["seen"].to(seen) - start
-            number = torch.arange(HISTORY, device=seen.device)
-            number = (new - HISTORY).clamp(min=0)[:, None] + number  # of the last ones, in order
-            step, place = (number < new[:, None]).nonzero(as_tuple=True)
-            number = number[step, place]
-            found = buffers["losses"].to(losses)
-            values = found[step, (start[step] + number) % HISTORY]
-            losses[step, (seen[step] + number) % HISTORY] = values
-            seen.add_(new)

@@ -6,7 +6,7 @@ off the tokens before it (eq. 4), and every other block runs over the tokens bac
 the paper's mathematics.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
@@ -21,7 +21,6 @@ from exactflow.core.prior import DiagonalGaussian
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.nn.causal import NetworkWeights, TransformerLayer
 from exactflow.nn.decoding import DecodingCache
-from exactflow.nn.running import RunningBuffers, one_after_another
 
 EMBEDDING_STD = 0.01  # initial spread of position and class embeddings
 VARIANCE_MOMENTUM = 0.1  # weight of a new batch in the volume-preserving prior's variance
@@ -186,7 +185,7 @@ class TarFlowBlock(AutoregressiveTransform):
 
 
 @final
-class TarFlow(Flow, RunningBuffers):
+class TarFlow(Flow):
     """The model: blocks over patches, alternating directions, a Gaussian prior (eq. 3).
 
     Latents keep the published token layout (batch, N, C P P), in the order of the image.
@@ -323,13 +322,3 @@ class TarFlow(Flow, RunningBuffers):
             return grey.dequantize(images, noise, self.levels)
         noise = torch.randn(images.shape, generator=generator, dtype=dtype, device=images.device)
         return grey.center(images, self.levels, dtype) + self.noise_std * noise
-
-    @torch.no_grad()
-    def combine(
-        self, before: Mapping[str, Tensor], after: Sequence[Mapping[str, Tensor]], parts: int
-    ) -> None:
-        """See `RunningBuffers.combine`: the prior's variance."""
-        if not self.config.volume_preserving:
-            return
-        ends, kept = [buffers["variance"] for buffers in after], (1 - VARIANCE_MOMENTUM) ** parts
-        self.get_buffer("variance").copy_(one_after_another(before["variance"], ends, kept))

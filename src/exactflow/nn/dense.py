@@ -5,16 +5,12 @@ attention after Xiong et al., Nystromformer, arXiv 2102.03902. Written from the 
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Literal, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from exactflow.nn.precision import full_precision
-from exactflow.nn.running import RunningBuffers, one_after_another
 
 INVERSE_STEPS = 6  # of the pseudo-inverse; not converged, so the number is part of the function
 STATISTICS_MOMENTUM = 0.1  # weight of a new batch in the running statistics
@@ -68,7 +64,7 @@ class DenselyConnected(nn.Module):
 
 
 @final
-class DeferredBatchNorm(nn.Module, RunningBuffers):
+class DeferredBatchNorm(nn.Module):
     """Batch normalisation whose running statistics move only when `take_up` is called.
 
     A forward pass in training mode normalises by the batch and leaves its statistics in
@@ -76,7 +72,7 @@ class DeferredBatchNorm(nn.Module, RunningBuffers):
     after its whole forward pass: a part that activation checkpointing evaluates a second time, in
     the backward pass, thus moves the running statistics once.
 
-    Of several processes each normalises by its own part of the batch, as by a micro-batch.
+    With several processes each normalises by its own share of the batch.
     """
 
     running_mean: Tensor
@@ -114,16 +110,6 @@ class DeferredBatchNorm(nn.Module, RunningBuffers):
         self.running_var.lerp_(var, STATISTICS_MOMENTUM)
         self.num_batches_tracked.add_(1)
         self.batch_statistics = None
-
-    @torch.no_grad()
-    def combine(
-        self, before: Mapping[str, Tensor], after: Sequence[Mapping[str, Tensor]], parts: int
-    ) -> None:
-        """See `RunningBuffers.combine`."""
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            kept = 1.0 if name == "num_batches_tracked" else (1 - STATISTICS_MOMENTUM) ** parts
-            ends = [buffers[name] for buffers in after]
-            self.get_buffer(name).copy_(one_after_another(before[name], ends, kept))
 
 
 def pseudo_inverse(kernel: Float[Tensor, "batch n n"]) -> Float[Tensor, "batch n n"]:
@@ -184,7 +170,7 @@ class NystromAttention(nn.Module):
                 f"is a multiple of {self.landmarks}, got {height} x {width}"
             )
         qkv = self.qkv(x)
-        with full_precision(x.device):
+        with torch.autocast(x.device.type, enabled=False):
             exact = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
             if self.variant == "published":
                 attended = self.attend(exact.reshape(batch, tokens, -1))
