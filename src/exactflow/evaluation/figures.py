@@ -35,10 +35,11 @@ def png_of(figure: "Figure") -> bytes:
 
 
 def plain_logarithms(axis: "Axis") -> None:
-    """Ticks at 1, 2, 5, 10, ... in plain numbers, on a logarithmic axis."""
+    """Ticks at 1, 2, 5, 10, ... (of a long axis at 1, 10, ...) in plain numbers, on a log axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
     axis.set_major_formatter(FuncFormatter(_short))
     axis.set_minor_formatter(NullFormatter())
 
