@@ -227,7 +227,7 @@ def outlier_plot(
             shown = scores.clamp(float(low), float(high)).tolist()
             axes.hist(shown, edges, density=True, alpha=0.6, color=color, label=label)
         value = auroc(inside[name], outside[name])
-        verdict, color = ("", "#222") if value >= 0.5 else (", the wrong way round", colors[1])
+        verdict, color = ("", "#222") if value >= 0.5 else (", reversed", colors[1])
         axes.set_title(f"{name}: AUROC {value:.3f}{verdict}", fontsize=10, color=color)
         axes.set_xlabel(SCORES[name], fontsize=8)
         axes.set_yticks([])
