@@ -327,6 +327,17 @@ def test_presets_are_trained_under_the_same_budget(finished: Path) -> None:
     assert model.event_shape == (1, 8, 8)
 
 
+def test_a_finished_comparison_measures_nothing_again(finished: Path) -> None:
+    kept = [path for name in ("*.json", "*/*.npz") for path in finished.glob(f"models/*/{name}")]
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    report = json.loads((finished / "report.json").read_text())
+    status, _, errors = compare(*CONTENDERS, *WORDS, "--out", finished, cwd=finished.parent)
+    assert status == 0, errors
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+    again = json.loads((finished / "report.json").read_text())
+    assert again["results"] == report["results"]
+
+
 def test_a_killed_comparison_goes_on(finished: Path, tmp_path: Path) -> None:
     """kill -9 as soon as the second model's training or measurement has begun, then the rest."""
     words = [*CONTENDERS, *WORDS, "--out", "out"]

@@ -137,7 +137,7 @@ class Contenders:
             result = fit(model, self._training, config, folder, **common)
         text = yaml.safe_dump(settings.describe(), sort_keys=False)
         write_atomically(folder / CONFIG_FILE, text.encode())
-        memory = stages.keep("memory", {}, lambda: {"bytes": peak.bytes()})
+        memory = stages.keep("training-memory", {}, lambda: {"bytes": peak.bytes()})
         facts = {
             "steps": result.step,
             "batch_size": settings.training.batch_size,
