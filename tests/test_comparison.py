@@ -254,6 +254,14 @@ def test_a_conditional_model_is_marked(
     assert "Given the class of the image: given." in found.tables()[0].note
 
 
+def test_two_numbers_of_evaluations_that_take_the_same_steps_are_one_plan() -> None:
+    model = exactflow.build("flow-matching-tiny")
+    assert protocol.sampling_plans(model, Protocol(evaluations=(5, 4, 2))) == (
+        ("heun", 2),
+        ("heun", 1),
+    )
+
+
 def test_what_cannot_be_compared_is_refused(
     models: dict[str, GenerativeModel], splits: tuple[ImageDataset, ImageDataset], tmp_path: Path
 ) -> None:

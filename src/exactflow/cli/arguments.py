@@ -3,7 +3,7 @@
 import re
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal, final
@@ -278,40 +278,6 @@ class Demo:
     """Run folder."""
 
 
-Command = (
-    Train
-    | Prepare
-    | Sample
-    | Plan
-    | Evaluate
-    | Compare
-    | Encode
-    | Convergence
-    | Attributes
-    | Classify
-    | Outliers
-    | Restore
-    | Convert
-    | Info
-    | Results
-    | Demo
-)
-
-Configurable = (  # the commands that take KEY=VALUE words
-    Train
-    | Prepare
-    | Evaluate
-    | Compare
-    | Encode
-    | Convergence
-    | Convert
-    | Attributes
-    | Classify
-    | Outliers
-    | Restore
-    | Demo
-)
-
 # verb -> (what it takes, where it is carried out)
 _VERBS = {
     "train": (Train, "exactflow.cli.train"),
@@ -345,7 +311,7 @@ def main() -> None:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     if settings:
-        if not isinstance(command, Configurable):
+        if "settings" not in {field.name for field in fields(command)}:
             print(f"error: this command takes no settings, got {settings[0]}", file=sys.stderr)
             sys.exit(2)
         command = replace(command, settings=settings)

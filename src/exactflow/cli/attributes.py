@@ -1,9 +1,6 @@
 """`exactflow attributes`."""
 
-import json
-import math
 import sys
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,9 +8,9 @@ from rich.console import Console
 from torch import Tensor
 
 from exactflow.cli.latent_arguments import Attributes
-from exactflow.cli.settings import data_of, load_flow
+from exactflow.cli.settings import data_of, load_flow, some
 from exactflow.core.config import suggestion
-from exactflow.core.serialization import write_atomically
+from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data import ImageDataset, load
 from exactflow.evaluation.bits_per_dim import check_fits
 from exactflow.evaluation.figures import image_table
@@ -30,21 +27,20 @@ def run(command: Attributes) -> None:
     model = load_flow(command.model, command.device)
     data = data_of(command.model, command.settings)
     held_out = load(data, command.split)
-    training = load(replace(data, limit=_least(data.limit, command.learn_from)), "train")
+    training = some(data, "train", command.learn_from)
     for dataset in (held_out, training):
         check_fits(model, dataset)
-    classes = _labels(held_out)
+    (_, classes), (known, labels) = _labelled(held_out), _labelled(training)
     attribute = class_number(held_out, command.attribute)
     others = np.flatnonzero(classes.numpy() != attribute)[: command.n]
-    images = torch.as_tensor(np.array(held_out.images[others]))
+    images, _ = held_out.tensors(others)
     if not len(images):
         raise ValueError(f"expected images without {command.attribute!r} to change, found none")
 
     progress = sys.stderr.isatty()
     size = command.batch_size
-    known = torch.as_tensor(np.array(training.images))
     latents = encode_images(model, known, batch_size=size, progress=progress)
-    has = _labels(training) == attribute
+    has = labels == attribute
     direction = attribute_direction(latents, has)
     edit = move(model, encode_images(model, images), direction, command.strengths)
     error = reconstruction_error(model, images, batch_size=size, progress=progress)
@@ -56,7 +52,6 @@ def run(command: Attributes) -> None:
         f"{held_out.id}: z + s (mean z of “{held_out.class_names[attribute]}” - mean of the rest)"
     )
     columns = ["image", *(f"s = {s:g}" for s in command.strengths)]
-    worst_of_each = edit.certificate.amax(1).tolist()
     summary = {
         "model": command.model,
         "data": held_out.describe(),
@@ -66,14 +61,13 @@ def run(command: Attributes) -> None:
         "direction_norm": float(direction.norm()),
         "mean_latent_norm": float(latents.flatten(1).norm(dim=1).mean()),
         "strengths": list(command.strengths),
-        "certificate": [None if math.isnan(worst) else worst for worst in worst_of_each],
+        "certificate": finite(edit.certificate.amax(1).tolist()),
         "reconstruction": error.describe(),
     }
     command.out.mkdir(parents=True, exist_ok=True)
     picture = image_table(sheet, model.levels, names, columns, title)
     write_atomically(command.out / "attributes.png", picture)
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    write_atomically(command.out / "attributes.json", text.encode())
+    write_json(command.out / "attributes.json", summary)
     Console().print(
         f"{len(images)} images moved towards {held_out.class_names[attribute]!r}, a direction of "
         f"length {summary['direction_norm']:.2f} from {len(training)} training images; "
@@ -92,11 +86,8 @@ def class_number(dataset: ImageDataset, name: str) -> int:
     raise ValueError(f"{dataset.id} has no class {name!r}{suggestion(name, names)}")
 
 
-def _labels(dataset: ImageDataset) -> Tensor:
-    if dataset.labels is None:
+def _labelled(dataset: ImageDataset) -> tuple[Tensor, Tensor]:
+    images, labels = dataset.tensors()
+    if labels is None:
         raise ValueError(f"an attribute is a class of the data: {dataset.id} has no labels")
-    return torch.as_tensor(np.array(dataset.labels))
-
-
-def _least(limit: int | None, most: int) -> int:
-    return most if limit is None else min(limit, most)
+    return images, labels

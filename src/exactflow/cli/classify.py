@@ -1,21 +1,17 @@
 """`exactflow classify`."""
 
-import json
 import sys
 import time
-from dataclasses import replace
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from exactflow.cli.latent_arguments import Classify
-from exactflow.cli.settings import data_of, load_model
+from exactflow.cli.settings import data_of, load_model, some
 from exactflow.core.model import GenerativeModel
-from exactflow.core.serialization import write_atomically
-from exactflow.data import DataConfig, ImageDataset, Split, load
+from exactflow.core.serialization import write_atomically, write_json
+from exactflow.data import ImageDataset
 from exactflow.evaluation.bayes import (
     Classification,
     calibrate,
@@ -41,16 +37,16 @@ def run(command: Classify) -> None:
     prior = command.prior or None
     log_prior(prior, model.num_classes)  # an error before anything is scored
     data = data_of(command.model, command.settings)
-    held_out = _labelled(model, data, command.split, command.n)
-    validation = _labelled(model, data, "validation", command.calibrate_on)
+    held_out = some(data, command.split, command.n)
+    validation = some(data, "validation", command.calibrate_on)
+    (images, truth), (others, seen) = (_labelled(model, s) for s in (held_out, validation))
     began = time.perf_counter()
-    nats = _scores(command, model, held_out)
+    nats = _scores(command, model, images)
     seconds = time.perf_counter() - began
-    seen, truth = _scores(command, model, validation), _labels(validation)
-    temperature = calibrate(seen, truth, prior)
+    temperature = calibrate(_scores(command, model, others), seen, prior)
     found = {
-        "uncalibrated": Classification(log_posterior(nats, prior), _labels(held_out)),
-        "calibrated": Classification(log_posterior(nats, prior, temperature), _labels(held_out)),
+        "uncalibrated": Classification(log_posterior(nats, prior), truth),
+        "calibrated": Classification(log_posterior(nats, prior, temperature), truth),
     }
     summary = {
         "model": command.model,
@@ -65,8 +61,7 @@ def run(command: Classify) -> None:
         "images_per_second": len(held_out) / seconds,
     }
     command.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    write_atomically(command.out / "classify.json", text.encode())
+    write_json(command.out / "classify.json", summary)
     title = f"{held_out.id}, {command.split}: {len(held_out)} images, temperature {temperature:.2f}"
     picture = classification_plot(found, held_out.class_names, title)
     write_atomically(command.out / "classify.png", picture)
@@ -82,10 +77,10 @@ def run(command: Classify) -> None:
     )
 
 
-def _scores(command: Classify, model: GenerativeModel, dataset: ImageDataset) -> Tensor:
+def _scores(command: Classify, model: GenerativeModel, images: Tensor) -> Tensor:
     return class_log_likelihoods(
         model,
-        torch.as_tensor(np.array(dataset.images)),
+        images,
         k=command.k,
         seed=command.seed,
         batch_size=command.batch_size,
@@ -93,19 +88,14 @@ def _scores(command: Classify, model: GenerativeModel, dataset: ImageDataset) ->
     )
 
 
-def _labelled(model: GenerativeModel, data: DataConfig, split: Split, most: int) -> ImageDataset:
-    """At most so many images of a split, which fit the model and have its classes."""
-    limit = most if data.limit is None else min(data.limit, most)
-    dataset = load(replace(data, limit=limit), split)
+def _labelled(model: GenerativeModel, dataset: ImageDataset) -> tuple[Tensor, Tensor]:
+    """Images that fit the model, and their labels, which are its classes."""
     check_fits(model, dataset)
     if dataset.num_classes != model.num_classes:
         raise ValueError(
             f"the model has {model.num_classes} classes, {dataset.id} has {dataset.num_classes}"
         )
-    if dataset.labels is None:
+    images, labels = dataset.tensors()
+    if labels is None:
         raise ValueError(f"expected a conditional model and labels, {dataset.id} has none")
-    return dataset
-
-
-def _labels(dataset: ImageDataset) -> Tensor:
-    return torch.as_tensor(np.array(dataset.labels))
+    return images, labels

@@ -11,7 +11,7 @@ import yaml
 
 from exactflow import registry
 from exactflow.cli.settings import Settings, load_model, resolve
-from exactflow.cli.train import CONFIG_FILE, METRICS_FILE, read_metrics
+from exactflow.cli.train import CONFIG_FILE, read_metrics
 from exactflow.core.config import override
 from exactflow.core.model import FittedFlow, GenerativeModel, NonFiniteError
 from exactflow.core.serialization import write_atomically
@@ -20,9 +20,10 @@ from exactflow.evaluation.bits_per_dim import check_fits
 from exactflow.evaluation.memory import PeakMemory
 from exactflow.evaluation.protocol import Contender, Failure, Protocol, scored, spread
 from exactflow.evaluation.stages import Stages
-from exactflow.hub.pretrained import read_config
+from exactflow.hub.pretrained import recorded_data
 from exactflow.training import Progress, TrainConfig, fit
 from exactflow.training.budget import Budget, steps_within, training_flops
+from exactflow.training.checkpoint import LOG_FILE
 from exactflow.training.fitting import fit_closed_form
 
 WATCHED = Protocol(images=250, estimate_images=32, bound_evaluations=10, ode_steps=10)
@@ -89,8 +90,7 @@ class Contenders:
             registry.preset(name)  # raises, with the nearest names
         model = load_model(name, self._device.type)
         check_fits(model, self._training)
-        assert model.home is not None
-        recorded = read_config(model.home).get("card", {}).get("training data")
+        recorded = recorded_data(model)
         ours = self._training.describe()
         for key in ("version", "preprocessing_hash") if recorded else ():
             if recorded[key] != ours[key]:
@@ -103,14 +103,12 @@ class Contenders:
     def _saved(self, shown: str, name: str) -> Contender:
         """With what its card and its run folder tell of its training."""
         model = self._loaded(name)
-        assert model.home is not None
-        card = read_config(model.home).get("card", {})
         facts: dict[str, Any] = {}
-        data = card.get("training data")
+        data = recorded_data(model)
         if data and data["fingerprint"] != self._training.fingerprint:
             facts["other_images"] = f"{data['count']:,}, fingerprint {data['fingerprint'][:12]}"
         run = Path(name)
-        if (run / METRICS_FILE).is_file():
+        if (run / LOG_FILE).is_file():
             last = read_metrics(run)[-1]
             facts |= {"images_seen": last["images"], "seconds": last["seconds"]}
             facts["step_seconds"] = last.get("step_seconds")

@@ -1,20 +1,15 @@
 """`exactflow convergence`."""
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from exactflow.cli.arguments import Convergence
-from exactflow.cli.settings import data_of, load_flow
+from exactflow.cli.settings import data_of, first_images, load_flow
 from exactflow.core.random import generator, normal_rows
-from exactflow.core.serialization import write_atomically
+from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data import load
 from exactflow.evaluation.bits_per_dim import check_fits
 from exactflow.evaluation.profiles import convergence_plot
@@ -26,10 +21,7 @@ def run(command: Convergence) -> None:
     model = load_flow(command.model, command.device)
     dataset = load(data_of(command.model, command.settings), command.split)
     check_fits(model, dataset)
-    images = torch.as_tensor(np.array(dataset.images[: command.n]))
-    label = None
-    if model.num_classes and dataset.labels is not None:
-        label = torch.as_tensor(np.array(dataset.labels[: command.n])).to(model.device)
+    images, label = first_images(model, dataset, command.n)
     x = model.from_grey_levels(images.to(model.device))
     if model.noise_std > 0:
         sources = [generator(command.seed, "convergence", index) for index in range(len(x))]
@@ -51,8 +43,7 @@ def run(command: Convergence) -> None:
         ],
     }
     command.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite(summary), indent=2, allow_nan=False)
-    write_atomically(command.out / "convergence.json", (text + "\n").encode())
+    write_json(command.out / "convergence.json", finite(summary))
     write_atomically(command.out / "convergence.png", convergence_plot(blocks))
     noise = f", with Gaussian noise {model.noise_std:g}, as in training" if model.noise_std else ""
     console.print(f"{len(x)} images of {dataset.id}, {command.split}{noise}: {command.out}")
@@ -73,12 +64,3 @@ def _table(blocks: Sequence[BlockConvergence]) -> Table:
             str(block.jacobi.iterations) if block.jacobi.finished else "not settled",
         )
     return table
-
-
-def _finite(value: Any) -> Any:
-    """For JSON, which knows no infinity: null in its place."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

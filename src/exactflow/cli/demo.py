@@ -5,8 +5,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -18,6 +16,7 @@ from exactflow.data import load
 from exactflow.evaluation import pictures, report
 from exactflow.evaluation.baselines import Baseline, baselines
 from exactflow.evaluation.bits_per_dim import Evaluation, evaluate
+from exactflow.evaluation.figures import curves
 from exactflow.likelihood.log_likelihood import LogLikelihood
 from exactflow.sampling.sample import Samples, sample
 
@@ -75,7 +74,7 @@ def _write(
     samples = pictures.png(pictures.grid(drawn.images, levels))
     write_atomically(folder / "samples.png", samples)
     trace = pictures.png(pictures.trajectory_grid(drawn.trace[:, :TRACED]))
-    real = torch.as_tensor(np.array(trained.training.images[: len(drawn.seeds)]))
+    real, _ = trained.training.tensors(slice(len(drawn.seeds)))
     real = pictures.png(pictures.grid(real, levels))
     lines = {name: baseline.likelihood.bits_per_dim for name, baseline in floor.items()}
     data = scored.data
@@ -98,7 +97,7 @@ def _write(
         ),
         report.Picture(
             "The run",
-            pictures.curves(read_metrics(folder), lines),
+            curves(read_metrics(folder), lines),
             "Training loss; bits/dim of validation images, averaged weights.",
         ),
         report.Table(

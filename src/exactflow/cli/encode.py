@@ -2,13 +2,12 @@
 
 import json
 
-import numpy as np
 import torch
 from rich.console import Console
 from safetensors.torch import save
 
 from exactflow.cli.arguments import Encode
-from exactflow.cli.settings import data_of, load_flow
+from exactflow.cli.settings import data_of, first_images, load_flow
 from exactflow.core.serialization import write_atomically
 from exactflow.data import load
 from exactflow.evaluation import pictures
@@ -21,10 +20,7 @@ def run(command: Encode) -> None:
     model = load_flow(command.model, command.device)
     dataset = load(data_of(command.model, command.settings), command.split)
     check_fits(model, dataset)
-    images = torch.as_tensor(np.array(dataset.images[: command.n]))
-    label = None
-    if model.num_classes and dataset.labels is not None:
-        label = torch.as_tensor(np.array(dataset.labels[: command.n])).to(model.device)
+    images, label = first_images(model, dataset, command.n)
     result = reconstruct(model, images, label)
     out = command.out
     out.mkdir(parents=True, exist_ok=True)

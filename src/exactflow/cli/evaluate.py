@@ -16,7 +16,7 @@ from exactflow.core.serialization import write_atomically
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.evaluation.baselines import Baseline, baselines, described, training_images
 from exactflow.evaluation.bits_per_dim import evaluate
-from exactflow.hub.pretrained import read_config
+from exactflow.hub.pretrained import recorded_data
 
 
 def run(command: Evaluate) -> None:
@@ -68,13 +68,12 @@ def _trained_on(command: Evaluate, model: GenerativeModel, dataset: ImageDataset
     Raises:
         ValueError: that is another version of the data, and nobody asked for these by name.
     """
-    assert model.home is not None  # it was loaded
-    card = read_config(model.home).get("card", {}).get("training data")
-    if not card or (card["id"], card["version"]) == (dataset.id, dataset.version):
+    recorded = recorded_data(model)
+    if not recorded or (recorded["id"], recorded["version"]) == (dataset.id, dataset.version):
         return ""
-    known = f"{card['id']}, version {card['version']}"
+    known = f"{recorded['id']}, version {recorded['version']}"
     named = "source" in parse_words(command.settings, ("data",)).get("data", {})
-    if named or card["version"] == dataset.version:
+    if named or recorded["version"] == dataset.version:
         return known
     raise ValueError(
         f"{command.model} was trained on {known}: expected that, found {dataset.id}, version "

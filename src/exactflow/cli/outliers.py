@@ -1,19 +1,15 @@
 """`exactflow outliers`."""
 
-import json
 import sys
-from dataclasses import replace
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from exactflow.cli.latent_arguments import Outliers
-from exactflow.cli.settings import data_of, load_model
-from exactflow.core.serialization import write_atomically
-from exactflow.data import DataConfig, ImageDataset, Split, load
+from exactflow.cli.settings import data_of, load_model, some
+from exactflow.core.serialization import write_atomically, write_json
+from exactflow.data import ImageDataset
 from exactflow.evaluation.bits_per_dim import check_fits
 from exactflow.evaluation.figures import image_table
 from exactflow.evaluation.out_of_distribution import (
@@ -33,8 +29,8 @@ def run(command: Outliers) -> None:
     """Score both sets; print the area under the curve of every score, write pictures."""
     model = exact_flow(load_model(command.model, command.device))
     data = data_of(command.model, command.settings)
-    inside = _some(data, "test", command.n)
-    training = _some(data, "train", command.training)
+    inside = some(data, "test", command.n)
+    training = some(data, "train", command.training)
     for dataset in (inside, training):
         check_fits(model, dataset)
     outside = foreign_set(
@@ -49,8 +45,8 @@ def run(command: Outliers) -> None:
         "batch_size": command.batch_size,
         "progress": sys.stderr.isatty(),
     }
-    typical = log_likelihood(model, _images(training), **options).bits_per_dim
-    scores = [outlier_scores(model, _images(s), typical, **options) for s in (inside, outside)]
+    typical = log_likelihood(model, training.tensors()[0], **options).bits_per_dim
+    scores = [outlier_scores(model, s.tensors()[0], typical, **options) for s in (inside, outside)]
     areas = {name: auroc(scores[0][name], scores[1][name]) for name in SCORES}
     means = {name: [float(side[name].mean()) for side in scores] for name in SCORES}
     summary = {
@@ -71,8 +67,7 @@ def run(command: Outliers) -> None:
         },
     }
     command.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    write_atomically(command.out / "outliers.json", text.encode())
+    write_json(command.out / "outliers.json", summary)
     picture = outlier_plot(scores[0], scores[1], (inside.id, outside.id))
     write_atomically(command.out / "outliers.png", picture)
     write_atomically(command.out / "images.png", _sheet(inside, outside))
@@ -88,19 +83,9 @@ def run(command: Outliers) -> None:
     )
 
 
-def _some(data: DataConfig, split: Split, most: int) -> ImageDataset:
-    """At most so many images of a split."""
-    limit = most if data.limit is None else min(data.limit, most)
-    return load(replace(data, limit=limit), split)
-
-
-def _images(dataset: ImageDataset) -> Tensor:
-    return torch.as_tensor(np.array(dataset.images))
-
-
 def _sheet(inside: ImageDataset, outside: ImageDataset) -> bytes:
     """Some images of each side."""
     shown = min(SHOWN, len(inside), len(outside))
-    images = torch.cat([_images(side)[:shown] for side in (inside, outside)])
+    images = torch.cat([side.tensors(slice(shown))[0] for side in (inside, outside)])
     rows = (f"inside: {inside.id}", f"outside: {outside.id}")
     return image_table(images, inside.levels, rows, [""] * shown)

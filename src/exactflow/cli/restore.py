@@ -1,19 +1,17 @@
 """`exactflow restore`."""
 
-import json
 import math
 import sys
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from exactflow.cli.latent_arguments import Restore
-from exactflow.cli.settings import data_of, load_model
+from exactflow.cli.settings import data_of, first_images, load_model
 from exactflow.core.model import Flow
-from exactflow.core.serialization import write_atomically
+from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data import load
 from exactflow.evaluation.bits_per_dim import check_fits
 from exactflow.evaluation.figures import image_table
@@ -27,10 +25,7 @@ def run(command: Restore) -> None:
     model = exact_flow(load_model(command.model, command.device))
     dataset = load(data_of(command.model, command.settings), command.split)
     check_fits(model, dataset)
-    images = torch.as_tensor(np.array(dataset.images[: command.n]))
-    label = None
-    if model.num_classes and dataset.labels is not None:
-        label = torch.as_tensor(np.array(dataset.labels[: command.n])).to(model.device)
+    images, label = first_images(model, dataset, command.n)
     restored = _inpaint if command.task == "inpaint" else _denoise
     numbers, picture, sentence = restored(command, model, images, label)
     summary = {
@@ -39,11 +34,10 @@ def run(command: Restore) -> None:
         "task": command.task,
         "labels": "none" if label is None else "true classes",
         "seed": command.seed,
-        **{name: _finite(value) for name, value in numbers.items()},
+        **finite(numbers),
     }
     command.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    write_atomically(command.out / f"{command.task}.json", text.encode())
+    write_json(command.out / f"{command.task}.json", summary)
     write_atomically(command.out / f"{command.task}.png", picture)
     Console().print(f"{sentence}: {command.out / command.task}.png")
 
@@ -137,8 +131,3 @@ def _missing_psnr(x: Tensor, truth: Tensor, missing: Tensor) -> float | None:
 
 def _decibels(value: float | None) -> str:
     return "no error" if value is None else f"{value:.2f} dB"
-
-
-def _finite(value: Any) -> Any:
-    """For JSON, which knows no infinity: null in its place."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,12 +7,13 @@ from typing import Any, final
 
 import torch
 import yaml
+from torch import Tensor
 
 from exactflow import registry
 from exactflow.core.config import checked, override, suggestion
 from exactflow.core.model import Flow, GenerativeModel
 from exactflow.core.random import derive_seed
-from exactflow.data import DataConfig, ImageDataset
+from exactflow.data import DataConfig, ImageDataset, Split, load
 from exactflow.hub.pretrained import from_pretrained
 from exactflow.training import TrainConfig
 
@@ -143,6 +144,22 @@ def data_of(location: str, words: Sequence[str]) -> DataConfig:
     if "source" not in {**recorded, **changes}:
         raise ValueError(f"{location} does not say what it was trained on: give data.source=...")
     return _made(DataConfig, {**recorded, **changes})
+
+
+def some(data: DataConfig, split: Split, most: int) -> ImageDataset:
+    """At most so many images of a split."""
+    limit = most if data.limit is None else min(data.limit, most)
+    return load(replace(data, limit=limit), split)
+
+
+def first_images(
+    model: GenerativeModel, dataset: ImageDataset, count: int
+) -> tuple[Tensor, Tensor | None]:
+    """The first images of a set, and their labels where model and data have classes."""
+    images, label = dataset.tensors(slice(count))
+    if not model.num_classes or label is None:
+        return images, None
+    return images, label.to(model.device)
 
 
 def load_model(location: str, device: str) -> GenerativeModel:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-import numpy as np
 import torch
 import yaml
 from rich.console import Console
@@ -27,11 +26,11 @@ from exactflow.paths.chain_model import ChainModel
 from exactflow.paths.path_model import PathModel
 from exactflow.sampling.sample import sample
 from exactflow.training import FitResult, Interrupted, Progress, fit
+from exactflow.training.checkpoint import LOG_FILE
 from exactflow.training.fitting import fit_closed_form
 
 LOSS_BATCH = 250
 CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
 
 
 @final
@@ -141,7 +140,7 @@ def baseline_rows(found: Mapping[str, Baseline]) -> Iterator[tuple[str, str]]:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
 
 
 @final
@@ -152,10 +151,8 @@ class _Watch:
         self, settings: Settings, model: GenerativeModel, validation: ImageDataset, folder: Path
     ) -> None:
         count = min(settings.run.evaluation_images, len(validation))
-        self.images = torch.as_tensor(np.array(validation.images[:count]))
-        self.labels = None
-        if validation.labels is not None and model.num_classes:
-            self.labels = torch.as_tensor(np.array(validation.labels[:count]))
+        self.images, labels = validation.tensors(slice(count))
+        self.labels = labels if model.num_classes else None
         self.samples = settings.run.samples
         self.folder = folder
 

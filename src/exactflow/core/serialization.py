@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,21 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON. Raises ValueError for a number that JSON does not know."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, text.encode())
+
+
+def finite(value: Any) -> Any:
+    """For JSON, which knows neither infinity nor NaN: null in their place, however deep."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_model(
     model: nn.Module, kind: str, config: Any, folder: Path, card: Mapping[str, Any]
 ) -> None:
@@ -44,8 +60,7 @@ def write_model(
         "config": dataclasses.asdict(config),
         "card": dict(card),
     }
-    text = json.dumps(description, indent=2, allow_nan=False) + "\n"
-    write_atomically(folder / CONFIG_FILE, text.encode())
+    write_json(folder / CONFIG_FILE, description)
     count = sum(p.numel() for p in model.parameters())
     write_atomically(folder / CARD_FILE, _card_text(kind, count, description).encode())
 

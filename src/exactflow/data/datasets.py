@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from exactflow.data import store
 from exactflow.data.config import SPLITS, DataConfig, DataError, Split
@@ -21,6 +23,8 @@ from exactflow.data.sources import open_source
 from exactflow.data.splits import split_members
 
 log = logging.getLogger(__name__)
+
+ALL = slice(None)  # rows
 
 __all__ = [
     "DataConfig",
@@ -82,6 +86,13 @@ class ImageDataset:
         """A copy of one image, (C, H, W) uint8, and its label."""
         label = None if self.labels is None else int(self.labels[index])
         return np.array(self.images[index]), label
+
+    def tensors(self, rows: slice | np.ndarray = ALL) -> tuple[Tensor, Tensor | None]:
+        """Copies of some images, uint8 (n, C, H, W), and their labels, int64 (n,), if there are."""
+        images = torch.from_numpy(np.array(self.images[rows]))
+        if self.labels is None:
+            return images, None
+        return images, torch.from_numpy(np.array(self.labels[rows]))
 
     def describe(self) -> dict[str, Any]:
         """The identity as JSON-able values, for whoever prints a number measured on this set."""

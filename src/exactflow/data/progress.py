@@ -7,6 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -25,11 +29,15 @@ def shown_progress(
     """
     if quiet:
         yield lambda count: None
-    elif sys.stderr.isatty():
-        with _bar(total, title, done) as advance:
-            yield advance
-    else:
+        return
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
         yield _lines(total, title, done)
+        return
+    with _bar(console, total, title, done) as advance:
+        yield advance
 
 
 def _lines(total: int, title: str, done: int) -> Callable[[int], None]:
@@ -51,8 +59,7 @@ def _lines(total: int, title: str, done: int) -> Callable[[int], None]:
 
 
 @contextmanager
-def _bar(total: int, title: str, done: int) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
+def _bar(console: "Console", total: int, title: str, done: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -68,7 +75,7 @@ def _bar(total: int, title: str, done: int) -> Iterator[Callable[[int], None]]:
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=total, completed=done, rate="")
         began = time.monotonic()
         count = 0

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,7 +86,7 @@ def baselines(
     Returns:
         The baselines by name, weakest first.
     """
-    images = torch.as_tensor(np.array(held_out.images))
+    images, _ = held_out.tensors()
     found = {}
     for name, model in _fitted(training, device).items():
         likelihood = log_likelihood(

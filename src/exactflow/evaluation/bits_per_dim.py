@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
-from exactflow.data.datasets import ImageDataset
+from exactflow.data.datasets import ALL, ImageDataset
 from exactflow.likelihood.log_likelihood import LogLikelihood, log_likelihood
 
 
@@ -68,15 +68,11 @@ def evaluate(
         ValueError: shape or grey levels of data and model differ.
     """
     check_fits(model, dataset)
-    label = None
-    if model.num_classes:
-        if dataset.labels is None:
-            raise ValueError(f"a conditional model needs labels, {dataset.id} has none")
-        label = torch.as_tensor(np.array(dataset.labels))
+    images, label = with_labels(model, dataset)
     began = time.perf_counter()
     likelihood = log_likelihood(
         model,
-        torch.as_tensor(np.array(dataset.images)),
+        images,
         label,
         k,
         seed,
@@ -86,6 +82,22 @@ def evaluate(
     )
     seconds = time.perf_counter() - began
     return Evaluation(likelihood, dataset.describe(), seconds, model.num_parameters)
+
+
+def with_labels(
+    model: GenerativeModel, dataset: ImageDataset, rows: slice | np.ndarray = ALL
+) -> tuple[Tensor, Tensor | None]:
+    """Some images of a set, and their labels where the model is conditional.
+
+    Raises:
+        ValueError: a conditional model, and images without labels.
+    """
+    images, label = dataset.tensors(rows)
+    if not model.num_classes:
+        return images, None
+    if label is None:
+        raise ValueError(f"a conditional model needs labels, {dataset.id} has none")
+    return images, label
 
 
 def check_fits(model: GenerativeModel, dataset: ImageDataset) -> None:

@@ -19,7 +19,15 @@ from exactflow.data.datasets import ImageDataset
 from exactflow.evaluation.bits_per_dim import check_fits
 from exactflow.evaluation.extractors import FeatureExtractor
 from exactflow.evaluation.memory import PeakMemory
-from exactflow.evaluation.protocol import CHUNK, Contender, Protocol, sampling_plans, scored, spread
+from exactflow.evaluation.protocol import (
+    CHUNK,
+    Contender,
+    Protocol,
+    sampling_plans,
+    scored,
+    spread,
+    spread_rows,
+)
 from exactflow.evaluation.quality import SampleQuality
 from exactflow.evaluation.stages import Arrays, Stages
 from exactflow.paths.path_model import PathModel
@@ -88,12 +96,11 @@ class Bench:
 
     def floor(self) -> Result:
         """Training images in the place of samples: how near a perfect model would come."""
-        count = min(self.protocol.samples, len(self.training))
-        spread = np.linspace(0, len(self.training) - 1, count).astype(int)
-        images = torch.from_numpy(np.array(self.training.images[spread]))
+        images, _ = self.training.tensors(spread_rows(self.training, self.protocol.samples))
         stages = self._stages("training-images", {})
         few = self._quality(images[: self.protocol.few_samples], stages, "quality of few", {})
-        return {"count": count, **self._quality(images, stages, "quality", {}), **_on_curve(few)}
+        whole = self._quality(images, stages, "quality", {})
+        return {"count": len(images), **whole, **_on_curve(few)}
 
     def drawn(self, name: str, count: int) -> Tensor:
         """The first main samples of a measured model, as grey levels."""

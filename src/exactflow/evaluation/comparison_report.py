@@ -281,9 +281,9 @@ def report_of(
         setting=setting,
         grids={result["name"]: bench.drawn(result["name"], SHOWN) for result in results},
         nearest={
-            result["name"]: torch.from_numpy(
-                np.array(bench.training.images[result["samples"].get("nearest", [])])
-            )
+            result["name"]: bench.training.tensors(
+                np.array(result["samples"].get("nearest", []), dtype=int)
+            )[0]
             for result in results
         },
         failures=failures,

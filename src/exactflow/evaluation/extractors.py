@@ -6,7 +6,6 @@ name of its extractor, and that the beginning of its weights' hash.
 
 import hashlib
 import re
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,19 +14,12 @@ from typing import final
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core.images import center, check_images
 from exactflow.data.datasets import ImageDataset
+from exactflow.data.progress import shown_progress
 from exactflow.evaluation.feature_classifier import HIDDEN, prepared, trained_classifier, weights_of
 from exactflow.evaluation.inception import (
     FEATURES,
@@ -104,16 +96,7 @@ def feature_batches(
     """Those of `extract` a batch at a time, for sets whose features do not fit into memory."""
     if len(images) == 0 or batch_size < 1:
         raise ValueError(f"expected images and batch_size >= 1, got {len(images)} and {batch_size}")
-    columns = (
-        TextColumn(extractor.name),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not progress) as bar:
-        task, began = bar.add_task("", total=len(images), rate=""), time.perf_counter()
+    with shown_progress(len(images), extractor.name, quiet=not progress) as advance:
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             if isinstance(batch, np.ndarray):
@@ -121,9 +104,7 @@ def feature_batches(
             _, channels, height, width = batch.shape
             check_images(batch, (channels, height, width), levels)
             yield extractor.features(batch, levels)
-            done = start + len(batch)
-            rate = f"{done / (time.perf_counter() - began):.0f} images/s"
-            bar.update(task, completed=done, rate=rate)
+            advance(len(batch))
 
 
 def inception(

@@ -87,8 +87,6 @@ def _convolution(inputs: int, outputs: int, *, kernel: int, stride: int) -> list
 
 def _train(network: nn.Sequential, dataset: ImageDataset, seed: int, progress: bool) -> None:
     """Cross-entropy with smoothed labels, AdamW with one cycle of its rate."""
-    assert dataset.labels is not None
-    labels = torch.from_numpy(np.array(dataset.labels))
     optimizer = torch.optim.AdamW(network.parameters(), _RATE, weight_decay=_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, _RATE, total_steps=_STEPS, pct_start=0.25
@@ -98,8 +96,10 @@ def _train(network: nn.Sequential, dataset: ImageDataset, seed: int, progress: b
     for rows in track(
         steps, "classifier", _STEPS, console=console, transient=True, disable=not progress
     ):
-        images = prepared(torch.from_numpy(np.array(dataset.images[rows])), dataset.levels)
-        loss = F.cross_entropy(network(images), labels[rows], label_smoothing=_SMOOTHING)
+        images, labels = dataset.tensors(rows)
+        assert labels is not None
+        told = network(prepared(images, dataset.levels))
+        loss = F.cross_entropy(told, labels, label_smoothing=_SMOOTHING)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -1,9 +1,9 @@
-"""Figures with words: tables of images, and how to begin and end one in matplotlib."""
+"""Figures with words: tables of images, curves; how to begin and end one in matplotlib."""
 
 import io
 import textwrap
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -27,10 +27,10 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def png_of(figure: "Figure") -> bytes:
+def png_of(figure: "Figure", dpi: int = DPI) -> bytes:
     """The figure as a PNG file's bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 
@@ -91,3 +91,28 @@ def image_table(
         text = "\n".join(lines)
         figure.text(0.5, 1 - 6 / whole[1], text, ha="center", va="top", fontsize=10)
     return png_of(figure)
+
+
+def curves(metrics: Sequence[Mapping[str, Any]], lines: Mapping[str, float]) -> bytes:
+    """PNG of a run: training loss, and held-out bits/dim with horizontal `lines` to compare.
+
+    Raises:
+        ImportError: without the extra `report`.
+    """
+    figure = new_figure(9, 3.2)
+    left, right = figure.subplots(1, 2)
+    loss = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
+    if loss:
+        left.plot(*zip(*loss, strict=True), color="#2f6db3", linewidth=1)
+    left.set(xlabel="step", ylabel="nats / dim", title="training loss")
+    score = [(m["step"], m["bits_per_dim"]) for m in metrics if "bits_per_dim" in m]
+    if score:
+        right.plot(*zip(*score, strict=True), color="#b3402f", marker="o", markersize=3)
+    for (name, value), style in zip(lines.items(), ("--", ":", "-."), strict=False):
+        right.axhline(value, color="#666", linestyle=style, linewidth=1, label=name)
+    right.set(xlabel="step", ylabel="bits / dim", title="held-out images")
+    if lines:
+        right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return png_of(figure, dpi=130)

@@ -1,15 +1,15 @@
 """Arithmetic in a flow's latent space, and what encoding loses; `sampling.latent` has the paths."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float, Int, Integer
-from rich.progress import track
 from torch import Tensor
 
 from exactflow.core.model import Flow, NonFiniteError, evaluating
+from exactflow.evaluation.batches import batches
 from exactflow.sampling.inversion import Inversion
 from exactflow.sampling.latent import reconstruct
 from exactflow.sampling.planner import planned_solvers
@@ -70,7 +70,7 @@ def reconstruction_error(
     """
     largest, mean, wrong = [], [], []
     with evaluating(model):
-        for rows in _batches(len(images), batch_size, "decoding", progress):
+        for rows in batches(len(images), batch_size, "decoding", progress):
             part = images[rows].to(model.device)
             back = reconstruct(model, part, None if label is None else label[rows].to(model.device))
             error = (back.x - model.from_grey_levels(part)).abs().flatten(1)
@@ -91,7 +91,7 @@ def encode_images(
     """Latents of grey levels without noise and without labels, on the CPU."""
     parts = []
     with evaluating(model):
-        for rows in _batches(len(images), batch_size, "encoding", progress):
+        for rows in batches(len(images), batch_size, "encoding", progress):
             z, _ = model.encode(model.from_grey_levels(images[rows].to(model.device)))
             parts.append(z.cpu())
     return torch.cat(parts)
@@ -158,11 +158,3 @@ def move(
             images.append(x.cpu())
             certificates.append(inversion.residual.cpu())
     return Edit(torch.stack(images), torch.stack(certificates))
-
-
-def _batches(count: int, size: int, what: str, progress: bool) -> Iterator[slice]:
-    if count < 1 or size < 1:
-        raise ValueError(f"expected images and batch_size >= 1, got {count} images, {size}")
-    starts = range(0, count, size)
-    for start in track(starts, what, transient=True, disable=not progress):
-        yield slice(start, start + size)

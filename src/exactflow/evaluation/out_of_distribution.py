@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Integer
-from rich.progress import track
 from torch import Tensor
 
 from exactflow.core import images as grey
@@ -20,6 +19,7 @@ from exactflow.core.model import GenerativeModel, evaluating
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.data.store import fingerprint
 from exactflow.evaluation import pictures
+from exactflow.evaluation.batches import batches
 from exactflow.evaluation.figures import new_figure, png_of
 from exactflow.evaluation.restoration import exact_flow, log_density_gradient
 from exactflow.likelihood.log_likelihood import log_likelihood
@@ -77,10 +77,9 @@ def _gradient_norms(
 ) -> Float[Tensor, " n"]:
     flow = exact_flow(model)
     norms = []
-    starts = range(0, len(images), batch_size)
     with evaluating(flow):
-        for start in track(starts, "gradients", transient=True, disable=not progress):
-            x = flow.from_grey_levels(images[start : start + batch_size].to(flow.device))
+        for rows in batches(len(images), batch_size, "gradients", progress):
+            x = flow.from_grey_levels(images[rows].to(flow.device))
             _, gradient = log_density_gradient(flow, x)
             norms.append(gradient.flatten(1).double().norm(dim=1).cpu())
     return torch.cat(norms)

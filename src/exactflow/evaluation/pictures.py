@@ -1,11 +1,9 @@
-"""Pictures: grids of images, the way from latent to image, curves of a run."""
+"""Pictures: grids of images, the way from latent to image."""
 
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -57,37 +55,6 @@ def trajectory_grid(trace: Float[Tensor, "steps n channels height width"]) -> Im
     levels = 128  # steps of grey in the picture, fewer than a screen shows
     quantized = ((shown + 1) / 2 * (levels - 1)).round().to(torch.uint8)
     return grid(quantized.transpose(0, 1).flatten(0, 1), levels, columns=steps)
-
-
-def curves(metrics: Sequence[Mapping[str, Any]], lines: Mapping[str, float]) -> bytes:
-    """PNG of a run: training loss, and held-out bits/dim with horizontal `lines` to compare.
-
-    Raises:
-        ImportError: without the extra `report`.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("curves need the extra: pip install 'exactflow[report]'") from error
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    loss = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
-    if loss:
-        left.plot(*zip(*loss, strict=True), color="#2f6db3", linewidth=1)
-    left.set(xlabel="step", ylabel="nats / dim", title="training loss")
-    score = [(m["step"], m["bits_per_dim"]) for m in metrics if "bits_per_dim" in m]
-    if score:
-        right.plot(*zip(*score, strict=True), color="#b3402f", marker="o", markersize=3)
-    for (name, value), style in zip(lines.items(), ("--", ":", "-."), strict=False):
-        right.axhline(value, color="#666", linestyle=style, linewidth=1, label=name)
-    right.set(xlabel="step", ylabel="bits / dim", title="held-out images")
-    if lines:
-        right.legend(frameon=False, fontsize=8)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
 
 
 def png(image: Image.Image) -> bytes:

@@ -1,10 +1,10 @@
 """Pictures of an inversion: how blocks settle under Jacobi iteration, and what a solver did."""
 
-import io
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from exactflow.evaluation.figures import new_figure, png_of
 from exactflow.sampling.convergence import BlockConvergence, crm_percent
 from exactflow.sampling.inversion import Pass
 
@@ -23,7 +23,7 @@ def convergence_plot(blocks: Sequence[BlockConvergence]) -> bytes:
         ImportError: without the extra `report`.
     """
     from_one = [*range(1, len(blocks) + 1)]
-    figure = _figure(10, 4)
+    figure = new_figure(10, 4)
     panels = figure.subplot_mosaic([["crm", "jacobi"], ["igm", "jacobi"]], width_ratios=[2, 3])
     crm, igm, jacobi = panels["crm"], panels["igm"], panels["jacobi"]
     colors = _colors(len(blocks))
@@ -69,7 +69,7 @@ def inversion_plot(passes_per_block: Sequence[Sequence[Pass]]) -> bytes:
     count = len(passes_per_block)
     columns = min(count, COLUMNS)
     rows = math.ceil(count / columns)
-    figure = _figure(max(5.0, 2.9 * columns), 2.4 * rows + 0.4)
+    figure = new_figure(max(5.0, 2.9 * columns), 2.4 * rows + 0.4)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for index, axes in enumerate(panels.flat):
         axes.set_visible(index < count)
@@ -106,15 +106,6 @@ def _colors(count: int) -> list[Any]:
     return [colormaps["viridis"](0.85 * index / max(1, count - 1)) for index in range(count)]
 
 
-def _figure(width: float, height: float) -> "Figure":
-    """An empty figure, in inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need the extra: pip install 'exactflow[report]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def _png(figure: "Figure") -> bytes:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
@@ -122,6 +113,4 @@ def _png(figure: "Figure") -> bytes:
         axes.title.set_fontsize(9)
         axes.xaxis.label.set_fontsize(9)
         axes.yaxis.label.set_fontsize(9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
+    return png_of(figure, dpi=130)

@@ -5,13 +5,18 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
 from exactflow.data.datasets import ImageDataset
+from exactflow.evaluation.bits_per_dim import with_labels
 from exactflow.likelihood.bound import chain_bound
-from exactflow.likelihood.log_likelihood import LogLikelihood, log_likelihood
+from exactflow.likelihood.log_likelihood import (
+    LogLikelihood,
+    log_likelihood,
+    of_bound,
+    of_estimate,
+)
 from exactflow.likelihood.ode_estimate import ode_log_likelihood
 from exactflow.paths.chain_model import ChainModel
 from exactflow.paths.ode import OdeSolver
@@ -128,8 +133,7 @@ def scored(
         bound = chain_bound(
             model, images, label, seed=seed, evaluations=count, first=first, batch_size=size
         )
-        facts = {"steps": model.chain.steps, "evaluations": len(bound.strata)}
-        return LogLikelihood(bound.nats, "bound", model.dims, model.levels, 1, None, "none", facts)
+        return of_bound(bound)
     if isinstance(model, PathModel):
         estimate = ode_log_likelihood(
             model,
@@ -141,13 +145,7 @@ def scored(
             first=first,
             batch_size=size,
         )
-        facts = {
-            name: getattr(estimate, name)
-            for name in ("solver", "steps", "evaluations", "trace", "probes", "prior_gap", "blur")
-        }
-        return LogLikelihood(
-            estimate.nats, "estimate", model.dims, model.levels, 1, None, "uniform", facts
-        )
+        return of_estimate(estimate)
     return log_likelihood(model, images, label, seed=seed, first=first, batch_size=size)
 
 
@@ -155,14 +153,12 @@ def spread(
     dataset: ImageDataset, count: int, model: GenerativeModel
 ) -> tuple[Tensor, Tensor | None]:
     """At most `count` images, evenly spread, and their labels where the model is conditional."""
-    count = min(count, len(dataset))
-    rows = np.linspace(0, len(dataset) - 1, count).astype(int)
-    images = torch.from_numpy(np.array(dataset.images[rows]))
-    if not model.num_classes:
-        return images, None
-    if dataset.labels is None:
-        raise ValueError(f"a conditional model needs labels, {dataset.id} has none")
-    return images, torch.from_numpy(np.array(dataset.labels[rows], dtype=np.int64))
+    return with_labels(model, dataset, spread_rows(dataset, count))
+
+
+def spread_rows(dataset: ImageDataset, count: int) -> np.ndarray:
+    """Where at most `count` images are, evenly spread."""
+    return np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
 
 
 def sampling_plans(
@@ -170,11 +166,12 @@ def sampling_plans(
 ) -> tuple[tuple[str, int | None], ...]:
     """Solvers and their steps, for each number of evaluations; a flow knows its own."""
     wanted = protocol.evaluations
-    if isinstance(model, ChainModel):
-        steps = [min(count, model.chain.steps) for count in wanted]
-        return tuple(("ddim", count) for count in dict.fromkeys(steps))
     if not isinstance(model, PathModel):
         return (("auto", None),)
-    if isinstance(model.path, InterpolatedCosine):
-        return tuple(("dpm++", count) for count in wanted)
-    return tuple(("heun", max(1, count // 2)) for count in wanted)  # two evaluations a step
+    if isinstance(model, ChainModel):
+        solver, steps = "ddim", [min(count, model.chain.steps) for count in wanted]
+    elif isinstance(model.path, InterpolatedCosine):
+        solver, steps = "dpm++", list(wanted)
+    else:
+        solver, steps = "heun", [max(1, count // 2) for count in wanted]  # two evaluations a step
+    return tuple((solver, count) for count in dict.fromkeys(steps))

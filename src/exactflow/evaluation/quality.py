@@ -4,7 +4,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
-import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
@@ -100,7 +99,7 @@ class SampleQuality:
         stages = Stages(self._folder / name, identity, self._progress)
 
         def measure(rows: range) -> Arrays:
-            images = torch.from_numpy(np.array(dataset.images[rows.start : rows.stop]))
+            images, _ = dataset.tensors(slice(rows.start, rows.stop))
             return {"features": extract(self.extractor, images, dataset.levels).numpy()}
 
         size = max(1, PART_BYTES // (4 * self.extractor.dims))

@@ -18,6 +18,7 @@ from torch import Tensor
 from exactflow.core import images as grey
 from exactflow.core.model import Flow, GenerativeModel, NonFiniteError, evaluating, log_density
 from exactflow.core.random import generator, normal_rows, uniform_rows
+from exactflow.evaluation.batches import batches
 from exactflow.sampling.denoise import score_denoise
 
 Region = Literal["bottom", "right", "center", "scattered"]
@@ -234,11 +235,9 @@ def denoise(
     sources = [generator(seed, "noise to remove", index) for index in range(len(images))]
     clean = flow.from_grey_levels(images)
     noisy = clean + flow.noise_std * normal_rows(flow.event_shape, sources).to(clean)
-    starts = range(0, len(images), batch_size)
     parts = []
     with evaluating(flow):
-        for start in track(starts, "denoising", transient=True, disable=not progress):
-            rows = slice(start, start + batch_size)
+        for rows in batches(len(images), batch_size, "denoising", progress):
             part = None if label is None else label[rows].to(flow.device)
             parts.append(score_denoise(flow, noisy[rows].to(flow.device), part).cpu())
     return Denoising(clean, noisy, torch.cat(parts), flow.noise_std)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -53,6 +54,13 @@ def _aligned(value: Tensor) -> Tensor:
     Tensors of a mapped file begin wherever its header ends.
     """
     return value.clone() if value.data_ptr() % ALIGNMENT else value
+
+
+def recorded_data(model: GenerativeModel) -> dict[str, Any]:
+    """What the card of a loaded model says of the data it was trained on; empty if nothing."""
+    if model.home is None:
+        return {}
+    return read_config(model.home).get("card", {}).get("training data") or {}
 
 
 def read_config(folder: Path) -> dict:

@@ -21,8 +21,8 @@ from exactflow.core.model import (
     log_density,
 )
 from exactflow.core.random import generator, normal_rows, uniform_rows
-from exactflow.likelihood.bound import chain_bound
-from exactflow.likelihood.ode_estimate import ode_log_likelihood
+from exactflow.likelihood.bound import ChainBound, chain_bound
+from exactflow.likelihood.ode_estimate import OdeEstimate, ode_log_likelihood
 from exactflow.paths.chain_model import ChainModel
 from exactflow.paths.path_model import PathModel
 
@@ -56,7 +56,7 @@ class LogLikelihood:
         dequantization: law of the noise inside a grey level; "gaussian" is noise across levels, and
             "none" a bound on the probability of the integers themselves.
         details: what else the number rests on: of an estimate, its solver, tolerance, evaluations,
-            probes and prior gap; of a chain's bound, its steps.
+            probes and prior gap; of a chain's bound, its steps and evaluations of the network.
     """
 
     nats: Float[Tensor, " n"]
@@ -130,18 +130,30 @@ def log_likelihood(
     if isinstance(model, ChainModel):
         if k != 1:
             raise ValueError(f"the bound of a chain has one draw per term: expected k=1, got {k}")
-        found = chain_bound(model, images, label, seed=seed, **options)
-        facts = {"steps": len(found.timesteps)}
-        return LogLikelihood(found.nats, "bound", model.dims, model.levels, 1, data, "none", facts)
+        return of_bound(chain_bound(model, images, label, seed=seed, data=data, **options))
     if isinstance(model, PathModel):
-        estimate = ode_log_likelihood(model, images, label, k=k, seed=seed, **options)
-        facts = {name: getattr(estimate, name) for name in ESTIMATE_FACTS}
-        return LogLikelihood(
-            estimate.nats, "estimate", model.dims, model.levels, k, data, "uniform", facts
+        return of_estimate(
+            ode_log_likelihood(model, images, label, k=k, seed=seed, **options), data
         )
     if not isinstance(model, Flow):
         raise ValueError(f"a model of kind {model.kind!r} has no likelihood here")
     return _of_flow(model, images, label, k, seed, data, **options)
+
+
+def of_bound(found: ChainBound) -> LogLikelihood:
+    """A chain's bound, as a likelihood of its kind."""
+    facts = {"steps": len(found.timesteps), "evaluations": len(found.strata)}
+    return LogLikelihood(
+        found.nats, found.kind, found.dims, found.levels, 1, found.data, "none", facts
+    )
+
+
+def of_estimate(found: OdeEstimate, data: str | None = None) -> LogLikelihood:
+    """A probability flow's estimate, as a likelihood of its kind; `data` is a fingerprint."""
+    facts = {name: getattr(found, name) for name in ESTIMATE_FACTS}
+    return LogLikelihood(
+        found.nats, "estimate", found.dims, found.levels, found.k, data, "uniform", facts
+    )
 
 
 @torch.no_grad()
