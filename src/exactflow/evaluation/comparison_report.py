@@ -130,8 +130,8 @@ class Report:
             found["samples"] = Picture(
                 "Samples from the same seeds",
                 image_table(torch.cat(rows), self.levels, names, [""] * SHOWN),
-                f"Seeds from {self.protocol.seed} on in a row; only samples that are not finite are "
-                f"left out. Models on a path: {self.protocol.evaluations[0]} evaluations.",
+                f"Seeds from {self.protocol.seed} on in a row; only samples that are not finite "
+                f"are left out. Models on a path: {self.protocol.evaluations[0]} evaluations.",
             )
             both = [(self.grids[name], self.nearest[name]) for name in names]
             found["nearest"] = Picture(
