@@ -52,7 +52,7 @@ class FeatureStatistics:
 
     @classmethod
     def of_batches(
-        cls, batches: Iterable[Shaped[Tensor, "batch dims"]], extractor: str | None = None
+        cls, batches: Iterable[Shaped[Tensor, "_ dims"]], extractor: str | None = None
     ) -> "FeatureStatistics":
         """Moments of features that come in batches, in memory for one; see `of`."""
         count, sums, products, origin = 0, np.zeros(()), np.zeros(()), None
