@@ -10,12 +10,12 @@ from exactflow.core.serialization import write_atomically
 from exactflow.evaluation import pictures
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem;
        color: #222; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; margin: .5rem 0; }
 td, th { border-bottom: 1px solid #ddd; padding: .3rem .9rem .3rem 0; text-align: left; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 img { max-width: 100%; image-rendering: pixelated; } code { font-size: .9em; }
 figure { margin: .5rem 0; } figcaption, .note { color: #666; font-size: .9rem; }
 """
