@@ -29,7 +29,6 @@ from exactflow.core.model import NonFiniteError
 from exactflow.data.augmentation import Augmentation
 from exactflow.training import Interrupted, Progress, TrainConfig, fit, trainer
 from exactflow.training import checkpoint as disk
-from exactflow.training.distributed import ProcessGroup
 from exactflow.training.optim import MovingAverage, Schedule
 from training_worker import EVERYTHING, PLAIN, Toy, ToyConfig, make_data, make_toy, train
 
@@ -665,13 +664,6 @@ def test_data_that_do_not_fit_are_refused(
 def test_an_unconditional_model_ignores_labels(tmp_path: Path) -> None:
     data = make_data(classes=3)
     fit(make_toy(), data, replace(PLAIN, steps=3), tmp_path, progress=False)
-
-
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ProcessGroup.from_environment().is_main
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="one process so far"):
-        run(tmp_path)
 
 
 def test_a_full_disk_is_told_and_earlier_checkpoints_stay(

@@ -27,8 +27,10 @@ from exactflow.core.model import GenerativeModel
 from exactflow.core.transform import AutoregressiveTransform, Decoding
 from exactflow.data.augmentation import Augmentation
 from exactflow.data.datasets import ImageDataset
+from exactflow.nn import batch
 from exactflow.training import FitResult, Progress, TrainConfig, fit
 from exactflow.training import checkpoint as disk
+from exactflow.training.log import MetricsLog
 
 SHAPE = (1, 2, 3)
 TOKENS = 6
@@ -126,13 +128,13 @@ class Toy(GenerativeModel):
     ) -> Tensor:
         x = center(images, LEVELS, self.dtype)
         if self.config.noise_std:
-            noise = torch.randn(
+            noise = batch.randn(
                 x.shape, generator=generator, dtype=self.dtype, device=images.device
             )
             x = x + self.config.noise_std * noise
         z, log_abs_det = self.encode(x, label)
         if self.config.volume_preserving and self.training:
-            self.get_buffer("variance").lerp_(z.detach().square().mean(0), 0.1)
+            self.get_buffer("variance").lerp_(batch.mean(z.detach().square().mean(0)), 0.1)
         return (0.5 * z.square().sum((1, 2)) - log_abs_det) / self.dims
 
 
@@ -196,15 +198,15 @@ def _kill_at(where: str, step: int) -> None:
     from exactflow.training import trainer
 
     plain_batches, plain_write = trainer.training_batches, disk.write_atomically
-    plain_line = disk.MetricsLog.write
+    plain_line = MetricsLog.write
 
     def batches(dataset: ImageDataset, batch_size: int, *, start: int, **rest: Any) -> Any:
-        for index, batch in enumerate(
+        for index, images in enumerate(
             plain_batches(dataset, batch_size, start=start, **rest), start=start
         ):
             if index == step - 1:
                 _die()
-            yield batch
+            yield images
 
     def write(path: Path, content: bytes) -> None:
         if path.parent.name == f".step_{step:08d}.partial" and path.name == disk.OPTIMIZER_FILE:
@@ -212,7 +214,7 @@ def _kill_at(where: str, step: int) -> None:
             _die()
         plain_write(path, content)
 
-    def line(log: disk.MetricsLog, content: dict[str, float]) -> None:
+    def line(log: MetricsLog, content: dict[str, float]) -> None:
         if content["step"] >= step:
             with log._path.open("ab") as file:
                 file.write(b'{"step": ')
@@ -224,7 +226,7 @@ def _kill_at(where: str, step: int) -> None:
     elif where == "write":
         disk.write_atomically = write
     else:
-        disk.MetricsLog.write = line
+        MetricsLog.write = line
 
 
 def main(run_dir: Path, what: str, step: int) -> None:

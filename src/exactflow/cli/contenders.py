@@ -23,8 +23,8 @@ from exactflow.evaluation.stages import Stages
 from exactflow.hub.pretrained import recorded_data
 from exactflow.training import Progress, TrainConfig, fit
 from exactflow.training.budget import Budget, steps_within, training_flops
-from exactflow.training.checkpoint import LOG_FILE
 from exactflow.training.fitting import fit_closed_form
+from exactflow.training.log import LOG_FILE
 
 WATCHED = Protocol(images=250, estimate_images=32, bound_evaluations=10, ode_steps=10)
 FIRST_IMAGES = 4096  # seen before held-out images are first scored; then at every doubling

@@ -26,8 +26,8 @@ from exactflow.paths.chain_model import ChainModel
 from exactflow.paths.path_model import PathModel
 from exactflow.sampling.sample import sample
 from exactflow.training import FitResult, Interrupted, Progress, fit
-from exactflow.training.checkpoint import LOG_FILE
 from exactflow.training.fitting import fit_closed_form
+from exactflow.training.log import LOG_FILE
 
 LOSS_BATCH = 250
 CONFIG_FILE = "config.yaml"

@@ -46,6 +46,7 @@ def training_batches(
     start: int = 0,
     augmentation: Augmentation = NO_AUGMENTATION,
     num_workers: int = 0,
+    parts: int = 1,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
@@ -61,8 +62,9 @@ def training_batches(
         start: global index of the first batch, >= 0: the number of steps taken so far.
         augmentation: random changes, a function of (seed, epoch, index).
         num_workers: processes that gather batches ahead; 0 gathers in this one.
-        rank: which part of each batch is this process's.
-        world_size: number of parts; must divide `batch_size`.
+        parts: micro-batches, runs of the rows of a batch, of each of which a rank has its share.
+        rank: whose shares are given.
+        world_size: number of ranks; `parts * world_size` must divide `batch_size`.
 
     Returns:
         An endless iterator over batches of `batch_size // world_size` images.
@@ -75,18 +77,21 @@ def training_batches(
             f"batch_size: expected 1 .. {len(dataset)}, the number of training images, "
             f"found {batch_size}"
         )
-    if world_size < 1 or batch_size % world_size:
-        raise ValueError(f"world_size: expected a divisor of {batch_size}, found {world_size}")
+    if world_size < 1 or parts < 1 or batch_size % (world_size * parts):
+        raise ValueError(
+            f"world_size times parts: expected a divisor of {batch_size}, "
+            f"found {world_size} times {parts}"
+        )
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: expected 0 .. {world_size - 1}, found {rank}")
     if seed < 0 or start < 0:
         raise ValueError(f"seed and start: expected >= 0, found {seed} and {start}")
-    share = batch_size // world_size
-    part = slice(rank * share, (rank + 1) * share)
+    shares = np.arange(batch_size).reshape(parts, world_size, -1)
+    rows = shares[:, rank].ravel()
     reach, side = augmentation.translate, min(dataset.event_shape[1:])
     if reach >= side - 0.5:
         raise ValueError(f"translate: expected less than the image's {side} pixels, found {reach}")
-    requests = _training_requests(len(dataset), batch_size, seed, start, augmentation, part)
+    requests = _training_requests(len(dataset), batch_size, seed, start, augmentation, rows)
     return _gather_all(dataset, requests, num_workers)
 
 
@@ -117,7 +122,7 @@ class _Request:
 
 
 def _training_requests(
-    size: int, batch_size: int, seed: int, start: int, augmentation: Augmentation, part: slice
+    size: int, batch_size: int, seed: int, start: int, augmentation: Augmentation, rows: np.ndarray
 ) -> Iterator[_Request]:
     steps_per_epoch = size // batch_size
     first_epoch, first_step = divmod(start, steps_per_epoch)
@@ -125,7 +130,7 @@ def _training_requests(
         order = permutation(size, "epoch", seed, epoch)
         changes = augmentation.of_epoch(size, seed, epoch)
         for step in range(first_step, steps_per_epoch):
-            indices = order[step * batch_size : (step + 1) * batch_size][part]
+            indices = order[step * batch_size : (step + 1) * batch_size][rows]
             yield _Request(indices, changes.at(indices))
         first_step = 0
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from exactflow.core import images as grey
 from exactflow.diffusion.step_importance import StepImportance
+from exactflow.nn import batch
 from exactflow.nn.unet import Resampling, UNet, UNetConfig
 from exactflow.nn.unet_parts import AttentionOrder
 from exactflow.paths.chain import FixedVariance, MarkovChain, Schedule, schedule_betas
@@ -213,19 +214,21 @@ class DiscreteDiffusion(ChainModel):
         count, device = len(images), images.device
         x0 = grey.center(images, self.levels, torch.promote_types(self.dtype, torch.float32))
         if self.importance is None:
-            step = torch.randint(self.chain.steps, (count,), generator=generator, device=device)
+            options = {"generator": generator, "device": device}
+            steps = self.chain.steps
+            step = batch.own_rows(lambda rows: torch.randint(steps, (rows,), **options), count)
             weight = None
         else:
             step, weight = self.importance.draw(count, generator)
-        noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=device)
+        noise = batch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=device)
         if label is not None and self.training and self.config.label_dropout:
-            chance = torch.rand(count, generator=generator, device=device)
+            chance = batch.rand((count,), generator=generator, device=device)
             label = label.masked_fill(chance < self.config.label_dropout, self.null_label)
 
         loss = self.objective(self.chain, x0, step, noise, label)
         if self.importance is not None and weight is not None:
             if self.training:
-                self.importance.record(step, loss.detach())
+                self.importance.record(batch.all_rows(step), batch.all_rows(loss))
             loss = loss * weight.to(loss.dtype)
         return loss
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from exactflow.core import images as grey
 from exactflow.core.model import ParameterRule
+from exactflow.nn import batch
 from exactflow.nn.hdit import AttentionKind, HourglassLevel, HourglassTransformer
 from exactflow.paths.path import InterpolatedCosine
 from exactflow.paths.path_model import PathModel, Prediction, spread
@@ -223,10 +224,10 @@ class HDiT(PathModel):
         grey.check_images(images, self.event_shape, self.levels)
         self.check_label(label, len(images))
         x0 = grey.center(images, self.levels, torch.promote_types(self.dtype, torch.float32))
-        noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
-        log_sigma = -0.5 * self.path.at(_stratified(x0, generator)).log_snr
+        noise = batch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
+        log_sigma = -0.5 * self.path.at(_times(x0, generator)).log_snr
         if label is not None and self.training:
-            chance = torch.rand(len(label), generator=generator, device=label.device)
+            chance = batch.rand(label.shape, generator=generator, device=label.device)
             label = label.masked_fill(chance < self.config.label_dropout, self.null_label)
         return self.denoising_loss(x0, noise, log_sigma, label)
 
@@ -277,9 +278,12 @@ class HDiT(PathModel):
         return output.to(x.dtype)
 
 
-def _stratified(like: Tensor, generator: torch.Generator | None) -> Float[Tensor, " batch"]:
+def _times(like: Tensor, generator: torch.Generator | None) -> Float[Tensor, " batch"]:
     """Times uniform on [0, 1), one in each of `batch` equal intervals, in random order."""
-    batch, device = len(like), like.device
-    place = torch.randperm(batch, generator=generator, device=device)
-    offset = torch.rand(batch, generator=generator, dtype=like.dtype, device=device)
-    return (place + offset) / batch
+
+    def stratified(rows: int) -> Tensor:
+        place = torch.randperm(rows, generator=generator, device=like.device)
+        offset = torch.rand(rows, generator=generator, dtype=like.dtype, device=like.device)
+        return (place + offset) / rows
+
+    return batch.own_rows(stratified, len(like))

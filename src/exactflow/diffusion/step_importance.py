@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from exactflow.nn import batch
+
 HISTORY = 10  # last losses of each step that its second moment is taken of
 UNIFORM_SHARE = 0.001  # of the draws, whatever the losses
 
@@ -16,9 +18,8 @@ class StepImportance(nn.Module):
 
     E[L_t^2] is the mean over the last 10 losses seen at t; until every step has been seen 10 times
     the law is uniform, and it keeps a uniform share of 0.001. Weights 1 / (T p_t) make a weighted
-    loss unbiased whatever the history, so processes that train together need not share theirs:
-    each has its own, of the losses that it has seen. The history is part of the model's state,
-    from which a run resumes.
+    loss unbiased whatever the history. The history is part of the model's state, from which a run
+    resumes; processes that train together draw and record steps of the whole batch, and have one.
 
     Args:
         steps: T.
@@ -42,7 +43,9 @@ class StepImportance(nn.Module):
     ) -> tuple[Int[Tensor, " count"], Float[Tensor, " count"]]:
         """Random steps and the weights 1 / (T p_t) of their losses."""
         law = self.probabilities()
-        step = torch.multinomial(law, count, replacement=True, generator=generator)
+        step = batch.own_rows(
+            lambda rows: torch.multinomial(law, rows, replacement=True, generator=generator), count
+        )
         return step, 1 / (len(law) * law[step])
 
     @torch.no_grad()

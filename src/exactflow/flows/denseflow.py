@@ -27,6 +27,7 @@ from exactflow.flows.denseflow_parts import (
     DenseBlock,
     standard_normal_log_prob,
 )
+from exactflow.nn import batch
 from exactflow.nn.dense import AttentionVariant, DeferredBatchNorm
 from exactflow.nn.masked_convolution import initializing
 
@@ -361,7 +362,7 @@ class DenseFlow(AugmentedFlow, DataInitialized):
         """Noise for one draw of the bound of each image."""
         dtype = torch.promote_types(self.dtype, torch.float32)
         shape = (len(images), *self.noise_shape)
-        return torch.randn(shape, generator=generator, dtype=dtype, device=images.device)
+        return batch.randn(shape, generator=generator, dtype=dtype, device=images.device)
 
     def _check(self, what: str, x: Tensor, shape: tuple[int, ...], label: Tensor | None) -> None:
         if tuple(x.shape) != (len(x), *shape) or not x.is_floating_point():

@@ -20,6 +20,7 @@ from exactflow.core.model import DataInitialized, DequantizingFlow
 from exactflow.core.prior import DiagonalGaussian
 from exactflow.core.transform import Solver
 from exactflow.flows.macow_parts import MultiScale, Steps
+from exactflow.nn import batch
 from exactflow.nn.masked_convolution import ContextEncoder, initializing
 
 
@@ -276,7 +277,7 @@ class MaCow(DequantizingFlow, DataInitialized):
 
     def _draw(self, images: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         grey.check_images(images, self.event_shape, self.levels)
-        draw = torch.rand if self.dequantizer is None else torch.randn
+        draw = batch.rand if self.dequantizer is None else batch.randn
         return self.dequantize(images, _noise_like(images, draw, self.dtype, generator))
 
     def _noiseless(self, images: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ from exactflow.core import images as grey
 from exactflow.core.model import Flow
 from exactflow.core.prior import DiagonalGaussian
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
+from exactflow.nn import batch
 from exactflow.nn.causal import NetworkWeights, TransformerLayer
 from exactflow.nn.decoding import DecodingCache
 
@@ -300,11 +301,11 @@ class TarFlow(Flow):
         """
         x = self.add_noise(images, generator)
         if label is not None and self.training and self.num_classes:
-            chance = torch.rand(len(label), generator=generator, device=label.device)
+            chance = batch.rand(label.shape, generator=generator, device=label.device)
             label = label.masked_fill(chance < self.config.label_dropout, self.null_label)
         z, log_abs_det = self.encode(x, label)
         if self.config.volume_preserving and self.training:
-            second_moment = z.detach().square().mean(0)
+            second_moment = batch.mean(z.detach().square().mean(0))
             self.get_buffer("variance").lerp_(second_moment, VARIANCE_MOMENTUM)
         standard = DiagonalGaussian(torch.ones_like(z[0]))
         return -(standard.log_prob(z) + log_abs_det) / self.dims
@@ -318,7 +319,7 @@ class TarFlow(Flow):
         grey.check_images(images, self.event_shape, self.levels)
         dtype = torch.promote_types(self.dtype, torch.float32)
         if self.noise_std == 0:
-            noise = torch.rand(images.shape, generator=generator, dtype=dtype, device=images.device)
+            noise = batch.rand(images.shape, generator=generator, dtype=dtype, device=images.device)
             return grey.dequantize(images, noise, self.levels)
-        noise = torch.randn(images.shape, generator=generator, dtype=dtype, device=images.device)
+        noise = batch.randn(images.shape, generator=generator, dtype=dtype, device=images.device)
         return grey.center(images, self.levels, dtype) + self.noise_std * noise

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exactflow.nn import batch
+
 INVERSE_STEPS = 6  # of the pseudo-inverse; not converged, so the number is part of the function
 STATISTICS_MOMENTUM = 0.1  # weight of a new batch in the running statistics
 STATISTICS_EPS = 1e-5
@@ -72,7 +74,7 @@ class DeferredBatchNorm(nn.Module):
     after its whole forward pass: a part that activation checkpointing evaluates a second time, in
     the backward pass, thus moves the running statistics once.
 
-    With several processes each normalises by its own share of the batch.
+    Processes that share a batch normalise by the statistics of all of it.
     """
 
     running_mean: Tensor
@@ -95,10 +97,23 @@ class DeferredBatchNorm(nn.Module):
         if not self.training:
             mean, var = self.running_mean, self.running_var
             return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, STATISTICS_EPS)
+        if batch.is_shared():
+            return self._shared(x)
         mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
         y = F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, STATISTICS_EPS)
         self.batch_statistics = (mean, var)  # momentum 1: exactly this batch's
         return y
+
+    def _shared(self, x: Tensor) -> Tensor:
+        """The same by the moments of all processes' rows, the second about the common mean."""
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = batch.mean(exact.mean((0, 2, 3), keepdim=True))
+        var = batch.mean((exact - mean).square().mean((0, 2, 3), keepdim=True))
+        count = batch.rows(len(x)) * x.shape[2] * x.shape[3]
+        unbiased = var.detach() * (count / max(count - 1, 1))  # as batch_norm keeps it
+        self.batch_statistics = (mean.detach().flatten(), unbiased.flatten())
+        y = (exact - mean) * (var + STATISTICS_EPS).rsqrt()
+        return (y * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
     @torch.no_grad()
     def take_up(self) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from exactflow.core import images as grey
+from exactflow.nn import batch
 from exactflow.nn.dit import DiT, DiTConfig
 from exactflow.nn.unet import UNet, UNetConfig
 from exactflow.paths.coupling import minibatch_transport
@@ -203,11 +204,9 @@ class FlowMatching(PathModel):
         In training, labels are dropped with probability `label_dropout`, sample by sample.
         """
         x0 = self._data(images, generator)
-        eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
-        if self.config.coupling == "minibatch-ot":
-            eps = minibatch_transport(eps, x0)
+        eps = self._noise(x0, generator)
         if label is not None and self.training and self.num_classes:
-            chance = torch.rand(len(label), generator=generator, device=label.device)
+            chance = batch.rand(label.shape, generator=generator, device=label.device)
             label = label.masked_fill(chance < self.config.label_dropout, self.null_label)
         t = draw_times(self.config.times, self.path, x0, generator).clamp(*self.span)
         point = self.path.at(t)
@@ -217,6 +216,15 @@ class FlowMatching(PathModel):
             error = error * spread(velocity_gain(point, self.prediction), error)
         return error.square().flatten(1).mean(1)
 
+    def _noise(self, x0: Tensor, generator: torch.Generator | None) -> Tensor:
+        """What the images are coupled with."""
+        options = {"generator": generator, "dtype": x0.dtype, "device": x0.device}
+        if self.config.coupling == "independent":
+            return batch.randn(x0.shape, **options)
+        images = batch.all_rows(x0)
+        paired = minibatch_transport(torch.randn(images.shape, **options), images)
+        return batch.own_rows(lambda _: paired, len(x0))
+
     def _data(
         self, images: Tensor, generator: torch.Generator | None
     ) -> Float[Tensor, "batch channels height width"]:
@@ -225,7 +233,7 @@ class FlowMatching(PathModel):
         dtype = torch.promote_types(self.dtype, torch.float32)
         if not self.dequantized:
             return grey.center(images, self.levels, dtype)
-        noise = torch.rand(images.shape, generator=generator, dtype=dtype, device=images.device)
+        noise = batch.rand(images.shape, generator=generator, dtype=dtype, device=images.device)
         return grey.dequantize(images, noise, self.levels)
 
 
@@ -244,15 +252,21 @@ def draw_times(
     count, like = len(x), {"dtype": x.dtype, "device": x.device}
     match law:
         case "uniform":
-            return torch.rand(count, generator=generator, **like)
+            return batch.rand((count,), generator=generator, **like)
         case "stratified":
-            place = torch.arange(count, **like)
-            return (place + torch.rand(count, generator=generator, **like)) / count
+            return batch.own_rows(lambda rows: _stratified(rows, generator, **like), count)
         case "edm":
-            log_level = EDM_MEAN + EDM_STD * torch.randn(count, generator=generator, **like)
+            log_level = EDM_MEAN + EDM_STD * batch.randn((count,), generator=generator, **like)
             return path.time_of(-2 * log_level).clamp(EDM_FIRST, 1)
         case "logit-normal":
-            return torch.randn(count, generator=generator, **like).sigmoid()
+            return batch.randn((count,), generator=generator, **like).sigmoid()
+
+
+def _stratified(
+    count: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    place = torch.arange(count, dtype=dtype, device=device)
+    return (place + torch.rand(count, generator=generator, dtype=dtype, device=device)) / count
 
 
 def _named_path(config: FlowMatchingConfig) -> Path:

@@ -18,7 +18,8 @@ from exactflow.core.random import generator
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
 from exactflow.training.optim import TrainConfig
-from exactflow.training.trainer import Progress, fit
+from exactflow.training.progress import Progress
+from exactflow.training.trainer import fit
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _MARK = 5  # steps of a calibration's warm-up, and between its readings of the clock

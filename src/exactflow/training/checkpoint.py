@@ -1,19 +1,19 @@
-"""A run on disk: checkpoints that are whole or absent, and the log that belongs to them.
+"""A run on disk: checkpoints that are whole or absent.
 
-    run_dir/metrics.jsonl                              one JSON object per line
     run_dir/checkpoints/step_00000500/model.safetensors    weights and buffers
                                       ema.safetensors      the same with averaged weights, if any
                                       optimizer.pt         loads with weights_only=True
                                       state.json           where the run stands, hashes of the rest
 
-No generator state is saved: all randomness is a function of the seed and the step.
+A model whose parameters are split over processes has a folder tensors/ of PyTorch's distributed
+checkpoints in place of the first three. No generator state is saved: all randomness is a function
+of the seed and the step.
 """
 
 import dataclasses
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -38,11 +38,14 @@ MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "state.json"
-LOG_FILE = "metrics.jsonl"
+SPLIT_FOLDER = "tensors"
 
 # What may differ when a run is resumed: it changes no weight.
 _FREE_FIELDS = frozenset(
-    {"activation_checkpointing", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"}
+    {
+        *("activation_checkpointing", "num_workers", "parallel"),
+        *("log_every", "checkpoint_every", "keep_checkpoints"),
+    }
 )
 
 _NAME = re.compile(r"step_\d{8,}")
@@ -91,6 +94,11 @@ class Checkpoint:
     state: RunState
     identity: Mapping[str, Any]
 
+    @property
+    def is_split(self) -> bool:
+        """Whether processes wrote it together, each its parts."""
+        return (self.folder / SPLIT_FOLDER).is_dir()
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The content of a .safetensors file, on the CPU."""
         return safetensors.torch.load_file(self.folder / name)
@@ -134,7 +142,7 @@ class Checkpoints:
         identity: Mapping[str, Any],
         files: Mapping[str, Callable[[], bytes]],
     ) -> Checkpoint:
-        """Write a checkpoint under another name, sync it, rename it, remove the oldest ones.
+        """Write a whole checkpoint.
 
         Args:
             state: where the run stands.
@@ -144,27 +152,60 @@ class Checkpoints:
         Raises:
             OSError: it could not be written; earlier checkpoints are intact.
         """
-        final_ = self._folder / f"step_{state.step:08d}"
-        partial = self._folder / f".{final_.name}.partial"
-        previous = self._names()[-1:]
-        try:
-            with explained_write(partial):
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+        with self.undone(state.step):
+            partial = self.begin(state.step)
             hashes = {name: _write(partial / name, make()) for name, make in files.items()}
-            text = json.dumps(_describe(state, identity, hashes), indent=2, allow_nan=False)
-            _write(partial / STATE_FILE, text.encode())
-            with explained_write(final_):
-                _sync_folder(partial)
-                partial.rename(final_)
-                _sync_folder(self._folder)
-        except OSError as error:
+            return self.commit(state, identity, hashes)
+
+    def begin(self, step: int) -> Path:
+        """An empty folder for the files of a checkpoint. Raises OSError."""
+        partial = self._partial(step)
+        with explained_write(partial):
             shutil.rmtree(partial, ignore_errors=True)
-            safe = f"; the previous checkpoint {previous[0]} is intact" if previous else ""
-            raise OSError(error.errno, f"{error.strerror}{safe}") from error
+            partial.mkdir(parents=True)
+        return partial
+
+    def commit(
+        self, state: RunState, identity: Mapping[str, Any], hashes: Mapping[str, str]
+    ) -> Checkpoint:
+        """Give the folder, all files of which are on disk, its name; remove the oldest ones.
+
+        Args:
+            state: where the run stood.
+            identity: see `Checkpoint`.
+            hashes: SHA-256 by file name.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        partial, final_ = self._partial(state.step), self.folder_of(state.step)
+        text = json.dumps(_describe(state, identity, hashes), indent=2, allow_nan=False)
+        _write(partial / STATE_FILE, text.encode())
+        with explained_write(final_):
+            _sync_folder(partial)
+            partial.rename(final_)
+            _sync_folder(self._folder)
         for old in self._names()[: -self._keep]:
             shutil.rmtree(old)
         return Checkpoint(final_, state, identity)
+
+    def folder_of(self, step: int) -> Path:
+        """Where the checkpoint of a step lies once it is whole."""
+        return self._folder / f"step_{step:08d}"
+
+    @contextmanager
+    def undone(self, step: int) -> Iterator[None]:
+        """An OSError inside removes what was begun, and says what is left."""
+        try:
+            yield
+        except OSError as error:
+            shutil.rmtree(self._partial(step), ignore_errors=True)
+            previous = self._names()[-1:]
+            safe = f"; the previous checkpoint {previous[0]} is intact" if previous else ""
+            raise OSError(error.errno, f"{error.strerror}{safe}") from error
+
+    def _partial(self, step: int) -> Path:
+        return self._folder / f".{self.folder_of(step).name}.partial"
 
     def newest(self) -> Checkpoint | None:
         """The newest intact checkpoint; None if there is none.
@@ -192,60 +233,6 @@ class Checkpoints:
         """Folders of finished checkpoints, oldest first."""
         found = [p for p in self._folder.glob("step_*") if _NAME.fullmatch(p.name)]
         return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
-
-
-@final
-class MetricsLog:
-    """metrics.jsonl: after any number of interruptions the same as without them, but for timings.
-
-    Args:
-        run_dir: folder of the run, made if absent.
-        step: steps done. Lines of later ones are dropped, since these are about to be repeated;
-            so are torn lines.
-        tensorboard: write to `run_dir/tensorboard` too.
-
-    Raises:
-        OSError: a file could not be written, here or later.
-        ImportError: tensorboard is not installed.
-    """
-
-    def __init__(self, run_dir: Path, step: int, tensorboard: bool) -> None:
-        self._path = run_dir / LOG_FILE
-        with explained_write(self._path):
-            run_dir.mkdir(parents=True, exist_ok=True)
-            lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
-            kept = [line for line in lines if _line_counts(line, step)]
-            if kept != lines:
-                write_atomically(self._path, b"".join(kept))
-            self._board = _open_tensorboard(run_dir, step) if tensorboard else None
-            self._file = self._path.open("ab")
-        self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
-
-    @property
-    def last_step(self) -> int:
-        """Step of the last line; 0 before the first."""
-        return self.last.get("step", 0)
-
-    def write(self, line: Mapping[str, int | float]) -> None:
-        """Append a line. JSON has no NaN: what is not finite is written as "nan", "inf", "-inf"."""
-        self.last = {k: v if math.isfinite(v) else str(float(v)) for k, v in line.items()}
-        with explained_write(self._path):
-            self._file.write(json.dumps(self.last).encode() + b"\n")
-            self._file.flush()
-        if self._board is not None:
-            for name, value in line.items():
-                self._board.add_scalar(name, value, line["step"])
-
-    def sync(self) -> None:
-        """Return once all lines are on disk, where a power cut leaves them."""
-        with explained_write(self._path):
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the files."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
 
 
 def identity(
@@ -312,24 +299,6 @@ def _verified(folder: Path) -> Checkpoint:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                 raise ValueError(f"{name} does not have the SHA-256 it was saved with")
     return Checkpoint(folder, RunState(**described["state"]), described["identity"])
-
-
-def _open_tensorboard(run_dir: Path, last_step: int) -> Any:
-    """A writer that hides what an interrupted session wrote after `last_step`."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "logging to TensorBoard needs tensorboard: pip install 'exactflow[track]'"
-        ) from error
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1)
-
-
-def _line_counts(line: bytes, last_step: int) -> bool:
-    try:
-        return line.endswith(b"\n") and json.loads(line)["step"] <= last_step
-    except ValueError:
-        return False
 
 
 def _sync_folder(folder: Path) -> None:

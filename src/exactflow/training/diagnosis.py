@@ -64,34 +64,39 @@ class StageReport:
         return f"{self.name}: latent {self.latent}{scale}"
 
 
-def diagnose(model: GenerativeModel, rerun: Callable[[int], Tensor], parts: int) -> str:
-    """Where the first NaN or infinity of a step arises, in words and ranges.
+def diagnose(model: GenerativeModel, rerun: Callable[[int], Tensor], parts: int) -> str | None:
+    """Where the first NaN or infinity of a step arises, in words and ranges; None: nowhere.
+
+    Every micro-batch is taken forward and backward, whatever is found: other processes, with which
+    this one shares statistics, do the same.
 
     Args:
         model: as it was before the step; its gradients are overwritten.
         rerun: the mean loss of micro-batch 0 .. parts-1, exactly as the step computed it.
         parts: number of micro-batches.
     """
+    found = None
     with torch.compiler.set_stance("force_eager"), torch.enable_grad():
         for part in range(parts):
             reports: list[StageReport] = []
+            model.zero_grad(set_to_none=True)
             with _observed(model, reports):
                 loss = rerun(part)
-            text = "\n".join(f"  {report}" for report in reports)
-            if not (bool(loss.isfinite()) and all(r.finite_output for r in reports)):
-                return f"{_blame_forward(model, reports)}\n{text}"
-            model.zero_grad(set_to_none=True)
-            loss.backward()
-            broken = [n for n, p in model.named_parameters() if _gradient_is_broken(p)]
-            if broken:
-                return (
-                    "The forward pass is finite; gradients that are not: "
-                    f"{_enumerate(broken)}.\n{text}"
-                )
-    return (
-        "Run once more, every micro-batch is finite by itself: the sum of the gradients overflows, "
-        "or compiled and plain evaluation differ."
-    )
+                loss.backward()
+            found = found or _finding(model, reports, loss)
+    return found
+
+
+def _finding(model: GenerativeModel, reports: list[StageReport], loss: Tensor) -> str | None:
+    """What is not finite in a micro-batch."""
+    text = "\n".join(f"  {report}" for report in reports)
+    if not (bool(loss.isfinite()) and all(r.finite_output for r in reports)):
+        return f"{_blame_forward(model, reports)}\n{text}"
+    broken = [n for n, p in model.named_parameters() if _gradient_is_broken(p)]
+    if broken:
+        names = _enumerate(broken)
+        return f"The forward pass is finite; gradients that are not: {names}.\n{text}"
+    return None
 
 
 def save_batch(path: Path, images: Tensor, labels: Tensor | None, step: int, seed: int) -> None:

@@ -1,191 +1,166 @@
-"""The process that trains: its place among others, its orders to stop, its clock and display."""
+"""One model on several processes: whole in each of them, or with its parameters split over them.
 
-import math
+PyTorch's engine does it: `DistributedDataParallel`, and `fully_shard` (FSDP2) over a mesh. A batch
+gives the same gradient either way, see `nn.batch`.
+"""
+
 import os
-import signal
-import sys
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from types import FrameType
-from typing import final
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Literal, final
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-PLAIN_LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
+from exactflow.core.model import GenerativeModel
+from exactflow.core.processes import Processes
+from exactflow.nn import batch
+from exactflow.training.optim import MovingAverage, TrainConfig
 
-
-@final
-class Interrupted(Exception):
-    """Training stopped at a signal, after its state was saved: run the same command to resume.
-
-    Attributes:
-        step: optimizer steps done, all of them in the checkpoint.
-        exit_code: what a shell expects of a process that ended so: 128 + the signal's number.
-    """
-
-    def __init__(self, step: int, signum: int) -> None:
-        self.step = step
-        self.exit_code = 128 + signum
-        name = signal.Signals(signum).name
-        super().__init__(f"stopped by {name} after step {step}; run the same command to resume")
+STATE_COPIES = 5  # weights, gradients, two moments, average
+STATE_SHARE = 0.5  # of a device's memory that these may take with "auto" before they are split
 
 
 @final
-@dataclass(frozen=True)
-class ProcessGroup:
-    """The processes that train one model together. So far there is always one.
+class Spread:
+    """A model as the processes of a group train it together.
+
+    Args:
+        model: the same in every process. Where its parameters are split, it is without contents
+            while the split copy is trained.
+        config: says how.
+        group: the processes; alone the model is trained as it is.
+
+    Raises:
+        ValueError: the batch does not fall into equal parts, or the processes do not fit the way.
 
     Attributes:
-        rank: number of this process, 0 .. world_size-1.
-        world_size: how many there are.
+        home: the model that was given.
+        trained: the module whose parameters move: `home`, or a copy of it with split parameters.
+        is_split: whether it is such a copy.
     """
 
-    rank: int = 0
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for more than one process."""
-        if (self.rank, self.world_size) != (0, 1):
+    def __init__(self, model: GenerativeModel, config: TrainConfig, group: Processes) -> None:
+        if config.batch_size % (group.count * config.accumulate):
             raise ValueError(
-                f"training runs in one process so far, got rank {self.rank} of {self.world_size}: "
-                "start it without torchrun, or with WORLD_SIZE=1"
+                f"expected a batch size that {group.count} processes times {config.accumulate} "
+                f"micro-batches divide, got {config.batch_size}"
             )
-
-    @classmethod
-    def from_environment(cls) -> "ProcessGroup":
-        """The group that torchrun describes in RANK and WORLD_SIZE; alone where it does not."""
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes the files and speaks to people."""
-        return self.rank == 0
-
-    def all_reduce_mean(self, value: Tensor) -> Tensor:
-        """The mean of `value` over the processes."""
-        return value
-
-    def barrier(self) -> None:
-        """Return once every process has called this."""
-
-
-@final
-@dataclass
-class StopRequest:
-    """Whether, and by which signal, the process was asked to stop; None so far."""
-
-    signum: int | None = None
-
-
-@contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Turn the first SIGTERM or SIGINT into a request that the training loop looks up.
-
-    A second SIGINT aborts at once with KeyboardInterrupt. The handlers from before come back at
-    the end. Outside the main thread, where Python installs no handlers, signals are left alone.
-    """
-    request = StopRequest()
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        if signum == signal.SIGINT and request.signum is not None:
-            raise KeyboardInterrupt
-        request.signum = request.signum or signum
-
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield request
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-@final
-class Display:
-    """How far training is, on stderr: a bar on a terminal, else a line every ten seconds.
-
-    Args:
-        total: steps of the run.
-        done: steps that earlier sessions took.
-        active: False shows nothing.
-    """
-
-    def __init__(self, total: int, done: int, active: bool) -> None:
-        self._total = total
-        self._active = active
-        self._last_line = time.monotonic()
-        self._bar = None
-        if active and sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
+        self.home, self.trained, self._group = model, model, group
+        self.is_split = False
+        self._evaluated: nn.Module = model
+        if group.count == 1:
+            return
+        mode = _chosen(model, config.parallel)
+        if mode == "ddp":
+            on_gpu = model.device.type == "cuda"
+            self._evaluated = DistributedDataParallel(
+                _WithUnused(model),
+                device_ids=[model.device] if on_gpu else None,
+                # Buckets are otherwise laid out anew after the first step: a resumed run would add
+                # gradients in another order.
+                find_unused_parameters=True,
             )
-            self._task = self._bar.add_task("training", total=total, completed=done, text="")
-            self._bar.start()
+        else:
+            from exactflow.training import split  # whose engine takes seconds to import
 
-    def update(self, step: int, loss: float, images_per_second: float) -> None:
-        """Show that `step` is done, with its loss."""
-        text = f"loss {loss:.4f}, {images_per_second:.1f} images/s"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
-        elif self._active and (step == self._total or self._line_is_due()):
-            self._last_line = time.monotonic()
-            print(f"step {step}/{self._total}: {text}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self._bar is not None:
-            self._bar.stop()
-
-    def _line_is_due(self) -> bool:
-        return time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS
-
-
-@final
-class Clock:
-    """Seconds of the run in all its sessions, and the speed of training alone.
-
-    Args:
-        before: seconds of earlier sessions.
-        stepping: those of them that steps took.
-    """
-
-    def __init__(self, before: float, stepping: float) -> None:
-        self._start = time.perf_counter() - before
-        self.step_seconds = stepping
-        self.lap()
-
-    @property
-    def seconds(self) -> float:
-        """Wall-clock time of the run."""
-        return time.perf_counter() - self._start
-
-    @property
-    def steps_per_second(self) -> float:
-        """Speed since the last lap, without what was done between steps; nan before a step."""
-        return self._steps / self._stepping if self._steps else math.nan
+            shards = processes_of_a_node() if mode == "hsdp" else group.count
+            self.is_split = True
+            self.trained = self._evaluated = split.copy_of(model, shards, group)
+            _empty(model)
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """One step happens inside."""
-        start = time.perf_counter()
-        yield
-        took = time.perf_counter() - start
-        self._stepping += took
-        self.step_seconds += took
-        self._steps += 1
+    def part(self, *, last: bool) -> Iterator[None]:
+        """Loss and gradient of a micro-batch happen inside; gradients meet in the last one."""
+        with ExitStack() as stack:
+            stack.enter_context(batch.shared_by(self._group.rank, self._group.count))
+            if isinstance(self._evaluated, DistributedDataParallel) and not last:
+                stack.enter_context(self._evaluated.no_sync())
+            yield
 
-    def lap(self) -> None:
-        """Measure the speed from here on."""
-        self._steps, self._stepping = 0, 0.0
+    def loss(self, images: Tensor, label: Tensor | None, noise: torch.Generator) -> Tensor:
+        """Loss of each of this process's images."""
+        return self._evaluated(images, label, noise)
+
+    @contextmanager
+    def viewed(self, average: MovingAverage | None) -> Iterator[GenerativeModel]:
+        """The whole model in every process, with averaged weights where there is an average."""
+        if not self.is_split:
+            with nullcontext() if average is None else average.applied():
+                yield self.home
+            return
+        self._fill(average)
+        try:
+            yield self.home
+        finally:
+            _empty(self.home)
+
+    def whole(self, value: Tensor) -> Tensor:
+        """A tensor of the trained module with all its parts."""
+        if not self.is_split:
+            return value
+        from exactflow.training import split
+
+        return split.whole(value)
+
+    def finish(self, average: MovingAverage | None) -> None:
+        """Leave `home` whole for good, with averaged weights where there is an average."""
+        if self.is_split:
+            self._fill(average)
+        elif average is not None:
+            average.apply()
+
+    @torch.no_grad()
+    def _fill(self, average: MovingAverage | None) -> None:
+        """Give `home` whole parameters, and the buffers."""
+        values = dict(self.trained.named_parameters()) if average is None else average.values
+        for name, value in values.items():
+            _set_parameter(self.home, name, self.whole(value).detach())
+        for mine, moved in zip(self.home.buffers(), self.trained.buffers(), strict=True):
+            mine.copy_(moved)
+
+
+@final
+class _WithUnused(nn.Module):
+    """The model beside a parameter that takes no part, for want of which PyTorch would warn."""
+
+    def __init__(self, model: GenerativeModel) -> None:
+        super().__init__()
+        self.model = model
+        self.unused = nn.Parameter(torch.zeros(1, device=model.device))
+
+    def forward(self, images: Tensor, label: Tensor | None, noise: torch.Generator) -> Tensor:
+        return self.model(images, label, noise)
+
+
+def _chosen(model: GenerativeModel, asked: str) -> Literal["ddp", "fsdp", "hsdp"]:
+    """The way that was asked for; "auto" splits what takes too much of a device's memory."""
+    match asked:
+        case "ddp" | "fsdp" | "hsdp":
+            return asked
+    if model.device.type != "cuda":
+        return "ddp"
+    state = STATE_COPIES * sum(p.nbytes for p in model.parameters())
+    if state <= STATE_SHARE * torch.cuda.get_device_properties(model.device).total_memory:
+        return "ddp"
+    count = torch.distributed.get_world_size()
+    return "hsdp" if 1 < processes_of_a_node() < count else "fsdp"
+
+
+def processes_of_a_node() -> int:
+    """Processes that torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", torch.distributed.get_world_size()))
+
+
+def _empty(model: nn.Module) -> None:
+    """Take the contents of all parameters away."""
+    for name, parameter in list(model.named_parameters()):
+        _set_parameter(model, name, torch.empty_like(parameter, device="meta"))
+
+
+def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    trained = module.get_parameter(leaf).requires_grad
+    module.register_parameter(leaf, nn.Parameter(value, requires_grad=trained))

@@ -16,14 +16,16 @@ from rich.progress import track
 from torch import Tensor
 
 from exactflow.core.model import FittedFlow
+from exactflow.core.processes import joined
 from exactflow.core.random import generator
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.loader import evaluation_batches
 from exactflow.training import checkpoint as disk
-from exactflow.training.distributed import ProcessGroup
+from exactflow.training.log import MetricsLog
 from exactflow.training.optim import TrainConfig
-from exactflow.training.trainer import Callback, FitResult, Progress, check_compatible
+from exactflow.training.progress import Callback, FitResult, Progress
+from exactflow.training.trainer import check_compatible
 
 LOSS_IMAGES = 1000  # training images whose loss the log has
 
@@ -41,6 +43,8 @@ def fit_closed_form(
 ) -> FitResult:
     """Fit `model` where it is; afterwards it is in eval mode. Counts as one step.
 
+    Of several processes the main one does it.
+
     Args:
         model: fitted in place.
         dataset: images; labels are not used.
@@ -55,7 +59,6 @@ def fit_closed_form(
         ValueError: model and data do not fit together, or `run_dir` holds another run.
         OSError: a file could not be written.
     """
-    ProcessGroup.from_environment()  # one process only
     check_compatible(model, dataset)
     if augmentation.translate:
         raise ValueError(
@@ -65,8 +68,8 @@ def fit_closed_form(
     folder = Path(run_dir)
     identity = disk.identity(model, dataset, config, augmentation)
     checkpoints = disk.Checkpoints(folder / "checkpoints", config.keep_checkpoints)
-    found = checkpoints.newest()
-    if found is None:
+
+    def fitted() -> disk.Checkpoint:
         began = time.perf_counter()
         passes = GreyLevelPasses(dataset, config.batch_size, augmentation.flip, progress)
         home = model.device
@@ -76,24 +79,25 @@ def fit_closed_form(
         seconds = time.perf_counter() - began
         state = disk.RunState(1, passes.images, seconds, step_seconds=seconds)
         weights = {disk.MODEL_FILE: lambda: disk.tensor_bytes(model.state_dict())}
-        found = checkpoints.save(state, identity, weights)
-    else:
+        return checkpoints.save(state, identity, weights)
+
+    with joined() as group:
+        found = group.on_main(checkpoints.newest) or group.on_main(fitted)
         found.require(identity)
         model.load_state_dict(found.tensors(disk.MODEL_FILE))
-    model.eval()
-    state = found.state
-    with closing(disk.MetricsLog(folder, state.step, tensorboard)) as log:
-        if log.last_step < state.step:
-            times = (state.seconds, state.step_seconds)
-            told = Progress(state.step, state.images, *times, model)
-            line = {"step": state.step, "images": state.images, "seconds": state.seconds}
-            line["step_seconds"] = state.step_seconds
-            line["loss"] = _loss(model, dataset, config.seed)
-            for call in (every or {}).values():
-                line |= {name: float(value) for name, value in call(told).items()}
-            log.write(line)
+        model.eval()
+        state = found.state
         times = (state.seconds, state.step_seconds)
-        return FitResult(state.step, state.images, *times, found.folder, log.last)
+        with closing(MetricsLog(folder, state.step, tensorboard, group)) as log:
+            if log.last_step < state.step:
+                told = Progress(state.step, state.images, *times, model)
+                line = {"step": state.step, "images": state.images, "seconds": state.seconds}
+                line["step_seconds"] = state.step_seconds
+                line["loss"] = _loss(model, dataset, config.seed)
+                for call in (every or {}).values():
+                    line |= {name: float(value) for name, value in call(told).items()}
+                log.write(line)
+            return FitResult(state.step, state.images, *times, found.folder, log.last)
 
 
 @final

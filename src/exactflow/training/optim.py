@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from exactflow.core.model import GenerativeModel
 
 DECAYS = ("cosine", "linear", "exponential")
+PARALLEL = ("auto", "ddp", "fsdp", "hsdp")
 WARMUPS = ("ratio", "power", "none")
 OPTIMIZERS = ("adamw", "adamax")
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
@@ -46,6 +47,7 @@ class TrainConfig:
     ema_power: float = 0.75  # p of the warm-up "power"
     precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: by autocast, weights float32
     compile: bool = False  # torch.compile each stage of the model; needs a C++ compiler
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # how processes share the model
     activation_checkpointing: bool = False  # recompute stages in the backward pass, to save memory
     seed: int = 0  # of the order of the data and of all training noise
     num_workers: int = 0  # processes that prepare batches; 0: none but this one
@@ -88,6 +90,7 @@ class TrainConfig:
             ),
             "ema_decay": (0 <= self.ema_decay < 1, "in [0, 1)"),
             "precision": (self.precision in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+            "parallel": (self.parallel in PARALLEL, " or ".join(map(repr, PARALLEL))),
             "seed": (self.seed >= 0, "0 or more"),
             "num_workers": (self.num_workers >= 0, "0 or more"),
             "log_every": (self.log_every >= 1, "at least 1"),
@@ -232,10 +235,10 @@ class MovingAverage:
         self._live = dict(model.named_parameters())
         self._average = {name: p.detach().clone() for name, p in self._live.items()}
 
-    @torch.no_grad()
-    def restart(self) -> None:
-        """The average is the weights as they are now."""
-        torch._foreach_copy_(list(self._average.values()), list(self._live.values()))
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """The averages, by the names of parameters."""
+        return self._average
 
     @torch.no_grad()
     def update(self, t: int) -> None:
@@ -261,12 +264,6 @@ class MovingAverage:
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the averaged model, under the model's own names."""
         return {**self._model.state_dict(), **self._average}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the averaged parameters of a `state_dict`."""
-        for name, average in self._average.items():
-            average.copy_(state[name])
 
     @torch.no_grad()
     def _set(self, values: Mapping[str, Tensor]) -> None:

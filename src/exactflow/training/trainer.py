@@ -1,77 +1,40 @@
 """The training loop: one function of (model, data, configuration), whatever happens in between.
 
 A step is a transaction: batch and noise are functions of the seed and the step's number, and
-weights move only once loss and gradient are known to be finite.
+weights move only once loss and gradient are known to be finite in all processes.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from exactflow.core.model import DataInitialized, GenerativeModel, NonFiniteError
+from exactflow.core.processes import Processes, joined
 from exactflow.core.random import derive_seed, generator
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.loader import Batch, training_batches
+from exactflow.nn import batch as shared
 from exactflow.training import checkpoint as disk
 from exactflow.training.diagnosis import diagnose, save_batch
-from exactflow.training.distributed import (
-    Clock,
-    Display,
-    Interrupted,
-    ProcessGroup,
-    StopRequest,
-    stop_requests,
-)
+from exactflow.training.distributed import Spread
+from exactflow.training.log import MetricsLog
 from exactflow.training.optim import MovingAverage, TrainConfig, make_optimizer, recomputed
+from exactflow.training.progress import Callback, FitResult, Progress
+from exactflow.training.saving import Saver
+from exactflow.training.session import Clock, Display, Interrupted, StopRequest, stop_requests
+from exactflow.training.tensors import RunTensors
 
-
-@final
-@dataclass(frozen=True)
-class Progress:
-    """What a callback is told.
-
-    Attributes:
-        step: optimizer steps done.
-        images_seen: step times batch size.
-        seconds: wall-clock time of the run so far, in all its sessions.
-        step_seconds: the part of it that optimizer steps took, without callbacks and files.
-        model: in eval mode, with the averaged weights where there is an average. It must be left
-            as it is found.
-    """
-
-    step: int
-    images_seen: int
-    seconds: float
-    step_seconds: float
-    model: GenerativeModel
-
-
-@final
-@dataclass(frozen=True)
-class FitResult:
-    """How a run ended; attributes as in `Progress`.
-
-    Attributes:
-        checkpoint: folder of the last checkpoint.
-        metrics: last line of the log.
-    """
-
-    step: int
-    images_seen: int
-    seconds: float
-    step_seconds: float
-    checkpoint: Path
-    metrics: Mapping[str, Any]
-
-
-Callback = Callable[[Progress], Mapping[str, float]]
+UNEXPLAINED = (
+    "Run once more, every micro-batch is finite by itself: the sum of the gradients overflows, "
+    "or compiled and plain evaluation differ."
+)
 _Part = tuple[Tensor, Tensor | None]  # images and labels of a micro-batch
 
 
@@ -89,6 +52,8 @@ def fit(
     """Train `model` where it is (device, dtype), or resume its training in `run_dir`.
 
     Afterwards the model is in eval mode and has the averaged weights where there is an average.
+    Under torchrun all processes train it together; weights, log and losses do not depend on how
+    many there are, but for rounding and dropout. Callbacks are called in every process.
 
     Args:
         model: trained in place.
@@ -106,17 +71,22 @@ def fit(
         ValueError: model, data and configuration do not fit together, or `run_dir` holds a
             checkpoint of another run.
         NonFiniteError: the loss or a gradient is not finite; the step was not applied.
+        ProcessLostError: another process ended.
         Interrupted: SIGTERM or SIGINT came; the state is saved.
         OSError: a file could not be written.
     """
-    group = ProcessGroup.from_environment()
     check_compatible(model, dataset)
-    run = _Run(model, dataset, config, Path(run_dir), augmentation, every or {}, group)
     cuda = [model.device] if model.device.type == "cuda" else []
     with ExitStack() as stack:
+        group = stack.enter_context(joined())
+        stack.enter_context(group.explained_loss())
         stack.enter_context(torch.random.fork_rng(devices=cuda))
-        stack.enter_context(recomputed(model.stages, config.activation_checkpointing))
-        log = stack.enter_context(closing(disk.MetricsLog(run.dir, run.state.step, tensorboard)))
+        run = _Run(model, dataset, config, Path(run_dir), augmentation, every or {}, group)
+        stack.enter_context(closing(run.saver))
+        stages = run.spread.trained.stages
+        stack.enter_context(recomputed(stages, config.activation_checkpointing))
+        log = MetricsLog(run.dir, run.state.step, tensorboard, group)
+        stack.enter_context(closing(log))
         display = Display(run.schedule.total, run.state.step, progress and group.is_main)
         stack.enter_context(closing(display))
         stop = stack.enter_context(stop_requests())
@@ -154,85 +124,89 @@ class _Run:
         run_dir: Path,
         augmentation: Augmentation,
         every: Mapping[int, Callback],
-        group: ProcessGroup,
+        group: Processes,
     ) -> None:
         if any(interval < 1 for interval in every):
             raise ValueError(f"expected callbacks every 1 step or more, got {sorted(every)}")
-        self.model, self.dataset, self.config, self.group = model, dataset, config, group
+        self.dataset, self.config, self.group = dataset, config, group
         self.dir, self.augmentation, self.every = run_dir, augmentation, every
         self.schedule = config.schedule(len(dataset))
-        self.optimizer = make_optimizer(model, config)
+        self.identity = disk.identity(model, dataset, config, augmentation)
+        checkpoints = disk.Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
+        found = group.on_main(checkpoints.newest)
+        if found is None:
+            _initialize(model, dataset, config.seed)
+        else:
+            found.require(self.identity)
+        self.spread = Spread(model, config, group)
+        self.model = self.spread.trained
+        self.optimizer = make_optimizer(self.model, config)
         self.average = None
         if config.ema_decay:
             warmup = (config.ema_warmup, config.ema_power)
-            self.average = MovingAverage(model, config.ema_decay, *warmup)
-        self.identity = disk.identity(model, dataset, config, augmentation)
-        self.checkpoints = disk.Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
-        self.checkpoint = self.checkpoints.newest()
+            self.average = MovingAverage(self.model, config.ema_decay, *warmup)
+        tensors = RunTensors(self.model, self.optimizer, self.average, self.spread.is_split)
+        self.saver = Saver(checkpoints, tensors, self.spread.is_split, group)
         self.state = disk.RunState()
-        if self.checkpoint is not None:
-            self._restore(self.checkpoint)
+        if found is not None:
+            tensors.restore(found)
+            self.state, self.saver.last = found.state, found
         self.clock = Clock(self.state.seconds, self.state.step_seconds)
+        self.signum: int | None = None  # of the order to stop that all processes know of
 
-    def to_end(self, log: disk.MetricsLog, display: Display, stop: StopRequest) -> FitResult:
+    def to_end(self, log: MetricsLog, display: Display, stop: StopRequest) -> FitResult:
         """Take the steps that are left."""
         batches = self._prepare() if self.state.step < self.schedule.total else iter(())
         if log.last_step == self.state.step:
             self.state = self.state.logged()
         self._report(log)  # what an interruption left unsaid
-        while self.state.step < self.schedule.total and stop.signum is None:
+        self._hear(stop)
+        while self.state.step < self.schedule.total and self.signum is None:
             with self.clock.step():
-                loss = self._advance(next(batches))
+                loss = self._advance(next(batches), stop)
+            self._hear(stop)
             display.update(self.state.step, loss, self._images_per_second())
             if self._is_due(self.config.checkpoint_every):
                 self._save(log)
-            if stop.signum is None:
+            if self.signum is None:
                 self._report(log)  # after saving: callbacks may take long
-        if stop.signum is not None:
-            if self.checkpoint is None or self.checkpoint.state.step < self.state.step:
-                self._save(log)
-            raise Interrupted(self.state.step, stop.signum)
-        if self.average is not None:
-            self.average.apply()
-        self.model.eval()
-        assert self.checkpoint is not None  # the last step always has one
-        last = self.checkpoint.state
+                self._hear(stop)
+        if self.signum is not None and self.saver.saved_step < self.state.step:
+            self._save(log)
+        self.saver.settle()
+        self.spread.finish(None if self.signum else self.average)
+        if self.signum is not None:
+            raise Interrupted(self.state.step, self.signum)
+        self.spread.home.eval()
+        assert self.saver.last is not None  # the last step always has one
+        last = self.saver.last.state
         times = (last.seconds, last.step_seconds)
-        return FitResult(last.step, last.images, *times, self.checkpoint.folder, log.last)
+        return FitResult(last.step, last.images, *times, self.saver.last.folder, log.last)
 
     def _prepare(self) -> Iterator[Batch]:
         """The batches that are left, for a model ready to take them."""
-        self._initialize()
         self.model.train()
         if self.config.compile:
             for stage in self.model.stages:
                 stage.compile()
+        ours = (self.group.rank, self.group.count)
+        return self._batches(self.state.step, *ours, num_workers=self.config.num_workers)
+
+    def _batches(self, start: int, rank: int, count: int, num_workers: int = 0) -> Iterator[Batch]:
+        """The rows of one process, of the batches from step `start` on."""
         return training_batches(
             self.dataset,
             self.config.batch_size,
             seed=self.config.seed,
-            start=self.state.step,
+            start=start,
             augmentation=self.augmentation,
-            num_workers=self.config.num_workers,
-            rank=self.group.rank,
-            world_size=self.group.world_size,
+            num_workers=num_workers,
+            parts=self.config.accumulate,
+            rank=rank,
+            world_size=count,
         )
 
-    def _initialize(self) -> None:
-        """Parameters that are read off data, before the first step."""
-        if self.state.step or not isinstance(self.model, DataInitialized):
-            return
-        count = min(self.model.initial_images, len(self.dataset))
-        name = ("initialization", count)
-        order = generator(self.config.seed, *name)
-        rows = torch.randperm(len(self.dataset), generator=order)[:count].sort().values
-        images = torch.as_tensor(self.dataset.images[rows.numpy()]).to(self.model.device)
-        noise = generator(self.config.seed, *name, device=self.model.device)
-        self.model.initialize(images, generator=noise)
-        if self.average is not None:
-            self.average.restart()
-
-    def _advance(self, batch: Batch) -> float:
+    def _advance(self, batch: Batch, stop: StopRequest) -> float:
         """One optimizer step; its loss, the mean over the batch."""
         step = self.state.step + 1
         buffers = [buffer.clone() for buffer in self.model.buffers()]
@@ -240,17 +214,18 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         for index in range(len(parts)):
-            loss = self._loss(step, index, parts[index])
-            (loss / len(parts)).backward()
+            with self.spread.part(last=index == len(parts) - 1):
+                loss = self._loss(self.spread.loss, step, index, parts[index])
+                (loss / len(parts)).backward()
             losses.append(loss.detach())
         limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = self.spread.whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         # The one synchronisation of a step: weights may not move before both are known to be
         # finite, and the processor must not run ahead of that.
-        mean = self.group.all_reduce_mean(torch.stack(losses).mean())
-        mean, size = torch.stack([mean, norm.to(mean)]).tolist()
+        mean, size = torch.stack([torch.stack(losses).mean(), norm.to(losses[0])]).tolist()
+        mean, size = self._agree(mean, size, stop)
         if not (math.isfinite(mean) and math.isfinite(size)):
-            raise self._failure(step, batch, parts, buffers, f"loss {mean}, gradient norm {size}")
+            raise self._failure(step, parts, buffers, f"loss {mean}, gradient norm {size}")
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * self.schedule.learning_rate(step)
         self.optimizer.step()
@@ -265,6 +240,24 @@ class _Run:
         )
         return mean
 
+    def _agree(self, loss: float, norm: float, stop: StopRequest) -> tuple[float, float]:
+        """What all processes know after a step: mean loss, gradient norm, orders, files written."""
+        if self.group.count == 1:
+            return loss, norm
+        written = self.saver.has_written
+        row = [loss, norm, float(stop.signum or 0), float(written)]
+        told = self.group.gather_rows(torch.tensor(row, dtype=torch.float64))
+        orders = [int(signum) for signum in told[:, 2].tolist() if signum]
+        self.signum = orders[0] if orders else None
+        if bool(told[:, 3].all()):
+            self.saver.settle()
+        return float(told[:, 0].mean()), float(told[:, 1].max())
+
+    def _hear(self, stop: StopRequest) -> None:
+        """Take an order to stop; one that only some processes have waits for the next step."""
+        if self.group.count == 1:
+            self.signum = stop.signum
+
     def _split(self, batch: Batch) -> list[_Part]:
         """The micro-batches of a step, on the model's device; no labels for a model without."""
         device, count = self.model.device, self.config.accumulate
@@ -274,37 +267,54 @@ class _Run:
         labels = batch.labels.to(device, non_blocking=True).chunk(count)
         return list(zip(images, labels, strict=True))
 
-    def _loss(self, step: int, index: int, part: _Part) -> Tensor:
-        """Mean loss of a micro-batch; all its noise, dropout too, is a function of its name."""
-        name = ("training", step, index, self.group.rank)
-        torch.manual_seed(derive_seed(self.config.seed, *name, "global"))
+    def _loss(self, evaluate: Callable[..., Tensor], step: int, index: int, part: _Part) -> Tensor:
+        """Mean loss of a micro-batch; all its noise is a function of its name.
+
+        It is named once for all processes, which have their rows of it; but for dropout.
+        """
+        name = ("training", step, index)
+        torch.manual_seed(derive_seed(self.config.seed, *name, self.group.rank, "global"))
         device, images, label = self.model.device, *part
-        noise = generator(self.config.seed, *name, device=device)
+        noise = generator(self.config.seed, *name, 0, device=device)
         reduced = self.config.precision == "bfloat16"
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced):
-            return self.model.loss(images, label, generator=noise).mean()
+            return evaluate(images, label, noise).mean()
 
     def _failure(
-        self, step: int, batch: Batch, parts: list[_Part], buffers: list[Tensor], found: str
+        self, step: int, parts: list[_Part], buffers: list[Tensor], found: str
     ) -> NonFiniteError:
         """What to raise for a step that is not finite, with the model as it was before it."""
         path = self.dir / f"nonfinite_step_{step:06d}.pt"
-        save_batch(path, batch.images, batch.labels, step, self.config.seed)
+        self.group.on_main(lambda: self._keep_batch(path, step))
         _restore_buffers(self.model, buffers)
-        report = diagnose(
-            self.model, lambda index: self._loss(step, index, parts[index]), len(parts)
-        )
-        _restore_buffers(self.model, buffers)
+        self.spread.finish(None)
+        model = self.spread.home.train()
+
+        def again(index: int) -> Tensor:
+            return self._loss(model, step, index, parts[index])
+
+        with shared.shared_by(self.group.rank, self.group.count):
+            told = self.group.gather(diagnose(model, again, len(parts)))
+        _restore_buffers(model, buffers)
+        which = next((rank for rank, text in enumerate(told) if text is not None), None)
+        report = UNEXPLAINED if which is None else str(told[which])
+        if which is not None and self.group.count > 1:
+            report = f"In process {which} of {self.group.count}: {report}"
         return NonFiniteError(
             f"step {step} is not finite ({found}) and was not applied. {report}\n"
             f"The batch is kept in {path}."
         )
 
+    def _keep_batch(self, path: Path, step: int) -> None:
+        """Write the batch of all processes."""
+        batch = next(self._batches(step - 1, 0, 1))
+        save_batch(path, batch.images, batch.labels, step, self.config.seed)
+
     def _is_due(self, interval: int) -> bool:
         """Whether something happens now that happens every `interval` steps and at the end."""
         return self.state.step % interval == 0 or self.state.step == self.schedule.total
 
-    def _report(self, log: disk.MetricsLog) -> None:
+    def _report(self, log: MetricsLog) -> None:
         """Callbacks and a line of the log, if either is due and this step has no line yet."""
         state, config = self.state, self.config
         calls = [call for interval, call in sorted(self.every.items()) if self._is_due(interval)]
@@ -335,38 +345,33 @@ class _Run:
     def _measure(self, call: Callback) -> Mapping[str, float]:
         """What a callback finds out about the averaged model, in eval mode."""
         clock, state = self.clock, self.state
-        told = Progress(state.step, state.images, clock.seconds, clock.step_seconds, self.model)
-        self.model.eval()
-        try:
-            with nullcontext() if self.average is None else self.average.applied():
-                return call(told)
-        finally:
-            self.model.train()
+        with self.spread.viewed(self.average) as model:
+            model.eval()
+            try:
+                return call(
+                    Progress(state.step, state.images, clock.seconds, clock.step_seconds, model)
+                )
+            finally:
+                model.train()
 
     def _images_per_second(self) -> float:
         return self.clock.steps_per_second * self.config.batch_size
 
-    def _save(self, log: disk.MetricsLog) -> None:
+    def _save(self, log: MetricsLog) -> None:
         log.sync()
-        files = {
-            disk.MODEL_FILE: lambda: disk.tensor_bytes(self.model.state_dict()),
-            disk.OPTIMIZER_FILE: lambda: disk.optimizer_bytes(self.optimizer.state_dict()),
-        }
-        average = self.average
-        if average is not None:
-            files[disk.EMA_FILE] = lambda: disk.tensor_bytes(average.state_dict())
         times = {"seconds": self.clock.seconds, "step_seconds": self.clock.step_seconds}
-        state = replace(self.state, **times)
-        self.checkpoint = self.checkpoints.save(state, self.identity, files)
-        self.group.barrier()
+        self.saver.save(replace(self.state, **times), self.identity)
 
-    def _restore(self, found: disk.Checkpoint) -> None:
-        found.require(self.identity)
-        self.state = found.state
-        self.model.load_state_dict(found.tensors(disk.MODEL_FILE))
-        self.optimizer.load_state_dict(found.optimizer())
-        if self.average is not None:
-            self.average.load_state_dict(found.tensors(disk.EMA_FILE))
+
+def _initialize(model: GenerativeModel, dataset: ImageDataset, seed: int) -> None:
+    """Parameters that are read off data, before the first step."""
+    if not isinstance(model, DataInitialized):
+        return
+    count = min(model.initial_images, len(dataset))
+    name = ("initialization", count)
+    rows = torch.randperm(len(dataset), generator=generator(seed, *name))[:count].sort().values
+    images = torch.as_tensor(dataset.images[rows.numpy()]).to(model.device)
+    model.initialize(images, generator=generator(seed, *name, device=model.device))
 
 
 @torch.no_grad()

@@ -1,0 +1,190 @@
+"""The processes that work together on one model, as torchrun starts them.
+
+Every process runs the same program. What writes files or speaks to people is for the main one;
+functions that share work say so, and are called by all processes alike.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, final
+
+import torch
+from torch import Tensor
+
+# Others wait so long for one: longer than the main process takes to write the largest checkpoint.
+PATIENCE = timedelta(minutes=10)
+
+T = TypeVar("T")
+
+
+@final
+class ProcessLostError(RuntimeError):
+    """Another process of the group ended or failed, so that this one cannot go on."""
+
+
+@final
+@dataclass(frozen=True)
+class Processes:
+    """The group of processes that this one belongs to; alone, where there is no group.
+
+    All methods but the properties and `rows` are called by every process alike.
+
+    Attributes:
+        rank: number of this process, 0 .. count-1.
+        count: how many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files and speaks to people."""
+        return self.rank == 0
+
+    def rows(self, n: int) -> range:
+        """This process's rows of n: runs in the order of ranks, equal but for one row."""
+        return range(n * self.rank // self.count, n * (self.rank + 1) // self.count)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, which are pickled, in the order of ranks."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        with self._listening():
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+    def gather_rows(self, row: Tensor) -> Tensor:
+        """Equally shaped tensors on the CPU, one from each process, stacked."""
+        if self.count == 1:
+            return row[None]
+        found = [torch.empty_like(row) for _ in range(self.count)]
+        with self._listening():
+            torch.distributed.all_gather(found, row)
+        return torch.stack(found)
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns in the main process, or raises there, for all processes."""
+        if self.count == 1:
+            return work()
+        told: list[Any] = [_attempt(work) if self.is_main else None]
+        with self._listening():
+            torch.distributed.broadcast_object_list(told, src=0)
+        return _outcome(told[0])
+
+    def share(self, work: Callable[[], T]) -> list[T]:
+        """What each process's `work` returns; the first error of any of them is raised by all."""
+        return [_outcome(told) for told in self.gather(_attempt(work))]
+
+    def barrier(self) -> None:
+        """Return once every process has called this."""
+        self.gather(None)
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Says what it means when the others cannot be heard."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    @contextmanager
+    def explained_loss(self) -> Iterator[None]:
+        """The same for what PyTorch's own engine says inside of steps."""
+        try:
+            yield
+        except ProcessLostError:
+            raise
+        except RuntimeError as error:
+            if self.count > 1 and _is_of_communication(error):
+                raise self._lost(error) from error
+            raise
+
+    def _lost(self, error: RuntimeError) -> ProcessLostError:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return ProcessLostError(
+            f"process {self.rank} of {self.count} cannot reach another one, which has ended or "
+            f"hangs; run the same command to go on from what is saved ({reason})"
+        )
+
+
+ALONE = Processes()
+
+
+def current() -> Processes:
+    """The group that this process has joined."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return ALONE
+    return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """Join the processes that torchrun describes in the environment, and leave them at the end.
+
+    Where there are none, or they were joined before, there is nothing to do. A process that has
+    GPUs takes the one of its LOCAL_RANK.
+
+    Raises:
+        ValueError: RANK and WORLD_SIZE are no rank and number of processes, or there are more
+            processes than GPUs here.
+    """
+    named = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
+    if not named["WORLD_SIZE"] or torch.distributed.is_initialized():
+        yield current()
+        return
+    try:
+        rank, count = (int(text) for text in named.values())
+        possible = 0 <= rank < count
+    except ValueError:
+        rank, count, possible = 0, 0, False
+    if not possible:
+        raise ValueError(
+            "expected RANK and WORLD_SIZE as torchrun sets them, a rank 0 .. WORLD_SIZE-1, got "
+            + ", ".join(f"{name}={text!r}" for name, text in named.items())
+        )
+    if count == 1:
+        yield ALONE
+        return
+    torch.distributed.init_process_group(_backend(), timeout=PATIENCE)
+    try:
+        yield current()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _backend() -> str:
+    if not torch.cuda.is_available():
+        return "gloo"
+    local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= found:
+        raise ValueError(
+            f"expected at most one process for each of {found} GPUs, got LOCAL_RANK={local}: "
+            f"start torchrun with --nproc-per-node={found}"
+        )
+    torch.cuda.set_device(local)
+    return "cpu:gloo,cuda:nccl"
+
+
+def _is_of_communication(error: RuntimeError) -> bool:
+    words = ("gloo", "nccl", "connection", "broken pipe")
+    known = isinstance(error, torch.distributed.DistError)
+    return known or any(word in str(error).lower() for word in words)
+
+
+def _attempt(work: Callable[[], Any]) -> tuple[bool, Any]:
+    try:
+        return True, work()
+    except Exception as error:
+        return False, error
+
+
+def _outcome(told: tuple[bool, Any]) -> Any:
+    succeeded, found = told
+    if not succeeded:
+        raise found
+    return found

@@ -1,0 +1,50 @@
+"""What a run tells: its callbacks on the way, and its caller at the end."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from exactflow.core.model import GenerativeModel
+
+
+@final
+@dataclass(frozen=True)
+class Progress:
+    """What a callback is told.
+
+    Attributes:
+        step: optimizer steps done.
+        images_seen: step times batch size.
+        seconds: wall-clock time of the run so far, in all its sessions.
+        step_seconds: the part of it that optimizer steps took, without callbacks and files.
+        model: in eval mode, with the averaged weights where there is an average. It must be left
+            as it is found.
+    """
+
+    step: int
+    images_seen: int
+    seconds: float
+    step_seconds: float
+    model: GenerativeModel
+
+
+@final
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended; attributes as in `Progress`.
+
+    Attributes:
+        checkpoint: folder of the last checkpoint.
+        metrics: last line of the log.
+    """
+
+    step: int
+    images_seen: int
+    seconds: float
+    step_seconds: float
+    checkpoint: Path
+    metrics: Mapping[str, Any]
+
+
+Callback = Callable[[Progress], Mapping[str, float]]

@@ -1,0 +1,150 @@
+"""The process that trains: its orders to stop, its clock and display."""
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import final
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
+
+
+@final
+class Interrupted(Exception):
+    """Training stopped at a signal, after its state was saved: run the same command to resume.
+
+    Attributes:
+        step: optimizer steps done, all of them in the checkpoint.
+        exit_code: what a shell expects of a process that ended so: 128 + the signal's number.
+    """
+
+    def __init__(self, step: int, signum: int) -> None:
+        self.step = step
+        self.exit_code = 128 + signum
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name} after step {step}; run the same command to resume")
+
+
+@final
+@dataclass
+class StopRequest:
+    """Whether, and by which signal, the process was asked to stop; None so far."""
+
+    signum: int | None = None
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turn the first SIGTERM or SIGINT into a request that the training loop looks up.
+
+    A second SIGINT aborts at once with KeyboardInterrupt. The handlers from before come back at
+    the end. Outside the main thread, where Python installs no handlers, signals are left alone.
+    """
+    request = StopRequest()
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT and request.signum is not None:
+            raise KeyboardInterrupt
+        request.signum = request.signum or signum
+
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@final
+class Display:
+    """How far training is, on stderr: a bar on a terminal, else a line every ten seconds.
+
+    Args:
+        total: steps of the run.
+        done: steps that earlier sessions took.
+        active: False shows nothing.
+    """
+
+    def __init__(self, total: int, done: int, active: bool) -> None:
+        self._total = total
+        self._active = active
+        self._last_line = time.monotonic()
+        self._bar = None
+        if active and sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task("training", total=total, completed=done, text="")
+            self._bar.start()
+
+    def update(self, step: int, loss: float, images_per_second: float) -> None:
+        """Show that `step` is done, with its loss."""
+        text = f"loss {loss:.4f}, {images_per_second:.1f} images/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+        elif self._active and (step == self._total or self._line_is_due()):
+            self._last_line = time.monotonic()
+            print(f"step {step}/{self._total}: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _line_is_due(self) -> bool:
+        return time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS
+
+
+@final
+class Clock:
+    """Seconds of the run in all its sessions, and the speed of training alone.
+
+    Args:
+        before: seconds of earlier sessions.
+        stepping: those of them that steps took.
+    """
+
+    def __init__(self, before: float, stepping: float) -> None:
+        self._start = time.perf_counter() - before
+        self.step_seconds = stepping
+        self.lap()
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of the run."""
+        return time.perf_counter() - self._start
+
+    @property
+    def steps_per_second(self) -> float:
+        """Speed since the last lap, without what was done between steps; nan before a step."""
+        return self._steps / self._stepping if self._steps else math.nan
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """One step happens inside."""
+        start = time.perf_counter()
+        yield
+        took = time.perf_counter() - start
+        self._stepping += took
+        self.step_seconds += took
+        self._steps += 1
+
+    def lap(self) -> None:
+        """Measure the speed from here on."""
+        self._steps, self._stepping = 0, 0.0
