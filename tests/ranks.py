@@ -15,7 +15,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch.distributed.checkpoint  # before processes are forked: it takes sec
 from exactflow import registry
 from exactflow.core.config import override
 from exactflow.training import Progress, TrainConfig, fit
+from exactflow.training.log import LOG_FILE
 from training_worker import EVERYTHING, Toy, ToyConfig, make_data, make_toy
 
 DEADLINE = 60.0  # seconds in which all processes must end once one of them has
@@ -41,8 +41,7 @@ def work(job: Callable[..., Any], options: Mapping[str, Any], told: int) -> None
     try:
         result: dict[str, Any] = {"value": job(**options)}
     except BaseException as error:
-        if "-v" in sys.argv:
-            traceback.print_exc()
+        traceback.print_exc()
         result = {"error": f"{type(error).__name__}: {error}"}
     with os.fdopen(told, "w") as pipe:
         json.dump(result, pipe)
@@ -71,19 +70,17 @@ def carry_out(
 
 
 def collect(children: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    """Wait for all; those that outlive the first by the deadline are killed, and called hanging."""
-    codes: dict[int, int] = {}
+    """Wait for all. Those that outlive the first by the deadline are killed: that is a failure."""
+    left = {child for child, _ in children}
     first = None
-    while len(codes) < len(children):
-        for child, _ in children:
-            if child not in codes and os.waitpid(child, os.WNOHANG)[0]:
-                codes[child] = 1
-                first = first or time.monotonic()
-        if first is not None and time.monotonic() - first > DEADLINE:
-            for child, _ in children:
-                if child not in codes:
+    while left:
+        left -= {child for child in left if os.waitpid(child, os.WNOHANG)[0]}
+        if len(left) < len(children):
+            first = first or time.monotonic()
+            if left and time.monotonic() - first > DEADLINE:
+                for child in left:
                     os.kill(child, signal.SIGKILL)
-            first = None
+                raise RuntimeError(f"{len(left)} processes outlived another by {DEADLINE} s")
         time.sleep(0.01)
     found = []
     for _, heard in children:
@@ -101,67 +98,44 @@ def train(
     poison: tuple[int, int] | None = None,
     toy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train the toy. At a step of a rank: SIGKILL, SIGTERM, or an infinite weight gradient."""
-    model = make_toy(ToyConfig(**{"num_classes": 3, "volume_preserving": True, **(toy or {})}))
-    rank = int(os.environ.get("RANK", "0"))
-    plain = torch.optim.AdamW.step
-    begun = [0]
+    """Train the toy; (rank, micro-batch) says where SIGKILL, SIGTERM or a NaN strikes.
 
-    def step(self: Any) -> Any:
-        result = plain(self)
-        return result
-
-    def strike(told: Progress) -> dict[str, float]:
-        here = (rank, told.step)
-        if kill is not None and here == tuple(kill):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if order is not None and here == tuple(order):
-            os.kill(os.getpid(), signal.SIGTERM)
-        begun[0] = told.step
-        weight = told.model.state_dict()["blocks.0.shift.weight"].double()
-        return {"weight": float(weight.mean())}
-
-    torch.optim.AdamW.step = step
-    if poison is not None and rank == poison[0]:
-        poison_loss(int(poison[1]))
-    made = replace(EVERYTHING, precision="float32", **config)
-    result = fit(model, make_data(classes=3), made, folder, every={1: strike}, progress=False)
-    state = model.state_dict()
-    return {
-        "step": result.step,
-        "digest": {name: value.double().sum().item() for name, value in state.items()},
-    }
-
-
-def poison_loss(step: int) -> None:
-    """From that step on this process's losses are not numbers."""
-    plain, calls = Toy.loss, [0]
+    Micro-batches are counted from the start of this session, in training alone.
+    """
+    rank, plain, taken = int(os.environ.get("RANK", "0")), Toy.loss, [0]
 
     def loss(self: Toy, *args: Any, **kwargs: Any) -> torch.Tensor:
-        calls[0] += self.training
-        return plain(self, *args, **kwargs) * (float("nan") if calls[0] >= step else 1.0)
+        taken[0] += self.training
+        here = [rank, taken[0]]
+        if here == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if here == order:
+            os.kill(os.getpid(), signal.SIGTERM)
+        found = plain(self, *args, **kwargs)
+        broken = poison is not None and rank == poison[0] and taken[0] >= poison[1]
+        return found * float("nan") if broken else found
+
+    def weight(told: Progress) -> dict[str, float]:
+        state = told.model.state_dict()
+        return {"weight": float(state["blocks.0.shift.weight"].double().mean())}
 
     Toy.loss = loss  # pyright: ignore[reportAttributeAccessIssue]
+    model = make_toy(ToyConfig(**{"num_classes": 3, "volume_preserving": True, **(toy or {})}))
+    made = override(EVERYTHING, config)
+    result = fit(model, make_data(classes=3), made, folder, every={5: weight}, progress=False)
+    sums = {name: value.double().sum().item() for name, value in model.state_dict().items()}
+    return {"step": result.step, "sums": sums}
 
 
 def family(folder: str, preset: str, changes: Mapping[str, Any]) -> list[float]:
     """Losses of some steps of a registered model."""
-    made = registry.preset(preset)
-    model = registry.build(preset)
-    given = {**made.training, "batch_size": 8, "steps": 3, "warmup_steps": 1, "log_every": 1}
-    given |= {"fine_tuning_epochs": 0.0, "precision": "float32", **changes}
-    config = override(TrainConfig(), given)
-    classes = model.num_classes
-    data = make_data(16, classes, model.event_shape, model.levels)
-    losses: list[float] = []
-
-    def note(told: Progress) -> dict[str, float]:
-        return {}
-
-    fit(model, data, config, folder, every={1: note}, progress=False)
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    losses += [json.loads(line)["loss"] for line in lines]
-    return losses
+    model, given = registry.build(preset), dict(registry.preset(preset).training)
+    given |= {"batch_size": 8, "steps": 3, "warmup_steps": 1, "log_every": 1, **changes}
+    given |= {"fine_tuning_epochs": 0.0, "precision": "float32"}
+    data = make_data(16, model.num_classes, model.event_shape, model.levels)
+    fit(model, data, override(TrainConfig(), given), folder, progress=False)
+    lines = (Path(folder) / LOG_FILE).read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
 
 
 JOBS: dict[str, Callable[..., Any]] = {"train": train, "family": family}

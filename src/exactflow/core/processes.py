@@ -5,6 +5,7 @@ functions that share work say so, and are called by all processes alike.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor
 
-# Others wait so long for one: longer than the main process takes to write the largest checkpoint.
-PATIENCE = timedelta(minutes=10)
+LAST_WORDS = 0.1  # seconds for what was sent last before a group is left
+# Others wait so long for one that lives, as the main process reads data or writes files. One that
+# has died is noticed at once, by closed connections and by torchrun.
+PATIENCE = timedelta(hours=1)
 
 T = TypeVar("T")
 
@@ -154,6 +157,9 @@ def joined() -> Iterator[Processes]:
     try:
         yield current()
     finally:
+        # gloo's threads need the interpreter's lock to let go of what they sent last, and the
+        # group's end waits for these threads with that lock in its hands.
+        time.sleep(LAST_WORDS)
         torch.distributed.destroy_process_group()
 
 

@@ -1,0 +1,235 @@
+"""The laws of training on several processes: their number changes nothing, and a death is survived.
+
+Processes are real (tests/ranks.py forks them) and talk over gloo.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed import checkpoint as dcp
+
+import exactflow
+import ranks
+from exactflow import registry
+from exactflow.core.model import FittedFlow
+from exactflow.data.loader import training_batches
+from test_training import assert_same_bits, final_state, read_log
+from training_worker import make_data
+
+PLAIN = {"precision": "float32"}  # of the toy's training; reduced precision rounds differently
+ALONE = {"job": "train", "count": 1}
+WAYS = {  # name -> how many processes share the model, and how
+    "ddp": {"job": "train", "count": 2, "parallel": "ddp"},
+    "ddp of 4": {"job": "train", "count": 4, "parallel": "ddp"},
+    "fsdp": {"job": "train", "count": 2, "parallel": "fsdp"},
+    "hsdp": {"job": "train", "count": 4, "node": 2, "parallel": "hsdp"},
+}
+TINY = [
+    name
+    for name in registry.names()
+    if name.endswith("-tiny") and not issubclass(registry.family_of(name).model, FittedFlow)
+]
+# Masks of dropout are drawn by each process for its own rows, so it is off where numbers of
+# processes are compared.
+NO_DROPOUT = {"dropout": 0.0}
+
+
+def carry_out(*rounds: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """Each round's processes, see tests/ranks.py."""
+    path = [str(Path(str(exactflow.__file__)).parents[1]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, str(Path(ranks.__file__)), json.dumps(rounds)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def round_of(way: dict[str, Any], folder: Path, **options: Any) -> dict[str, Any]:
+    """A round of the toy's training."""
+    way = dict(way)
+    config = {**PLAIN, "parallel": way.pop("parallel", "auto"), **options.pop("config", {})}
+    return {**way, "options": {"folder": str(folder), "config": config, **options}}
+
+
+def values(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all processes of a round agree on."""
+    assert all("value" in each for each in found), found
+    assert all(each == found[0] for each in found), found
+    return found[0]["value"]
+
+
+def assert_same_log(ours: Path, theirs: Path) -> None:
+    """The same lines, with losses to 1e-6."""
+    for mine, other in zip(read_log(ours), read_log(theirs), strict=True):
+        assert mine == pytest.approx(other, rel=1e-6, abs=2e-6)
+
+
+def test_the_number_of_processes_and_the_way_change_nothing(tmp_path: Path) -> None:
+    told = carry_out(
+        round_of(ALONE, tmp_path / "alone", toy=NO_DROPOUT),
+        *(round_of(way, tmp_path / name, toy=NO_DROPOUT) for name, way in WAYS.items()),
+    )
+    alone, *others = map(values, told)
+    for name, found in zip(WAYS, others, strict=True):
+        assert found["step"] == alone["step"] == 20
+        assert found["sums"] == pytest.approx(alone["sums"], abs=2e-6), name
+        assert_same_log(tmp_path / name, tmp_path / "alone")
+
+
+@pytest.mark.parametrize("preset", TINY)
+def test_every_family_learns_the_same_from_a_shared_batch(preset: str, tmp_path: Path) -> None:
+    """Statistics, importance of steps and random numbers are those of the whole batch."""
+    ways = {"alone": (1, "auto"), "ddp": (2, "ddp"), "fsdp": (2, "fsdp")}
+    rounds = [
+        {
+            "job": "family",
+            "count": count,
+            "options": {
+                "folder": str(tmp_path / name),
+                "preset": preset,
+                "changes": {"parallel": way, "accumulate": 2},
+            },
+        }
+        for name, (count, way) in ways.items()
+    ]
+    alone, *others = map(values, carry_out(*rounds))
+    assert len(set(alone)) == 3
+    for losses in others:
+        assert losses == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_any_number_of_processes_goes_on_where_others_stopped(way: str, tmp_path: Path) -> None:
+    """2 then 1 then 4 then 2, whole or split, against one that was never stopped."""
+    others = {"ddp": "fsdp", "fsdp": "ddp"}
+    plan = [(2, way, 5), (1, "auto", 5), (4, others[way], 5), (2, way, None)]
+    rounds, folder = [round_of(ALONE, tmp_path / "alone", toy=NO_DROPOUT)], tmp_path / "parts"
+    for count, mode, stop in plan:
+        order = None if stop is None else [count - 1, 2 * stop]
+        described = {"job": "train", "count": count, "parallel": mode}
+        rounds.append(round_of(described, folder, order=order, toy=NO_DROPOUT))
+    alone, *parts, last = carry_out(*rounds)
+    for step, found in zip((5, 10, 15), parts, strict=True):
+        for each in found:
+            assert f"Interrupted: stopped by SIGTERM after step {step}" in each["error"]
+    assert values(last)["sums"] == pytest.approx(values(alone)["sums"], abs=2e-6)
+    assert_same_log(folder, tmp_path / "alone")
+
+
+@pytest.mark.parametrize("name", ["ddp of 4", "fsdp"])
+def test_killing_any_process_at_any_time_is_survived_bitwise(name: str, tmp_path: Path) -> None:
+    """Each time a random process dies at a random micro-batch; the same command goes on."""
+    way, chosen = WAYS[name], random.Random(7)
+    options = {"toy": {"dropout": 0.2}, "config": {"steps": 40, "checkpoint_every": 2}}
+    kills = [[chosen.randrange(way["count"]), chosen.randrange(1, 8)] for _ in range(12)]
+    whole, *struck, last = carry_out(
+        round_of(way, tmp_path / "whole", **options),
+        *(round_of(way, tmp_path / "parts", kill=kill, **options) for kill in kills),
+        round_of(way, tmp_path / "parts", **options),
+    )
+    for (killed, _), found in zip(kills, struck, strict=True):
+        for rank, each in enumerate(found):
+            if rank == killed:
+                assert each["error"] == "killed"
+            else:
+                assert "ProcessLostError" in each["error"]
+                assert "run the same command to go on from what is saved" in each["error"]
+    assert values(last) == values(whole)
+    if way["parallel"] == "ddp":
+        assert_same_bits(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
+    assert read_log(tmp_path / "parts") == read_log(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_a_nan_in_one_process_stops_all_before_any_weight_moves(name: str, tmp_path: Path) -> None:
+    told = carry_out(
+        round_of(WAYS[name], tmp_path, poison=[1, 5]), round_of(WAYS[name], tmp_path, poison=[1, 1])
+    )
+    for step, found in zip((3, 1), told, strict=True):
+        for each in found:
+            assert f"NonFiniteError: step {step} is not finite" in each["error"]
+            assert "In process 1 of 2: Every stage is finite, the loss is not" in each["error"]
+        kept = torch.load(tmp_path / f"nonfinite_step_{step:06d}.pt", weights_only=True)
+        assert kept["images"].shape == (8, 1, 2, 3)
+
+
+def test_a_split_checkpoint_holds_its_step_and_not_a_later_one(tmp_path: Path) -> None:
+    """It is written while training goes on, from copies."""
+    config = {"checkpoint_every": 1, "keep_checkpoints": 20}
+    way = {"job": "train", "count": 2, "parallel": "fsdp"}
+    alone = round_of(ALONE, tmp_path / "alone", config=config, toy=NO_DROPOUT)
+    told = carry_out(alone, round_of(way, tmp_path / "split", config=config, toy=NO_DROPOUT))
+    assert values(told[1])["step"] == 20
+    folders = sorted((tmp_path / "split" / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == [f"step_{n:08d}" for n in range(1, 21)]
+    for folder in folders:
+        twin = tmp_path / "alone" / "checkpoints" / folder.name
+        weights = load_file(twin / "model.safetensors")
+        expected = {f"model.{name}": value for name, value in weights.items()}
+        found = {name: torch.zeros_like(value) for name, value in expected.items()}
+        dcp.load(found, checkpoint_id=folder / "tensors", no_dist=True)
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+
+
+def test_a_damaged_split_checkpoint_is_set_aside(tmp_path: Path) -> None:
+    way = {"job": "train", "count": 2, "parallel": "fsdp"}
+    stopped = round_of(way, tmp_path, order=[0, 22])
+    carry_out(stopped)
+    newest = max((tmp_path / "checkpoints").glob("step_????????"))
+    shard = next((newest / "tensors").glob("__1_*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    (last,) = carry_out(round_of(way, tmp_path))
+    assert values(last)["step"] == 20
+    assert (tmp_path / "checkpoints" / f"{newest.name}.damaged").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("count", "node", "config", "message"),
+    [
+        (4, None, {"accumulate": 4}, "4 processes times 4 micro-batches divide, got 8"),
+        (4, 4, {"parallel": "hsdp"}, None),
+        (4, 1, {"parallel": "hsdp"}, "expected nodes of equally many processes, two or more"),
+        (4, 3, {"parallel": "hsdp"}, "got 4 processes, 3 on this node"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_by_all(
+    count: int, node: int | None, config: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    way = {"job": "train", "count": count, "node": node}
+    (found,) = carry_out(round_of(way, tmp_path, config=config))
+    if message is None:
+        assert values(found)["step"] == 20  # one node: nothing to repeat, all is split
+        return
+    for each in found:
+        assert "ValueError" in each["error"]
+        assert message in each["error"]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_have_their_share_of_every_micro_batch(parts: int, world_size: int) -> None:
+    data = make_data(60)
+    options = {"seed": 3, "start": 2}
+    whole = next(training_batches(data, 24, **options)).indices.chunk(parts)
+    shares = [
+        next(
+            training_batches(data, 24, **options, parts=parts, rank=rank, world_size=world_size)
+        ).indices.chunk(parts)
+        for rank in range(world_size)
+    ]
+    for part, rows in enumerate(whole):
+        assert torch.equal(torch.cat([share[part] for share in shares]), rows)
