@@ -1,10 +1,8 @@
 """What can be typed. Nothing here imports torch: `--help` answers at once."""
 
 import re
-import signal
 import sys
 from dataclasses import dataclass, fields, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal, final
 
@@ -50,6 +48,9 @@ class Train:
     out: Path | None = None
     """Run folder; runs/PRESET by default."""
     device: Device = "auto"
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] | None = None
+    """Under torchrun, how processes share the model: whole in each (ddp), split over all (fsdp) or
+    over those of a node (hsdp); auto splits what is too large. Short for training.parallel."""
 
 
 @final
@@ -316,14 +317,6 @@ def main() -> None:
             sys.exit(2)
         command = replace(command, settings=settings)
     module = next(home for kind, home in _VERBS.values() if isinstance(command, kind))
-    try:
-        import_module(module).run(command)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        sys.stderr.close()
-        sys.exit(128 + signal.SIGPIPE)
-    except (ValueError, ArithmeticError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    from exactflow.cli.running import carry_out  # imports torch
+
+    carry_out(command, module)

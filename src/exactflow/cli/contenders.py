@@ -14,6 +14,7 @@ from exactflow.cli.settings import Settings, load_model, resolve
 from exactflow.cli.train import CONFIG_FILE, read_metrics
 from exactflow.core.config import override
 from exactflow.core.model import FittedFlow, GenerativeModel, NonFiniteError
+from exactflow.core.processes import ALONE, current
 from exactflow.core.serialization import write_atomically
 from exactflow.data import DataConfig, ImageDataset
 from exactflow.evaluation.bits_per_dim import check_fits
@@ -134,7 +135,8 @@ class Contenders:
             common["every"] = {interval: _Watch(self._held_out, interval, config.steps)}
             result = fit(model, self._training, config, folder, **common)
         text = yaml.safe_dump(settings.describe(), sort_keys=False)
-        write_atomically(folder / CONFIG_FILE, text.encode())
+        group = current()
+        group.on_main(lambda: write_atomically(folder / CONFIG_FILE, text.encode()))
         memory = stages.keep("training-memory", {}, lambda: {"bytes": peak.bytes()})
         facts = {
             "steps": result.step,
@@ -145,7 +147,7 @@ class Contenders:
             "peak_memory": memory["bytes"],
         }
         card = {"training data": self._training.describe(), "cost": facts}
-        model.save_pretrained(folder / "model", card=card)
+        group.on_main(lambda: model.save_pretrained(folder / "model", card=card))
         lines = [line for line in read_metrics(folder) if "bits_per_dim" in line]
         curve = [{n: line[n] for n in ("step_seconds", "images", "bits_per_dim")} for line in lines]
         return Contender(name, model, {**facts, **_work(model, result.images_seen)}, curve)
@@ -160,7 +162,7 @@ class Contenders:
             )
             return {"steps": found}
 
-        steps = stages.keep("budget", {}, measure)["steps"]
+        steps = stages.keep("budget", {}, measure, together=True)["steps"]
         changes = {"steps": steps, "warmup_steps": steps // WARMUP_PART, "fine_tuning_epochs": 0.0}
         return override(config, changes)
 
@@ -178,6 +180,7 @@ class Contenders:
             "images": self._training.fingerprint,
             "device": self._device.type,
             "threads": torch.get_num_threads(),
+            **({} if current() == ALONE else {"processes": current().count}),
         }
 
 

@@ -12,6 +12,7 @@ from exactflow.cli.arguments import Evaluate
 from exactflow.cli.settings import data_of, load_model, parse_words
 from exactflow.cli.train import baseline_rows, likelihood_row
 from exactflow.core.model import GenerativeModel
+from exactflow.core.processes import current
 from exactflow.core.serialization import write_atomically
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.evaluation.baselines import Baseline, baselines, described, training_images
@@ -59,7 +60,8 @@ def run(command: Evaluate) -> None:
         result |= {"trained on": trained_on} if trained_on else {}
         per_image = {"nats_per_image": evaluation.likelihood.nats.tolist()}
         text = json.dumps({"model": command.model, **result, **per_image}, indent=2)
-        write_atomically(command.out, (text + "\n").encode())
+        out = command.out
+        current().on_main(lambda: write_atomically(out, (text + "\n").encode()))
 
 
 def _trained_on(command: Evaluate, model: GenerativeModel, dataset: ImageDataset) -> str:

@@ -2,17 +2,19 @@
 
 import json
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
 from exactflow.cli.arguments import Sample
 from exactflow.cli.settings import load_model
-from exactflow.core.model import Flow
+from exactflow.core.model import Flow, GenerativeModel
+from exactflow.core.processes import current
 from exactflow.core.serialization import write_atomically
 from exactflow.evaluation import pictures
 from exactflow.evaluation.profiles import inversion_plot
 from exactflow.sampling.guidance import Guidance
-from exactflow.sampling.sample import sample
+from exactflow.sampling.sample import Samples, sample
 
 
 def run(command: Sample) -> None:
@@ -44,6 +46,12 @@ def run(command: Sample) -> None:
         console.print(f"left out: the sample with seed {seed} became non-finite in {where}")
     if not drawn.seeds:
         raise ArithmeticError(f"none of {command.n} samples is finite")
+    current().on_main(lambda: _write(command, model, drawn))
+    console.print(_summary(drawn, command.out))
+
+
+def _write(command: Sample, model: GenerativeModel, drawn: Samples) -> None:
+    """Pictures and cost."""
     out = command.out
     pictures.save(pictures.grid(drawn.images, model.levels), out / "samples.png")
     for seed, image in zip(drawn.seeds, drawn.images, strict=True):
@@ -63,7 +71,10 @@ def run(command: Sample) -> None:
         "failures": drawn.failures,
     }
     write_atomically(out / "samples.json", (json.dumps(cost, indent=2) + "\n").encode())
-    console.print(
+
+
+def _summary(drawn: Samples, out: Path) -> str:
+    return (
         f"{len(drawn.seeds)} samples in {drawn.seconds:.2f} s, "
         + (
             f"{drawn.evaluations} evaluations, "

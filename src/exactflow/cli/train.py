@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -15,6 +15,7 @@ from rich.table import Table
 from exactflow.cli.arguments import Train
 from exactflow.cli.settings import Settings, pick_device, resolve
 from exactflow.core.model import FittedFlow, GenerativeModel
+from exactflow.core.processes import current
 from exactflow.core.random import generator
 from exactflow.core.serialization import write_atomically
 from exactflow.data import ImageDataset, load
@@ -48,6 +49,8 @@ class Trained:
 def run(command: Train) -> None:
     """Train, score the validation split, save the model."""
     settings = resolve(command.preset, command.settings, command.config)
+    if command.parallel is not None:
+        settings = replace(settings, training=replace(settings.training, parallel=command.parallel))
     folder = command.out or Path("runs") / settings.preset
     trained = train(settings, folder, command.device)
     show(trained, folder)
@@ -55,13 +58,14 @@ def run(command: Train) -> None:
 
 def train(settings: Settings, folder: Path, device: str) -> Trained:
     """Carry out or resume a run in `folder`; leaves it with model/, config.yaml, metrics.jsonl."""
+    group = current()
+    group.on_main(lambda: load(settings.data, "train") and None)  # decoded and kept
     training = load(settings.data, "train")
     validation = load(settings.data, "validation")
     settings = settings.fitted(training)
     model = settings.build().to(pick_device(device))
-    folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(settings.describe(), sort_keys=False)
-    write_atomically(folder / CONFIG_FILE, text.encode())
+    group.on_main(lambda: _write_config(folder, text))
     watch = _Watch(settings, model, validation, folder)
     run_config = settings.run
     every = {run_config.sample_every: watch.draw}
@@ -96,11 +100,17 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
             "images_seen": result.images_seen,
             "seconds": round(result.seconds, 1),
             "device": str(model.device),
+            **({"processes": group.count} if group.count > 1 else {}),
             "torch": torch.__version__,
         },
     }
-    model.save_pretrained(folder / "model", card=card)
+    group.on_main(lambda: model.save_pretrained(folder / "model", card=card))
     return Trained(settings, model, training, result, evaluation)
+
+
+def _write_config(folder: Path, text: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / CONFIG_FILE, text.encode())
 
 
 def show(trained: Trained, folder: Path) -> None:
@@ -192,7 +202,8 @@ class _Watch:
         )
         if len(drawn.seeds):
             sheet = pictures.grid(drawn.images, model.levels)
-            pictures.save(sheet, self.folder / "samples" / f"step_{progress.step:08d}.png")
+            path = self.folder / "samples" / f"step_{progress.step:08d}.png"
+            current().on_main(lambda: pictures.save(sheet, path))
         return {"nonfinite_samples": float(len(drawn.failures))}
 
     def both(self, progress: Progress) -> Mapping[str, float]:

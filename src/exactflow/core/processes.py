@@ -6,13 +6,14 @@ functions that share work say so, and are called by all processes alike.
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, final
 
 import torch
+from rich.progress import track
 from torch import Tensor
 
 LAST_WORDS = 0.1  # seconds for what was sent last before a group is left
@@ -20,6 +21,8 @@ LAST_WORDS = 0.1  # seconds for what was sent last before a group is left
 # has died is noticed at once, by closed connections and by torchrun.
 PATIENCE = timedelta(hours=1)
 
+A = TypeVar("A")
+B = TypeVar("B")
 T = TypeVar("T")
 
 
@@ -71,10 +74,13 @@ class Processes:
         return torch.stack(found)
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What `work` returns in the main process, or raises there, for all processes."""
+        """What `work` returns in the main process alone, or raises there, for all processes."""
         if self.count == 1:
             return work()
-        told: list[Any] = [_attempt(work) if self.is_main else None]
+        told: list[Any] = [None]
+        if self.is_main:
+            with separately():
+                told = [_attempt(work)]
         with self._listening():
             torch.distributed.broadcast_object_list(told, src=0)
         return _outcome(told[0])
@@ -82,6 +88,26 @@ class Processes:
     def share(self, work: Callable[[], T]) -> list[T]:
         """What each process's `work` returns; the first error of any of them is raised by all."""
         return [_outcome(told) for told in self.gather(_attempt(work))]
+
+    def spread(
+        self, items: Sequence[A], work: Callable[[A], B], *, bar: str | None = None
+    ) -> list[B]:
+        """`work` of every item, in their order; each is done by one process and known to all.
+
+        Args:
+            items: the same in every process.
+            work: of one item, by this process alone.
+            bar: name of a progress bar that the main process shows; None shows none.
+        """
+
+        def done() -> list[B]:
+            mine = items[self.rank :: self.count]
+            shown = track(mine, bar, transient=True) if bar and self.is_main else mine
+            with separately():
+                return [work(item) for item in shown]
+
+        shares = self.share(done)
+        return [shares[i % self.count][i // self.count] for i in range(len(items))]
 
     def barrier(self) -> None:
         """Return once every process has called this."""
@@ -116,11 +142,23 @@ class Processes:
 
 
 ALONE = Processes()
+_separate = False
+
+
+@contextmanager
+def separately() -> Iterator[None]:
+    """Inside, this process works alone: others are elsewhere and would not answer."""
+    global _separate
+    before, _separate = _separate, True
+    try:
+        yield
+    finally:
+        _separate = before
 
 
 def current() -> Processes:
-    """The group that this process has joined."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    """The group that this process has joined, and works with here."""
+    if _separate or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return ALONE
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
 

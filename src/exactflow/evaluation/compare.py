@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from exactflow.core.model import GenerativeModel, NonFiniteError
+from exactflow.core.processes import current
 from exactflow.data.datasets import DataConfig, ImageDataset, load
 from exactflow.evaluation.comparison import Bench
 from exactflow.evaluation.comparison_report import Report, report_of
@@ -34,6 +35,7 @@ def compare(
     What `folder` holds of the same weights, images and protocol is not measured again, so that the
     same call goes on after a crash. Numbers depend on the protocol's seed, not on batches. A model
     whose numbers are not finite does not stop the others: the report says what happened to it.
+    Processes that work together share the measurements; the report is the same.
 
     Args:
         models: by name; or contenders, which also know what their training cost. They may come
@@ -51,11 +53,14 @@ def compare(
         ValueError: two models of one name, none at all, or one that does not fit the images.
         NonFiniteError: of no model everything is finite.
     """
-    folder = Path(folder)
+    folder, group = Path(folder), current()
     training, held_out = _splits(data)
     if extractor is None:
-        labelled = training.labels is not None
-        extractor = classifier(training, folder / "features") if labelled else pixels()
+        extractor = pixels()
+        if training.labels is not None:
+            features = folder / "features"
+            group.on_main(lambda: classifier(training, features) and None)  # trained and kept
+            extractor = classifier(training, features)
     if isinstance(models, Mapping):
         named = cast("Mapping[str, GenerativeModel]", models)
         models = (Contender(name, model.eval()) for name, model in named.items())
@@ -80,9 +85,13 @@ def compare(
             raise NonFiniteError("; ".join(f"{n}: {why}" for n, why in failures.items()))
         raise ValueError("expected models to compare, got none")
     setting = {**(setting or {}), **_machine(devices)}
-    report = report_of(bench, list(results.values()), setting, failures)
-    report.save(folder)
-    return report
+
+    def write() -> Report:
+        report = report_of(bench, list(results.values()), setting, failures)
+        report.save(folder)
+        return report
+
+    return group.on_main(write)
 
 
 def _splits(

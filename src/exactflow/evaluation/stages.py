@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, final
 
 import numpy as np
-from rich.progress import Progress
 
+from exactflow.core.processes import current
 from exactflow.core.serialization import write_atomically
 
 Arrays = dict[str, np.ndarray]
@@ -36,18 +36,33 @@ class Stages:
     progress: bool = False
 
     def keep(
-        self, name: str, identity: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]
+        self,
+        name: str,
+        identity: Mapping[str, Any],
+        measure: Callable[[], Mapping[str, Any]],
+        *,
+        together: bool = False,
     ) -> dict[str, Any]:
-        """What `measure` returns, JSON-able, from now or from before."""
+        """What `measure` returns, JSON-able, from now or from before.
+
+        The main process measures alone, or with the others where they all do it `together`.
+        """
         whole = self._whole(identity)
-        path = self.folder / f"{name}.json"
-        if path.is_file():
-            kept = json.loads(path.read_text())
-            if kept["identity"] == whole:
-                return kept["result"]
-        result = _plain(measure())
-        self._write(path, json.dumps({"identity": whole, "result": result}, indent=1).encode())
-        return result
+        path, group = self.folder / f"{name}.json", current()
+
+        def known() -> dict[str, Any] | None:
+            kept = json.loads(path.read_text()) if path.is_file() else {}
+            return kept["result"] if kept.get("identity") == whole else None
+
+        def measured() -> dict[str, Any]:
+            result = _plain(found or measure())
+            content = json.dumps({"identity": whole, "result": result}, indent=1)
+            self._write(path, content.encode())
+            return result
+
+        before = group.on_main(known)
+        found = measure() if before is None and together else None
+        return group.on_main(measured) if before is None else before
 
     def collect(
         self,
@@ -59,6 +74,8 @@ class Stages:
     ) -> Arrays:
         """Arrays of `count` rows measured `size` at a time, each part kept; joined on their axis 0.
 
+        Processes that work together share the parts.
+
         Args:
             name: of a folder of parts.
             identity: what the rows depend on, besides what all measurements do.
@@ -68,21 +85,27 @@ class Stages:
         """
         folder, whole = self.folder / name, self._whole({**identity, "rows of a part": size})
         known = folder / "identity.json"
-        if not known.is_file() or json.loads(known.read_text()) != whole:
-            shutil.rmtree(folder, ignore_errors=True)
-            self._write(known, json.dumps(whole, indent=1).encode())
-        parts = []
-        with Progress(transient=True, disable=not self.progress) as bar:
-            for start in bar.track(range(0, count, size), description=name):
-                rows = range(start, min(start + size, count))
-                path = folder / f"{rows.start:08d}-{rows.stop:08d}.npz"
-                if not path.is_file():
-                    buffer = io.BytesIO()
-                    arrays: dict[str, Any] = measure(rows)
-                    np.savez(buffer, **arrays)
-                    self._write(path, buffer.getvalue())
-                with np.load(path) as part:
-                    parts.append(dict(part))
+
+        def begin() -> None:
+            if not known.is_file() or json.loads(known.read_text()) != whole:
+                shutil.rmtree(folder, ignore_errors=True)
+                self._write(known, json.dumps(whole, indent=1).encode())
+
+        def part(start: int) -> Arrays:
+            rows = range(start, min(start + size, count))
+            path = folder / f"{rows.start:08d}-{rows.stop:08d}.npz"
+            if not path.is_file():
+                buffer = io.BytesIO()
+                arrays: dict[str, Any] = measure(rows)
+                np.savez(buffer, **arrays)
+                self._write(path, buffer.getvalue())
+            with np.load(path) as kept:
+                return dict(kept)
+
+        group = current()
+        group.on_main(begin)
+        starts = range(0, count, size)
+        parts = group.spread(starts, part, bar=name if self.progress else None)
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
     def _whole(self, identity: Mapping[str, Any]) -> Any:

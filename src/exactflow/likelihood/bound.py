@@ -18,6 +18,7 @@ from torch import Tensor
 
 from exactflow.core import images as grey
 from exactflow.core.model import NonFiniteError, evaluating
+from exactflow.core.processes import current
 from exactflow.core.random import generator, normal_rows
 from exactflow.paths.chain import MarkovChain, Network
 from exactflow.paths.chain_model import ChainModel
@@ -119,18 +120,20 @@ def chain_bound(
     model.check_label(None if label is None else label.cpu(), len(images))
     chain = model.chain.respaced(respacing)
     strata = strata_of(chain.steps, chain.steps if evaluations is None else evaluations)
-    starts = range(0, len(images), batch_size)
-    parts = []
-    with evaluating(model), Progress(transient=True, disable=not progress) as bar:
-        task = bar.add_task("scoring", total=len(starts) * len(strata))
-        for start in starts:
+    group, starts = current(), range(0, len(images), batch_size)
+    shown = progress and group.is_main
+    with evaluating(model), Progress(transient=True, disable=not shown) as bar:
+        total = len(starts[group.rank :: group.count]) * len(strata)
+        task = bar.add_task("scoring", total=total)
+
+        def score(start: int) -> Tensor:
             rows = slice(start, start + batch_size)
             x0 = grey.center(images[rows].to(model.device), model.levels, torch.float64)
             chunk = None if label is None else label[rows].to(model.device)
             names = range(first + start, first + start + len(x0))
-            terms = _terms(model, chain, strata, x0, chunk, seed, names, lambda: bar.advance(task))
-            parts.append(terms)
-    terms = torch.cat(parts)
+            return _terms(model, chain, strata, x0, chunk, seed, names, lambda: bar.advance(task))
+
+        terms = torch.cat(group.spread(starts, score))
     if not bool(terms.isfinite().all()):
         image, step = (~terms.isfinite()).nonzero()[0].tolist()
         raise NonFiniteError(

@@ -7,7 +7,6 @@ from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float, Int, Integer
-from rich.progress import track
 from torch import Tensor
 
 from exactflow.core import images as grey
@@ -20,6 +19,7 @@ from exactflow.core.model import (
     evaluating,
     log_density,
 )
+from exactflow.core.processes import current
 from exactflow.core.random import generator, normal_rows, uniform_rows
 from exactflow.likelihood.bound import ChainBound, chain_bound
 from exactflow.likelihood.ode_estimate import OdeEstimate, ode_log_likelihood
@@ -109,6 +109,8 @@ def log_likelihood(
 ) -> LogLikelihood:
     """Score integer images; image i's noise is a function of (seed, i), whatever the batch size.
 
+    Processes that work together share the batches.
+
     Args:
         model: a flow, a diffusion chain (scored by its bound, all steps) or another model on a path
             (scored by its probability flow, with dopri5 at 1e-5 and one probe: `ode_log_likelihood`
@@ -173,17 +175,19 @@ def _of_flow(
         raise ValueError(f"expected k >= 1 and batch_size >= 1, got {k}, {batch_size}")
     grey.check_images(images, model.event_shape, model.levels)
     model.check_label(None if label is None else label.cpu(), len(images))
+
+    def score(start: int) -> Tensor:
+        rows = slice(start, start + batch_size)
+        chunk = None if label is None else label[rows].to(model.device)
+        draws = [
+            _log_weight_of_draw(model, images[rows], chunk, (seed, first + start, draw))
+            for draw in range(k)
+        ]
+        return torch.stack(draws).logsumexp(0) - math.log(k)
+
     starts = range(0, len(images), batch_size)
-    nats = []
     with evaluating(model):
-        for start in track(starts, "scoring", transient=True) if progress else starts:
-            rows = slice(start, start + batch_size)
-            chunk = None if label is None else label[rows].to(model.device)
-            draws = [
-                _log_weight_of_draw(model, images[rows], chunk, (seed, first + start, draw))
-                for draw in range(k)
-            ]
-            nats.append(torch.stack(draws).logsumexp(0) - math.log(k))
+        nats = current().spread(starts, score, bar="scoring" if progress else None)
     result = torch.cat(nats)
     if not bool(result.isfinite().all()):
         index = int((~result.isfinite()).nonzero()[0, 0])

@@ -12,12 +12,12 @@ from typing import Literal, final
 
 import torch
 from jaxtyping import Float, Int, Integer
-from rich.progress import track
 from torch import Tensor
 
 from exactflow.core import images as grey
 from exactflow.core.model import NonFiniteError
 from exactflow.core.prior import DiagonalGaussian
+from exactflow.core.processes import current
 from exactflow.core.random import generator, normal_rows, uniform_rows
 from exactflow.paths.ode import Field, OdeSolver, State, solve, uniform_times
 from exactflow.paths.path_model import PathModel
@@ -150,25 +150,24 @@ def ode_log_likelihood(
     model.check_label(None if label is None else label.cpu(), len(images))
     start, end = model.span
     trajectory = _Trajectory(model, solver, uniform_times(steps, end, start), tolerance)
+
+    def score(begin: int) -> tuple[Tensor, Tensor, int]:
+        rows = slice(begin, begin + batch_size)
+        chunk = None if label is None else label[rows].to(model.device)
+        numbers = range(first + begin, first + begin + len(images[rows]))
+        names = [[(seed, number, d) for number in numbers] for d in range(k)]
+        draws, evaluations = [], 0
+        for name in names:
+            vectors = None if trace == "exact" else _probes(model, name, probe, probes)
+            densities, count = trajectory.score(_noisy(model, images[rows], name), chunk, vectors)
+            draws.append(densities)
+            evaluations += count * len(name)
+        return *_averaged(torch.stack(draws)), evaluations
+
     starts = range(0, len(images), batch_size)
-    results: list[tuple[Tensor, Tensor]] = []
-    evaluations = 0
     with _evaluating(model):
-        for begin in track(starts, "scoring", transient=True) if progress else starts:
-            rows = slice(begin, begin + batch_size)
-            chunk = None if label is None else label[rows].to(model.device)
-            numbers = range(first + begin, first + begin + len(images[rows]))
-            names = [[(seed, number, d) for number in numbers] for d in range(k)]
-            draws = []
-            for name in names:
-                vectors = None if trace == "exact" else _probes(model, name, probe, probes)
-                densities, count = trajectory.score(
-                    _noisy(model, images[rows], name), chunk, vectors
-                )
-                draws.append(densities)
-                evaluations += count * len(name)
-            results.append(_averaged(torch.stack(draws)))
-    nats = torch.cat([mean for mean, _ in results])
+        results = current().spread(starts, score, bar="scoring" if progress else None)
+    nats = torch.cat([mean for mean, _, _ in results])
     _check_finite(nats)
     fixed = solver != "dopri5"
     return OdeEstimate(
@@ -179,11 +178,11 @@ def ode_log_likelihood(
         solver=solver,
         steps=steps if fixed else None,
         tolerance=None if fixed else tolerance,
-        evaluations=evaluations / len(images),
+        evaluations=sum(count for _, _, count in results) / len(images),
         trace=trace,
         probe=None if trace == "exact" else probe,
         probes=model.dims if trace == "exact" else probes,
-        probe_error=_probe_error([each for _, each in results]),
+        probe_error=_probe_error([each for _, each, _ in results]),
         prior_gap=_prior_gap(model, images),
         blur=_blur(model),
     )

@@ -10,6 +10,7 @@ from rich.progress import track
 from torch import Tensor
 
 from exactflow.core.model import Flow, GenerativeModel, evaluating
+from exactflow.core.processes import Processes, current
 from exactflow.core.random import generator, normal_rows
 from exactflow.core.transform import Solver
 from exactflow.paths.path_model import PathModel
@@ -19,7 +20,7 @@ from exactflow.sampling.guidance import Guidance
 from exactflow.sampling.inversion import Inversion
 from exactflow.sampling.path_samples import sample_path
 from exactflow.sampling.planner import number_of_blocks, planned_solvers
-from exactflow.sampling.samples import Samples
+from exactflow.sampling.samples import Samples, together
 
 
 def sample(
@@ -41,6 +42,8 @@ def sample(
     progress: bool = False,
 ) -> Samples:
     """Draw `n` samples; sample k is a function of seed + k, whatever `n` and `batch_size`.
+
+    Processes that work together share the samples, and all have them in the end.
 
     Args:
         model: a flow, or a model on a path.
@@ -74,8 +77,54 @@ def sample(
         )
     if on_nonfinite not in ("raise", "omit"):
         raise ValueError(f"expected on_nonfinite 'raise' or 'omit', got {on_nonfinite!r}")
-    began = time.perf_counter()
     labels = expand_label(model, label, n)
+    group = current()
+
+    def draw(rows: range) -> Samples:
+        mine = None if labels is None else labels[rows.start : rows.stop]
+        return _sample(
+            model,
+            len(rows),
+            mine,
+            seed + rows.start,
+            solver,
+            guidance,
+            steps=steps,
+            tolerance=tolerance,
+            denoise=denoise,
+            temperature=temperature,
+            batch_size=batch_size,
+            trace=trace,
+            profile=profile,
+            on_nonfinite=on_nonfinite,
+            progress=progress and group.is_main,
+        )
+
+    shared = min(n, group.count)
+    shares = [Processes(rank, shared).rows(n) for rank in range(shared)]
+    return together(group.spread(shares, draw))
+
+
+def _sample(
+    model: GenerativeModel,
+    n: int,
+    labels: Int[Tensor, " n"] | None,
+    seed: int,
+    solver: str | Solver | Sequence[Solver],
+    guidance: float | Guidance,
+    *,
+    steps: int | None,
+    tolerance: float | None,
+    denoise: bool | None,
+    temperature: float,
+    batch_size: int,
+    trace: bool,
+    profile: bool,
+    on_nonfinite: Literal["raise", "omit"],
+    progress: bool,
+) -> Samples:
+    """The share of one process."""
+    began = time.perf_counter()
     if isinstance(model, PathModel):
         _refuse(denoise=denoise, trace=trace, profile=profile, temperature=temperature != 1)
         if not isinstance(solver, str) or isinstance(guidance, Guidance):

@@ -1,8 +1,10 @@
 """What sampling gives, whatever the model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
@@ -48,3 +50,27 @@ class Samples:
     failures: dict[int, str]
     trace: Float[Tensor, "steps n channels height width"] | None
     passes: tuple[tuple[Pass, ...], ...] | None
+
+
+def together(parts: Sequence[Samples]) -> Samples:
+    """Samples of one model that several processes drew at the same time, one after the other."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    device = first.x.device
+    labels = [part.label.to(device) for part in parts if part.label is not None]
+    traces = [part.trace.to(device) for part in parts if part.trace is not None]
+    return Samples(
+        x=torch.cat([part.x.to(device) for part in parts]),
+        images=torch.cat([part.images.to(device) for part in parts]),
+        seeds=tuple(seed for part in parts for seed in part.seeds),
+        label=torch.cat(labels) if labels else None,
+        evaluations=sum(part.evaluations for part in parts),
+        iterations=tuple(map(max, zip(*(part.iterations for part in parts), strict=True))),
+        seconds=max(part.seconds for part in parts),
+        certificate=torch.cat([part.certificate.to(device) for part in parts]),
+        repairs=tuple(map(sum, zip(*(part.repairs for part in parts), strict=True))),
+        failures={seed: where for part in parts for seed, where in part.failures.items()},
+        trace=torch.cat(traces, dim=1) if traces else None,
+        passes=first.passes,
+    )

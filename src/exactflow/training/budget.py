@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from exactflow.core.model import GenerativeModel, evaluating
+from exactflow.core.processes import current
 from exactflow.core.random import generator
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
@@ -103,7 +104,8 @@ def steps_within(
     if budget.flops is not None:
         return max(1, int(budget.flops / (training_flops(model) * config.batch_size)))
     assert budget.seconds is not None
-    return max(1, round(budget.seconds / _seconds_per_step(model, dataset, config, augmentation)))
+    seconds = _seconds_per_step(model, dataset, config, augmentation)
+    return max(1, round(budget.seconds / current().gather(seconds)[0]))
 
 
 def _seconds_per_step(

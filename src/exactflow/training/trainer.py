@@ -180,6 +180,7 @@ class _Run:
         self.spread.home.eval()
         assert self.saver.last is not None  # the last step always has one
         last = self.saver.last.state
+        self.group.barrier()  # the log has its last line
         times = (last.seconds, last.step_seconds)
         return FitResult(last.step, last.images, *times, self.saver.last.folder, log.last)
 
