@@ -77,6 +77,7 @@ def index_tar(stream: BinaryIO, name: str, size: int, sha256: str | None, where:
     """
     ignored: Counter[str] = Counter()
     last = "its beginning"
+    stream.seek(0)
     try:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
             files: list[tarfile.TarInfo] = []
