@@ -869,7 +869,5 @@ def test_the_commands(tmp_path: Path) -> None:
     cli(*train, cwd=tmp_path)
     card = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["card"]
     assert card["training data"]["count"] == 40
-    with pytest.raises(
-        ValueError, match=r"data\.bits: expected data\.cache_dir"
-    ):
+    with pytest.raises(ValueError, match=r"data\.bits: expected data\.cache_dir"):
         command.run(Index(source, ("data.bits=5",)))

@@ -41,11 +41,11 @@ class DataConfig:
 
     Attributes:
         source: "digits" (built in, 8x8, 17 levels), "fashion-mnist" (looked up in the usual
-            places), a folder of IDX files, a folder of images, a .parquet or .tar file or a folder
-            of them, a set that `exactflow prepare` wrote, or "hub:owner/name" (or
-            "hub:/local/path") for the `datasets` library, or URLs of tar shards that are
-            streamed, see `streaming.py`. In a prepared set, fields from `image_size` to
-            `split_seed` at their defaults mean: as it was prepared.
+            places), a folder of IDX files, of images, or of image-net.org's batch files, a .parquet
+            or .tar file or a folder of them, URLs of tar shards to be streamed (`streaming.py`), a
+            set that `exactflow prepare` wrote, or "hub:owner/name" (or "hub:/local/path") for the
+            `datasets` library. In a prepared set, fields from `image_size` to `split_seed` at their
+            defaults mean: as it was prepared.
         image_size: pixels; resize the short side to it (see `decode.py` for the filters), then cut
             the central square. None keeps every image as it is stored.
         channels: None as stored, 1 grey (ITU-R 601), 3 RGB.

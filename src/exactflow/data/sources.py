@@ -10,6 +10,7 @@ from typing import final
 
 import numpy as np
 
+from exactflow.data.batch_files import has_batch_files, is_batch_file, open_batch_files
 from exactflow.data.config import DataConfig, DataError, is_remote
 from exactflow.data.decode import Payload
 from exactflow.data.folders import IMAGE_SUFFIXES, open_folder
@@ -99,16 +100,20 @@ def _open_path(path: Path, cache_dir: str | None) -> Source:
         return open_parquet(path)
     if path.suffix.lower() == ".tar" and path.is_file():
         return open_shards(path, cache_dir)
+    if is_batch_file(path) and path.is_file():
+        return open_batch_files(path)
     if not path.is_dir():
         raise DataError(
             f"{path}: expected digits, fashion-mnist, hub:owner/name, a .parquet or .tar file, "
-            f"URLs of tar files, or a folder of images, IDX, parquet or tar files; "
+            f"URLs of tar files, or a folder of images, IDX, parquet, tar or batch files; "
             f"found {'a file' if path.exists() else 'nothing'}"
         )
     if (path / PREPARED_FILE).is_file():
         raise DataError(f"{path}: expected a source, found a prepared set, which is data.source")
     if has_idx_files(path):
         return open_idx(path)
+    if has_batch_files(path):
+        return open_batch_files(path)
     kind = "parquet" if any(path.glob("*.parquet")) else "tar" if has_shards(path) else None
     if kind is None:
         return open_folder(path)
