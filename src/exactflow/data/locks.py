@@ -1,7 +1,7 @@
 """Locks on open files, between processes and threads; they go with the process, however it ends.
 
 A lock belongs to what one call of `open` gave. Where the system has no such locks (Windows) every
-lock is granted: one process at a time is then up to the user.
+lock is granted: see `AVAILABLE`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ try:
     import fcntl
 except ImportError:
     fcntl = None
+
+AVAILABLE = fcntl is not None
 
 
 def lock(stream: IO[Any], *, exclusive: bool, wait: bool = True) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, final
 
-from exactflow.data import remote
+from exactflow.data import locks, remote
 from exactflow.data.config import DataError
 from exactflow.data.locks import lock, unlock
 
@@ -52,10 +53,18 @@ class ShardCache:
 
     Args:
         folder: made if missing.
-        limit: bytes; all files together are never larger.
+        limit: bytes; nothing is written that makes all files together larger.
+
+    Raises:
+        DataError: this system cannot lock files.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
+        if not locks.AVAILABLE:
+            raise DataError(
+                "streaming: expected a system that can lock files, such as Linux or macOS, found "
+                f"{sys.platform}; copies of the shards on this disk can be read"
+            )
         self.folder, self.limit = folder, limit
 
     @contextmanager
