@@ -777,6 +777,7 @@ def test_patterns(pattern: str, urls: list[str]) -> None:
         ("file:///x/{a,b.tar", "expected braces in pairs"),
         ("file:///x/{0..1}.zip", r"expected URLs of \.tar files"),
         ("http://{a,b}/0.tar", "expected shards of one host"),
+        ("htp://a/0.tar", "expected a known kind of URL, found: Protocol not known"),
     ],
 )
 def test_other_patterns_are_refused(tmp_path: Path, pattern: str, message: str) -> None:

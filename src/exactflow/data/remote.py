@@ -217,7 +217,10 @@ def _open(url: str, start: int) -> Iterator[_Answer]:
     with _explained():
         import fsspec.core
 
-        system, path = fsspec.core.url_to_fs(url)
+        try:
+            system, path = fsspec.core.url_to_fs(url)
+        except ValueError as error:
+            raise DataError(f"{url}: expected a known kind of URL, found: {error}") from error
         with system.open(path, "rb") as stream:
             stream.seek(start)
             yield _Answer(stream, start, system.size(path))
