@@ -5,8 +5,8 @@
 A JPEG folder and tar shards are made of smooth synthetic photographs, 500 pixels on the short side
 as ImageNet has them; the parquet file is DATA/cifar10-jpeg. Every line is the median of some rounds
 of the same work on a warm file cache; a set of its own, larger than a processor's caches, is read
-for training. Workers are threads; pin the process to one core to have
-numbers per core.
+for training. Streamed shards are the tar shards again, by file:// into an empty or a warm cache
+folder, indexed before. Workers are threads; pin the process to one core to have numbers per core.
 """
 
 import argparse
@@ -27,7 +27,14 @@ import torch
 from measure import hardware
 from PIL import Image
 
-from exactflow.data import Augmentation, DataConfig, load, prepare, training_batches
+from exactflow.data import (
+    Augmentation,
+    DataConfig,
+    index_shards,
+    load,
+    prepare,
+    training_batches,
+)
 
 SHORT, LONG = 375, 500  # pixels, as most images of ImageNet
 QUALITY = 90
@@ -110,6 +117,17 @@ def trained_on(source: Path, batch_size: int, images: int, augmentation: Augment
     return batch_size * batches
 
 
+def streamed_on(config: DataConfig, batch_size: int, images: int, warm: bool) -> int:
+    """Read training batches of streamed shards, from an empty cache folder or a warm one."""
+    if not warm:
+        shutil.rmtree(Path(str(config.cache_dir)) / "shards", ignore_errors=True)
+    found = training_batches(load(config, "train"), batch_size, seed=0)
+    batches = images // batch_size
+    for _ in range(batches):
+        next(found)
+    return batch_size * batches
+
+
 def line(job: str, images: int, found: list[float]) -> dict[str, Any]:
     """One line of the table."""
     return {"job": job, "images": images, "images/s": found}
@@ -145,6 +163,33 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
         gibibytes = dataset.images.nbytes / 2**30
         job = f"batches of {arguments.batch}, 64x64{name}, {gibibytes:.1f} GiB in the file cache"
         lines.append(line(job, arguments.batch * (arguments.read // arguments.batch), found))
+    return lines + streamed(arguments, folder, sources["tar shards"])
+
+
+def streamed(arguments: argparse.Namespace, folder: Path, shards: Path) -> list[dict[str, Any]]:
+    """The lines of streamed shards, and of their index."""
+    names = sorted(file.stem for file in shards.glob("*.tar"))
+    pattern = f"file://{shards}/{{{','.join(names)}}}.tar"
+    whole = {"validation_fraction": 0.0, "test_fraction": 0.0}
+    config = DataConfig(
+        pattern, image_size=64, channels=3, cache_dir=str(folder / "cache"), **whole
+    )
+
+    def indexed() -> int:
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+        found, _ = index_shards(pattern, cache_dir=config.cache_dir)
+        return sum(map(len, found))
+
+    lines = [
+        line("index: tar shards by file://", arguments.images, rates(indexed, arguments.rounds))
+    ]
+    size = min(arguments.batch, arguments.images)
+    for name, warm in (("to be fetched by file://", False), ("in the cache folder", True)):
+        found = rates(
+            lambda w=warm: streamed_on(config, size, arguments.images, w), arguments.rounds
+        )
+        job = f"streamed batches of {size}, {LONG}x{SHORT} to 64x64, shards {name}"
+        lines.append(line(job, size * (arguments.images // size), found))
     return lines
 
 

@@ -4,6 +4,7 @@ Pages share one folder, where a demo has been run, and a command that was run is
 ```bash parse-only: the command line is parsed as `exactflow` does, and nothing is done.
 """
 
+import os
 import re
 import shlex
 import subprocess
@@ -25,6 +26,7 @@ from exactflow.cli import arguments, main
 from exactflow.likelihood import log_likelihood as scoring
 from exactflow.likelihood.ode_estimate import ode_log_likelihood
 from exactflow.sampling import planner
+from test_prepare import samples, tar
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -70,7 +72,7 @@ def blocks(page: Path) -> list[tuple[str, bool, str]]:
 
 
 def commands(text: str) -> list[list[str]]:
-    lines = text.replace("\\\n", " ").splitlines()
+    lines = os.path.expandvars(text.replace("\\\n", " ")).splitlines()
     split = [shlex.split(line, comments=True) for line in lines]
     return [words for words in split if words]
 
@@ -87,6 +89,8 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Newcomer:
     pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 36, 3), dtype=np.uint8)
     for index, image in enumerate(pixels):
         Image.fromarray(image).save(folder / "photos" / f"{index}.png")
+    for first, name in ((0, "train-0"), (10, "train-1"), (20, "val-0")):
+        tar(folder / "shards" / f"{name}.tar", samples(pixels[first : first + 10], first))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         newcomer = Newcomer(folder)
@@ -104,6 +108,7 @@ def test_the_demo_leaves_a_report(newcomer: Newcomer) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_examples_run(page: Path, newcomer: Newcomer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(newcomer.folder)
+    monkeypatch.setenv("PWD", str(newcomer.folder))
     monkeypatch.setattr(planner, "ENOUGH", 0.01)  # seconds of timing: the choice is not tested
     coarse = partial(ode_log_likelihood, solver="midpoint", steps=4)  # nor is the number
     monkeypatch.setattr(scoring, "ode_log_likelihood", coarse)

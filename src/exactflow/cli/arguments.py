@@ -9,7 +9,7 @@ from typing import Annotated, Literal, final
 import tyro
 
 from exactflow.cli.argument_types import Device, Settings
-from exactflow.cli.data_arguments import Prepare
+from exactflow.cli.data_arguments import Index, Prepare
 from exactflow.cli.latent_arguments import Attributes, Classify, Outliers, Restore
 
 _SETTING = re.compile(r"[\w.]+=")
@@ -283,6 +283,7 @@ class Demo:
 _VERBS = {
     "train": (Train, "exactflow.cli.train"),
     "prepare": (Prepare, "exactflow.cli.prepare"),
+    "index": (Index, "exactflow.cli.index"),
     "sample": (Sample, "exactflow.cli.sample"),
     "plan": (Plan, "exactflow.cli.plan"),
     "evaluate": (Evaluate, "exactflow.cli.evaluate"),

@@ -1,4 +1,4 @@
-"""What can be typed for the verb that prepares images. Nothing here imports torch."""
+"""What can be typed for the verbs that prepare images. Nothing here imports torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ class Prepare:
     """
 
     source: Annotated[str, tyro.conf.Positional]
-    """Folder of images, IDX, parquet or tar files, one such file, or hub:owner/name."""
+    """Folder of images, IDX, parquet, tar or batch files, one such file, URLs of tar files, or
+    hub:owner/name."""
     out: Annotated[Path, tyro.conf.Positional]
     """Folder to write, outside the source; the same command continues an interrupted one."""
     settings: Settings = ()
@@ -28,3 +29,19 @@ class Prepare:
     two it is, and are refused where shape, number of validation images or labels do not fit."""
     workers: int | None = None
     """Threads that decode; by default one per core."""
+
+
+@final
+@dataclass(frozen=True)
+class Index:
+    """Read tar shards once and write down what they hold, so that they can be streamed.
+
+    KEY=VALUE words with keys data.* name the cache folder that shards pass through.
+    """
+
+    source: Annotated[str, tyro.conf.Positional]
+    """URLs such as 'https://host/set/train-{000..099}.tar', or a folder of tar files here."""
+    settings: Settings = ()
+    out: Path | None = None
+    """File to write too, which is found if it lies beside the shards as index.json; for a folder
+    here, FOLDER/index.json by default."""

@@ -3,6 +3,7 @@
 from exactflow.data.augmentation import Augmentation
 from exactflow.data.config import DataConfig, DataError, Split
 from exactflow.data.datasets import ImageDataset, load
+from exactflow.data.indexing import index_shards
 from exactflow.data.loader import Batch, evaluation_batches, training_batches
 from exactflow.data.preparation import prepare
 
@@ -14,6 +15,7 @@ __all__ = [
     "ImageDataset",
     "Split",
     "evaluation_batches",
+    "index_shards",
     "load",
     "prepare",
     "training_batches",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, final, get_args
 
 from exactflow.data.augmentation import Augmentation
@@ -40,10 +41,11 @@ class DataConfig:
 
     Attributes:
         source: "digits" (built in, 8x8, 17 levels), "fashion-mnist" (looked up in the usual
-            places), a folder of IDX files, a folder of images, a .parquet or .tar file or a folder
-            of them, a set that `exactflow prepare` wrote, or "hub:owner/name" (or
-            "hub:/local/path") for the `datasets` library. In a prepared set, fields from
-            `image_size` to `split_seed` at their defaults mean: as it was prepared.
+            places), a folder of IDX files, of images, or of image-net.org's batch files, a .parquet
+            or .tar file or a folder of them, URLs of tar shards to be streamed (`streaming.py`), a
+            set that `exactflow prepare` wrote, or "hub:owner/name" (or "hub:/local/path") for the
+            `datasets` library. In a prepared set, fields from `image_size` to `split_seed` at their
+            defaults mean: as it was prepared.
         image_size: pixels; resize the short side to it (see `decode.py` for the filters), then cut
             the central square. None keeps every image as it is stored.
         channels: None as stored, 1 grey (ITU-R 601), 3 RGB.
@@ -51,8 +53,8 @@ class DataConfig:
         translate: random shifts of up to so many pixels, see `Augmentation`.
         padding: what a shift moves in, see `Augmentation`.
         bits: bits kept per channel; the pixel is `v >> (8 - bits)`, with `2**bits` levels.
-        validation: path of a separate validation set. It may not lie inside the training folder,
-            where it would be trained on.
+        validation: path or URLs of a separate validation set. It may not lie inside the training
+            folder, where it would be trained on.
         validation_fraction: part of the training images cut off for validation, where the source
             has no validation split of its own.
         test_fraction: the same for the test split; it is cut first, so that the test images do not
@@ -62,7 +64,9 @@ class DataConfig:
             subset of a larger one. It counts before unreadable images are skipped.
         on_error: "raise", or "skip" to leave out (and log, and count) images that cannot be read.
             Broken containers (IDX, parquet) always raise.
-        cache_dir: folder where large sets are decoded to; None means ~/.cache/exactflow.
+        cache_dir: folder where large sets are decoded to, and shards from elsewhere are kept;
+            None means ~/.cache/exactflow.
+        cache_gib: GiB of shards from elsewhere that are kept there at most, by all sets together.
 
     Raises:
         DataError: a field is out of its range.
@@ -82,6 +86,7 @@ class DataConfig:
     limit: int | None = None
     on_error: Literal["raise", "skip"] = "raise"
     cache_dir: str | None = None
+    cache_gib: float = 20.0
 
     def __post_init__(self) -> None:
         _require(bool(self.source), "source", "a name or a path", self.source)
@@ -94,6 +99,7 @@ class DataConfig:
         _require(1 <= self.bits <= 8, "bits", "1 to 8", self.bits)
         _require(self.split_seed >= 0, "split_seed", ">= 0", self.split_seed)
         _require(self.limit is None or self.limit > 0, "limit", "> 0", self.limit)
+        _require(0 < self.cache_gib < math.inf, "cache_gib", "> 0", self.cache_gib)
         _require(self.on_error in ("raise", "skip"), "on_error", '"raise" or "skip"', self.on_error)
         for name in ("validation_fraction", "test_fraction"):
             _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
@@ -102,6 +108,21 @@ class DataConfig:
     def augmentation(self) -> Augmentation:
         """What the loader does to training images."""
         return Augmentation(self.flip, self.translate, self.padding)
+
+
+def is_remote(source: str) -> bool:
+    """Whether a source is named by URLs."""
+    return "://" in source
+
+
+def is_path(source: str) -> bool:
+    """Whether a source is a file or a folder of this machine."""
+    return source not in BUILT_IN and not source.startswith("hub:") and not is_remote(source)
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """The folder that `DataConfig.cache_dir` means."""
+    return Path(cache_dir or "~/.cache/exactflow").expanduser()
 
 
 def _require(holds: bool, name: str, expected: str, found: object) -> None:

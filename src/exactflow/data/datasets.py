@@ -17,10 +17,12 @@ from torch import Tensor
 from exactflow.data import store
 from exactflow.data.config import SPLITS, DataConfig, DataError, Split
 from exactflow.data.decode import Preprocessing
+from exactflow.data.order import epoch_order
 from exactflow.data.prepared import PreparedSet, open_prepared, read_prepared
 from exactflow.data.records import Source
 from exactflow.data.sources import open_source
 from exactflow.data.splits import split_members
+from exactflow.data.streaming import StreamedImages
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,8 @@ class ImageDataset:
     """One split of an image set, decoded.
 
     Attributes:
-        images: (n, C, H, W) uint8 in 0 .. levels-1; read-only, possibly a memory map.
+        images: (n, C, H, W) uint8 in 0 .. levels-1; read-only, possibly a memory map, or decoded
+            when rows of them are asked for.
         labels: int64 (n,) in 0 .. num_classes-1, or None.
         id: name of the set.
         version: version of the stored data, the same for every copy of them.
@@ -52,11 +55,14 @@ class ImageDataset:
         class_names: one name per label; empty if unlabelled.
         preprocessing: what was done to each stored image, for people.
         preprocessing_hash: the same for machines.
-        fingerprint: sha256 (hex) of shape, levels, labels and pixels, in order.
+        fingerprint: sha256 (hex) of shape, levels, labels and pixels, in order; of a streamed set,
+            see `StreamedImages.fingerprint`.
         skipped: names of the images left out under `on_error="skip"`.
+        shards: numbers of consecutive images that are streamed together; None where any image can
+            be had at any time.
     """
 
-    images: np.ndarray
+    images: np.ndarray | StreamedImages
     labels: np.ndarray | None
     id: str
     version: str
@@ -67,6 +73,7 @@ class ImageDataset:
     preprocessing_hash: str
     fingerprint: str
     skipped: tuple[str, ...] = ()
+    shards: tuple[int, ...] | None = None
 
     @property
     def event_shape(self) -> tuple[int, int, int]:
@@ -93,6 +100,10 @@ class ImageDataset:
         if self.labels is None:
             return images, None
         return images, torch.from_numpy(np.array(self.labels[rows]))
+
+    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+        """The order in which images are shown in an epoch of training, int64 (n,)."""
+        return epoch_order(self.shards, len(self), seed, epoch)
 
     def describe(self) -> dict[str, Any]:
         """The identity as JSON-able values, for whoever prints a number measured on this set."""
@@ -138,7 +149,8 @@ def load(config: DataConfig, split: Split) -> ImageDataset:
 
     Returns:
         The decoded split: in memory up to 1 GiB of pixels for the whole source, beyond that as a
-        memory map of a file in `config.cache_dir`.
+        memory map of a file in `config.cache_dir`. A split whose shards lie elsewhere is streamed
+        and never decoded as a whole.
 
     Raises:
         DataError: the source is missing or broken, an image cannot be read or has another shape
@@ -152,6 +164,8 @@ def load(config: DataConfig, split: Split) -> ImageDataset:
         return _load_prepared(prepared, config, split)
     source = open_source(config)
     selection = select(config, source, split)
+    if selection.split.shards is not None:
+        return _streamed(source, selection, split)
     stored = (len(part.records) for part in source.splits.values())
     images_read = sum(min(count, config.limit or count) for count in stored)
     decoded = store.decode(selection, source.stamp, config.cache_dir, of=images_read)
@@ -178,8 +192,7 @@ def select(config: DataConfig, source: Source, split: Split) -> store.Selection:
     Raises:
         DataError: no image is left for the split, or none of the training images is readable.
     """
-    counts: dict[Split, int] = {name: len(stored.records) for name, stored in source.splits.items()}
-    home, indices = split_members(config, split, counts)
+    home, indices = split_members(config, split, source.stored)
     preprocessing = Preprocessing(config.image_size, config.channels, config.bits)
     shape, shape_of = store.first_shape(
         source.splits["train"].records, preprocessing, config.on_error
@@ -192,6 +205,25 @@ def select(config: DataConfig, source: Source, split: Split) -> store.Selection:
         shape_of=shape_of,
         levels=_levels(source, config),
         on_error=config.on_error,
+    )
+
+
+def _streamed(source: Source, selection: store.Selection, split: Split) -> ImageDataset:
+    images = StreamedImages(selection)
+    stored = selection.split.labels
+    labels = None if stored is None else stored[selection.indices]
+    return ImageDataset(
+        images=images,
+        labels=labels,
+        id=source.id,
+        version=source.version,
+        split=split,
+        levels=selection.levels,
+        class_names=() if labels is None else source.class_names,
+        preprocessing=selection.preprocessing.text,
+        preprocessing_hash=selection.preprocessing.hash,
+        fingerprint=images.fingerprint(labels),
+        shards=images.shards,
     )
 
 

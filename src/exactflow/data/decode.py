@@ -23,7 +23,7 @@ from PIL import Image, ImageFile
 from exactflow.data.config import DataError
 
 # What a source hands over for one image: encoded bytes, the file that holds them, or decoded
-# pixels (H, W) uint8. None stands for a missing value in a table.
+# pixels, (H, W) or (H, W, 3) uint8. None stands for a missing value in a table.
 Payload = bytes | Path | np.ndarray | None
 
 _GREY_MODES = frozenset({"1", "L", "LA"})

@@ -1,7 +1,7 @@
 """Facts about published sets, which tell a set that bears such a name from one that may not.
 
-Two downsampled ImageNets have one name: the PixelRNN download of 2016 (old) and the labelled
-release of image-net.org (new), which is anti-aliased and easier.
+Two downsampled ImageNets have one name: the PixelRNN download of 2016, PNG files (old), and the
+labelled release of image-net.org, batch files (new), which is anti-aliased and easier.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Batches as pure functions of (seed, step): resume is one integer, the hardware changes nothing.
 
-Batch j is a slice of a permutation that is a function of (seed, epoch). Every rank computes the
-same permutation and takes its part of each batch, so the images of step j are the same for 1 x 8
-and 2 x 4, for any number of workers, and after any resume.
+Batch j is a slice of a permutation that is a function of (seed, epoch), see `order.epoch_order`.
+Every rank computes the same permutation and takes its part of each batch, so the images of step j
+are the same for 1 x 8 and 2 x 4, for any number of workers, and after any resume.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation, AugmentedEpoch
 from exactflow.data.datasets import ImageDataset
-from exactflow.data.order import permutation
+from exactflow.data.streaming import StreamedImages
 
 
 @final
@@ -91,7 +91,7 @@ def training_batches(
     reach, side = augmentation.translate, min(dataset.event_shape[1:])
     if reach >= side - 0.5:
         raise ValueError(f"translate: expected less than the image's {side} pixels, found {reach}")
-    requests = _training_requests(len(dataset), batch_size, seed, start, augmentation, rows)
+    requests = _training_requests(dataset, batch_size, seed, start, augmentation, rows)
     return _gather_all(dataset, requests, num_workers)
 
 
@@ -122,13 +122,18 @@ class _Request:
 
 
 def _training_requests(
-    size: int, batch_size: int, seed: int, start: int, augmentation: Augmentation, rows: np.ndarray
+    dataset: ImageDataset,
+    batch_size: int,
+    seed: int,
+    start: int,
+    augmentation: Augmentation,
+    rows: np.ndarray,
 ) -> Iterator[_Request]:
-    steps_per_epoch = size // batch_size
+    steps_per_epoch = len(dataset) // batch_size
     first_epoch, first_step = divmod(start, steps_per_epoch)
     for epoch in count(first_epoch):
-        order = permutation(size, "epoch", seed, epoch)
-        changes = augmentation.of_epoch(size, seed, epoch)
+        order = dataset.epoch_order(seed, epoch)
+        changes = augmentation.of_epoch(len(dataset), seed, epoch)
         for step in range(first_step, steps_per_epoch):
             indices = order[step * batch_size : (step + 1) * batch_size][rows]
             yield _Request(indices, changes.at(indices))
@@ -146,6 +151,8 @@ def _gather(dataset: ImageDataset, request: _Request) -> Batch:
 def _gather_all(
     dataset: ImageDataset, requests: Iterator[_Request], num_workers: int
 ) -> Iterator[Batch]:
+    if isinstance(dataset.images, StreamedImages):
+        requests = dataset.images.read_ahead(requests, lambda request: request.indices)
     if num_workers == 0:
         return (_gather(dataset, request) for request in requests)
     loader = DataLoader(

@@ -7,18 +7,46 @@ order and its flips are therefore the same on every machine.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
 # Each use draws from a stream of its own, so that equal seeds do not make equal orders.
-_STREAMS = {"split": 0, "epoch": 1, "flip": 2, "translate": 3}
-_Stream = Literal["split", "epoch", "flip", "translate"]
+_STREAMS = {"split": 0, "epoch": 1, "flip": 2, "translate": 3, "shard": 4}
+_Stream = Literal["split", "epoch", "flip", "translate", "shard"]
+
+# Shards whose images are mixed with each other: as many as hold so many images, and not fewer.
+MIXED_IMAGES = 10_000
+MIXED_SHARDS = 4
 
 
-def permutation(count: int, stream: Literal["split", "epoch"], *key: int) -> np.ndarray:
+def permutation(count: int, stream: Literal["split", "epoch", "shard"], *key: int) -> np.ndarray:
     """A permutation of 0 .. count-1, int64, a function of the stream and the key (each >= 0)."""
     return np.argsort(_words(count, stream, *key), kind="stable").astype(np.int64)
+
+
+def epoch_order(shards: Sequence[int] | None, count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which the `count` images of a set are shown in an epoch, int64.
+
+    Without shards it is any permutation. Images that come in shards, of so many images each, are
+    shown shard group by shard group: the shards are permuted and taken `mixed_shards` at a time,
+    and the images of a group are permuted. Every image comes once; both permutations are functions
+    of (seed, epoch), so an order needs no state and no buffer to be gone on with.
+    """
+    if shards is None:
+        return permutation(count, "epoch", seed, epoch)
+    group = np.empty(len(shards), dtype=np.int64)
+    group[permutation(len(shards), "shard", seed, epoch)] = np.arange(len(shards)) // mixed_shards(
+        shards
+    )
+    words = _words(count, "epoch", seed, epoch)
+    return np.lexsort((words, np.repeat(group, shards))).astype(np.int64)
+
+
+def mixed_shards(shards: Sequence[int]) -> int:
+    """How many shards are mixed, of some with so many images each."""
+    return max(MIXED_SHARDS, -(-MIXED_IMAGES * len(shards) // max(1, sum(shards))))
 
 
 def coin_flips(count: int, *key: int) -> np.ndarray:

@@ -22,7 +22,7 @@ import PIL
 
 from exactflow.core.serialization import write_atomically
 from exactflow.data import store
-from exactflow.data.config import BUILT_IN, SPLITS, DataConfig, DataError, Split
+from exactflow.data.config import SPLITS, DataConfig, DataError, Split, is_path
 from exactflow.data.datasets import ImageDataset, load, select
 from exactflow.data.known import Claim, known_names, require_known
 from exactflow.data.prepared import (
@@ -200,7 +200,7 @@ def _facts(selection: store.Selection, done: _Done, folder: Path, split: Split) 
 
 def _selections(config: DataConfig, source: Source) -> dict[Split, store.Selection]:
     """Of every split that has images. Raises DataError if that of training has none."""
-    counts: dict[Split, int] = {name: len(stored.records) for name, stored in source.splits.items()}
+    counts = source.stored
     found: list[Split] = ["train"]
     for split in SPLITS[1:]:
         try:
@@ -228,7 +228,7 @@ def _identity(
         levels=selection.levels,
         shape=list(selection.shape),
         class_names=list(source.class_names),
-        stored={split: len(stored.records) for split, stored in source.splits.items()},
+        stored=source.stored,
         decoder=f"pillow-{PIL.__version__}",
     )
 
@@ -289,7 +289,7 @@ def _require_same(found: Identity, wanted: Identity, folder: Path) -> None:
 
 def _require_outside(config: DataConfig, folder: Path) -> None:
     """Refuse to write into the source, where the result would be read as a part of it."""
-    if config.source in BUILT_IN or config.source.startswith("hub:"):
+    if not is_path(config.source):
         return
     source = Path(config.source).expanduser().resolve()
     if folder.resolve().is_relative_to(source):

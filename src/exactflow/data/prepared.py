@@ -21,10 +21,10 @@ from typing import Any, final
 import numpy as np
 
 from exactflow.data import store
-from exactflow.data.config import BUILT_IN, DataConfig, DataError, Split
+from exactflow.data.config import DataConfig, DataError, Split, is_path
 from exactflow.data.decode import Payload, Preprocessing
 from exactflow.data.records import Records, StoredSplit
-from exactflow.data.splits import split_members
+from exactflow.data.splits import Stored, split_members
 
 FORMAT = 1
 PREPARED_FILE = "prepared.json"
@@ -61,7 +61,7 @@ class Identity:
         levels: number of values a pixel can take.
         shape: (C, H, W).
         class_names: of the labels 0, 1, ...
-        stored: number of images in each stored split of the source.
+        stored: number of images in each stored split of the source, by shard if these stay whole.
         decoder: version of Pillow.
     """
 
@@ -77,7 +77,7 @@ class Identity:
     levels: int
     shape: list[int]
     class_names: list[str]
-    stored: dict[Split, int]
+    stored: dict[Split, Stored]
     decoder: str
 
 
@@ -131,7 +131,7 @@ def open_prepared(source: str) -> PreparedSet | None:
     Raises:
         DataError: it is unfinished, damaged, or of a newer format.
     """
-    if source in BUILT_IN or source.startswith("hub:"):
+    if not is_path(source):
         return None
     folder = Path(source).expanduser()
     file = folder / PREPARED_FILE

@@ -17,13 +17,14 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @contextmanager
 def shown_progress(
-    total: int, title: str, *, done: int = 0, quiet: bool = False
+    total: int, title: str, *, unit: str = "images", done: int = 0, quiet: bool = False
 ) -> Iterator[Callable[[int], None]]:
-    """Yield `advance(count)`; images, images/s and the time left are shown on stderr.
+    """Yield `advance(count)`; how many are done, their rate and the time left go to stderr.
 
     Args:
-        total: number of images.
+        total: number of things.
         title: what is done to them.
+        unit: what they are.
         done: how many of them were done before; the rate is that of the others.
         quiet: show nothing.
     """
@@ -34,13 +35,13 @@ def shown_progress(
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _lines(total, title, done)
+        yield _lines(total, title, unit, done)
         return
-    with _bar(console, total, title, done) as advance:
+    with _bar(console, total, title, unit, done) as advance:
         yield advance
 
 
-def _lines(total: int, title: str, done: int) -> Callable[[int], None]:
+def _lines(total: int, title: str, unit: str, done: int) -> Callable[[int], None]:
     began = told = time.monotonic()
     count = 0
 
@@ -52,14 +53,16 @@ def _lines(total: int, title: str, done: int) -> Callable[[int], None]:
             told = now
             rate = count / max(now - began, 1e-9)
             left = timedelta(seconds=round((total - done - count) / max(rate, 1e-9)))
-            line = f"{title}: {done + count:,} of {total:,}, {rate:,.0f} images/s, {left} left"
+            line = f"{title}: {done + count:,} of {total:,}, {rate:,.0f} {unit}/s, {left} left"
             print(line, file=sys.stderr, flush=True)
 
     return advance
 
 
 @contextmanager
-def _bar(console: "Console", total: int, title: str, done: int) -> Iterator[Callable[[int], None]]:
+def _bar(
+    console: "Console", total: int, title: str, unit: str, done: int
+) -> Iterator[Callable[[int], None]]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -84,6 +87,6 @@ def _bar(console: "Console", total: int, title: str, done: int) -> Iterator[Call
             nonlocal count
             count += more
             rate = count / max(time.monotonic() - began, 1e-9)
-            bar.update(task, advance=more, rate=f"{rate:,.0f} images/s")
+            bar.update(task, advance=more, rate=f"{rate:,.0f} {unit}/s")
 
         yield advance

@@ -14,6 +14,7 @@ import numpy as np
 
 from exactflow.data.config import SPLIT_NAMES, DataError, Split
 from exactflow.data.decode import Payload
+from exactflow.data.splits import Stored
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +64,13 @@ class StoredSplit:
     Attributes:
         records: its images.
         labels: int64 (len(records),), indices into the source's class names; or None.
+        shards: numbers of images of the shards that it is streamed from, which stay whole where it
+            is cut; None where any image can be had at any time.
     """
 
     records: Records
     labels: np.ndarray | None
+    shards: tuple[int, ...] | None = None
 
 
 @final
@@ -89,6 +93,14 @@ class Source:
     class_names: tuple[str, ...]
     splits: dict[Split, StoredSplit]
     levels: int = 256
+
+    @property
+    def stored(self) -> dict[Split, Stored]:
+        """What there is of each split, for `split_members`; JSON gives it back as it is."""
+        return {
+            name: len(split.records) if split.shards is None else list(split.shards)
+            for name, split in self.splits.items()
+        }
 
 
 def integer_labels(values: np.ndarray, where: str) -> np.ndarray | None:

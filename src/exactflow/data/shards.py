@@ -1,26 +1,24 @@
 """Tar shards as webdataset lays them out: the files of a sample lie together and share a stem.
 
-An archive is walked once, when it is opened, and must be whole to its end mark; from then on images
-are read at the offsets found. Nothing in it is passed over in silence.
+An archive is walked once (`tar_index.py`); from then on images are read at the offsets found.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import tarfile
-from collections import Counter
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO, final
 
 import numpy as np
 
-from exactflow.data.config import SPLIT_NAMES, DataError, Split
+from exactflow.core.serialization import write_atomically
+from exactflow.data.config import SPLIT_NAMES, DataError, Split, cache_folder
 from exactflow.data.decode import Payload
-from exactflow.data.folders import IMAGE_SUFFIXES
 from exactflow.data.records import (
     Records,
     Source,
@@ -33,14 +31,11 @@ from exactflow.data.records import (
     relabel,
     version_and_stamp,
 )
+from exactflow.data.tar_index import Label, TarIndex, index_tar, read_index, write_index
 
 log = logging.getLogger(__name__)
 
-_LABEL_FIELDS = ("label", "labels", "class", "cls")  # of a .json file
-_LABEL_ENDINGS = ("cls", "json", "txt")  # the first that gives a label counts
-_LONGEST_CLASS_NAME = 64  # characters; a longer text is a caption
-
-_Label = int | str | None
+KEEP_INDEX_FROM = 1000  # images; fewer are soon walked again
 
 
 def has_shards(folder: Path) -> bool:
@@ -48,7 +43,7 @@ def has_shards(folder: Path) -> bool:
     return any(folder.glob("*.tar")) or bool(_split_folders(folder))
 
 
-def open_shards(path: Path) -> Source:
+def open_shards(path: Path, cache_dir: str | None = None) -> Source:
     """Open one tar file, or a folder of them, read in the order of their names.
 
     Files named train-*, validation-* (or val-*, valid-*) and test-*, or folders named so, are the
@@ -57,29 +52,55 @@ def open_shards(path: Path) -> Source:
     an integer or a class name, or a .json file with an integer, a name, or a field "label",
     "labels", "class" or "cls". Files of other kinds are counted and left alone.
 
+    The index of a larger set is kept in the cache folder as long as no file changes.
+
     Raises:
         DataError: a shard is damaged, cut short, or holds a stem twice; a sample has no image, or
             several; some have a label and others none. The message names shard and member.
     """
-    groups = _groups(path)
-    shards = [shard for files in groups.values() for shard in files]
-    indexed = {shard: _index(shard) for shard in shards}
-    samples: dict[Split, list[_Sample]] = {
-        split: [sample for shard in files for sample in indexed[shard]]
-        for split, files in groups.items()
-    }
-    for split, found in samples.items():
-        if not found:
-            raise DataError(f"{path}: expected images for the {split} split, found none")
-    splits, class_names = _labelled(samples, path)
+    groups = shard_groups(path)
     root = path if path.is_dir() else path.parent
-    version, stamp = version_and_stamp(shards, root)
-    contents = hashlib.sha256(version.encode())  # sizes of padded archives tell little
-    for shard in shards:
-        for sample in indexed[shard]:
-            contents.update(f"{sample.member}\0{sample.size}\0{sample.label}\n".encode())
-    version = f"files-{contents.hexdigest()[:12]}"
-    return Source(local_id(path), version, stamp, class_names, splits)
+    files = [file for found in groups.values() for file in found]
+    _, stamp = version_and_stamp(files, root)
+    indexed = dict(zip(files, _indexed(files, root, stamp, cache_dir), strict=True))
+    splits: dict[Split, list[TarIndex]] = {
+        split: [indexed[file] for file in found] for split, found in groups.items()
+    }
+    parts: dict[Split, TarRecords] = {
+        split: records_of(found, LocalFiles(tuple(groups[split])))
+        for split, found in splits.items()
+    }
+    return source_of(splits, parts, name=local_id(path), stamp=stamp, where=str(path))
+
+
+class ShardFiles(ABC):
+    """Where the bytes of some shards come from."""
+
+    @abstractmethod
+    def name(self, shard: int) -> str:
+        """What to call a shard in an error."""
+
+    @abstractmethod
+    def open(self, shard: int) -> AbstractContextManager[BinaryIO]:
+        """A whole shard, at any position.
+
+        Raises:
+            DataError: it cannot be had.
+        """
+
+
+@final
+@dataclass(frozen=True)
+class LocalFiles(ShardFiles):
+    """Shards on this disk."""
+
+    files: tuple[Path, ...]
+
+    def name(self, shard: int) -> str:
+        return str(self.files[shard])
+
+    def open(self, shard: int) -> AbstractContextManager[BinaryIO]:
+        return self.files[shard].open("rb")
 
 
 @final
@@ -88,14 +109,14 @@ class TarRecords(Records):
     """Members of some tar files, one after the other.
 
     Attributes:
-        shards: the files.
+        files: the shards.
         shard: of each image, which of them; ascending.
         offset: where its bytes begin there.
         size: how many there are.
         members: its name there.
     """
 
-    shards: tuple[Path, ...]
+    files: ShardFiles
     shard: np.ndarray
     offset: np.ndarray
     size: np.ndarray
@@ -105,12 +126,12 @@ class TarRecords(Records):
         return len(self.members)
 
     def name(self, index: int) -> str:
-        return f"{self.shards[self.shard[index]]}[{self.members[index]}]"
+        return f"{self.files.name(int(self.shard[index]))}[{self.members[index]}]"
 
     def read(self, indices: np.ndarray) -> Iterator[Payload]:
-        for number in np.unique(self.shard[indices]):
+        for number in np.unique(self.shard[indices]).tolist():
             wanted = indices[self.shard[indices] == number]
-            with self.shards[number].open("rb") as stream:
+            with self.files.open(number) as stream:
                 for index in wanted.tolist():
                     stream.seek(int(self.offset[index]))
                     content = stream.read(int(self.size[index]))
@@ -122,19 +143,48 @@ class TarRecords(Records):
                     yield content
 
 
-@final
-@dataclass(frozen=True)
-class _Sample:
-    """An image of a shard and its label."""
+def records_of(shards: Sequence[TarIndex], files: ShardFiles) -> TarRecords:
+    """The images of some indexed shards, whose bytes are in `files`, in the same order."""
+    return TarRecords(
+        files=files,
+        shard=np.repeat(np.arange(len(shards)), [len(shard) for shard in shards]),
+        offset=np.concatenate([shard.offsets for shard in shards]),
+        size=np.concatenate([shard.sizes for shard in shards]),
+        members=tuple(member for shard in shards for member in shard.members),
+    )
 
-    shard: Path
-    member: str
-    offset: int
-    size: int
-    label: _Label
+
+def source_of(
+    splits: Mapping[Split, Sequence[TarIndex]],
+    records: Mapping[Split, TarRecords],
+    *,
+    name: str,
+    stamp: str,
+    where: str,
+) -> Source:
+    """What some indexed shards hold.
+
+    Raises:
+        DataError: a split is empty, or labels do not fit together.
+    """
+    for split, found in records.items():
+        if not len(found):
+            raise DataError(f"{where}: expected images for the {split} split, found none")
+    labels: dict[Split, list[Label]] = {
+        split: [label for shard in shards for label in shard.labels]
+        for split, shards in splits.items()
+    }
+    stored, class_names = _labelled(labels, records, where)
+    shards = [shard for found in splits.values() for shard in found]
+    return Source(name, _version(shards), stamp, class_names, stored)
 
 
-def _groups(path: Path) -> dict[Split, list[Path]]:
+def shard_groups(path: Path) -> dict[Split, list[Path]]:
+    """The tar files of each split.
+
+    Raises:
+        DataError: names of some files, or folders, say which split they are, and others do not.
+    """
     folders = _split_folders(path) if path.is_dir() else {}
     if not folders:
         return files_by_split(path, ".tar")
@@ -160,168 +210,87 @@ def _split_folders(path: Path) -> dict[Split, Path]:
     return found
 
 
-def _index(shard: Path) -> list[_Sample]:
-    """The samples of a shard, in its order."""
-    ignored: Counter[str] = Counter()
-    last = "its beginning"
+def _indexed(
+    files: Sequence[Path], root: Path, stamp: str, cache_dir: str | None
+) -> tuple[TarIndex, ...]:
+    """The indexes of these files, from the cache folder if they lie there and no file changed."""
+    kept = cache_folder(cache_dir) / "indexes" / f"{stamp}.json"
+    if kept.is_file():
+        shards = read_index(kept.read_bytes(), str(kept))
+    else:
+        shards = tuple(_walked(file, root) for file in files)
+        if sum(len(shard) for shard in shards) >= KEEP_INDEX_FROM:
+            try:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(kept, write_index(shards))
+            except OSError as error:
+                log.warning("%s: the index of %s is not kept: %s", kept, root, error)
+    for file, shard in zip(files, shards, strict=True):
+        shard.tell_ignored(str(file))
+    return shards
+
+
+def _walked(file: Path, root: Path) -> TarIndex:
     try:
-        with shard.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-            files: list[tarfile.TarInfo] = []
-            for info in archive:
-                last = info.name
-                if not info.isdir():
-                    files.append(info)
-            _require_end(stream, archive.offset)
-            samples = [_sample(archive, shard, parts, ignored) for parts in _by_stem(shard, files)]
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(
-            f"{shard}: expected a whole tar file, found after {last}: {error}"
-        ) from error
-    if ignored:
-        log.warning("%s: files that are left alone, by ending: %s", shard, dict(ignored))
-    return samples
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            return index_tar(stream, file.relative_to(root).as_posix(), size, None, str(file))
+    except OSError as error:
+        raise DataError(f"{file}: expected a readable tar file, found: {error}") from error
 
 
-def _require_end(stream: BinaryIO, offset: int) -> None:
-    """Raise ReadError unless nothing but zeros, the mark of an end, lies behind the last member.
-
-    `tarfile` takes a damaged header, the end of the file, and what was appended for the end.
-    """
-    stream.seek(offset)
-    block = stream.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        raise tarfile.ReadError(f"the end of the file at byte {offset + len(block)}, no end mark")
-    while block:
-        if any(block):
-            raise tarfile.ReadError(f"neither a header nor the end at byte {offset}")
-        offset += len(block)
-        block = stream.read(tarfile.BLOCKSIZE)
-
-
-def _by_stem(shard: Path, files: Sequence[tarfile.TarInfo]) -> Iterator[dict[str, tarfile.TarInfo]]:
-    """The files of each sample, by what follows the stem, in small letters."""
-    seen: set[str] = set()
-    stem: str | None = None
-    parts: dict[str, tarfile.TarInfo] = {}
-    for info in files:
-        where = f"{shard}[{info.name}]"
-        if not info.isreg() or info.issparse():
-            raise DataError(f"{where}: expected a plain file, found another kind")
-        folder, _, name = info.name.rpartition("/")
-        first, _, ending = name.partition(".")
-        key = f"{folder}/{first}"
-        if key != stem:
-            if parts:
-                yield parts
-            if key in seen:
-                raise DataError(f"{where}: expected each stem once, found {first} in two places")
-            seen.add(key)
-            stem, parts = key, {}
-        if ending.lower() in parts:
-            raise DataError(f"{where}: expected each file of a sample once, found it twice")
-        parts[ending.lower()] = info
-    if parts:
-        yield parts
-
-
-def _sample(
-    archive: tarfile.TarFile,
-    shard: Path,
-    parts: Mapping[str, tarfile.TarInfo],
-    ignored: Counter[str],
-) -> _Sample:
-    images = [ending for ending in parts if PurePosixPath(f"x.{ending}").suffix in IMAGE_SUFFIXES]
-    first = next(iter(parts.values())).name
-    if len(images) != 1:
-        raise DataError(
-            f"{shard}[{first}]: expected one image in the sample, found "
-            f"{', '.join(parts[ending].name for ending in images) or 'none'}"
-        )
-    label: _Label = None
-    for ending in _LABEL_ENDINGS:
-        if label is None and ending in parts:
-            stream = archive.extractfile(parts[ending])
-            assert stream is not None  # a plain file
-            label = _label(stream.read(), ending, f"{shard}[{parts[ending].name}]")
-    ignored.update(parts.keys() - {images[0], *_LABEL_ENDINGS})
-    info = parts[images[0]]
-    return _Sample(shard, info.name, info.offset_data, info.size, label)
-
-
-def _label(content: bytes, ending: str, where: str) -> _Label:
-    """An integer or a class name; None for a .json file without one."""
-    try:
-        value = content.decode().strip()
-        if ending == "json":
-            value = json.loads(value)
-    except ValueError as error:
-        raise DataError(f"{where}: expected a class label, found: {error}") from error
-    if isinstance(value, dict):
-        fields = [value[name] for name in _LABEL_FIELDS if name in value]
-        if not fields:
-            return None
-        value = fields[0]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if not isinstance(value, str) or not 0 < len(value) <= _LONGEST_CLASS_NAME or "\n" in value:
-        raise DataError(
-            f"{where}: expected an integer or a class name of a line of at most "
-            f"{_LONGEST_CLASS_NAME} characters, found {str(value)[:_LONGEST_CLASS_NAME]!r}"
-        )
-    return int(value) if value.removeprefix("-").isdecimal() else value
+def _version(shards: Sequence[TarIndex]) -> str:
+    """Of names and sizes of files, names, sizes and labels of images: equal for every copy."""
+    files = hashlib.sha256()
+    for shard in shards:
+        files.update(f"{shard.name}\0{shard.size}\n".encode())
+    contents = hashlib.sha256(f"files-{files.hexdigest()[:12]}".encode())
+    for shard in shards:  # sizes of padded archives tell little
+        images = zip(shard.members, shard.sizes.tolist(), shard.labels, strict=True)
+        for member, size, label in images:
+            contents.update(f"{member}\0{size}\0{label}\n".encode())
+    return f"files-{contents.hexdigest()[:12]}"
 
 
 def _labelled(
-    samples: Mapping[Split, Sequence[_Sample]], path: Path
+    labels: Mapping[Split, Sequence[Label]], records: Mapping[Split, TarRecords], path: str
 ) -> tuple[dict[Split, StoredSplit], tuple[str, ...]]:
     """The stored splits with their labels as indices, and the class names."""
     splits: dict[Split, StoredSplit] = {}
-    named = _has_names(samples["train"])
-    names = _class_names(samples["train"]) if named else ()
-    for split, found in samples.items():
-        records, where = _records(found), f"{path} ({split})"
-        if found[0].label is None:
-            _has_names(found)
-            splits[split] = StoredSplit(records, None)
-        elif _has_names(found) != named:
+    named = _has_names(labels["train"], records["train"])
+    names = _class_names(labels["train"]) if named else ()
+    for split, found in labels.items():
+        where = f"{path} ({split})"
+        if found[0] is None:
+            _has_names(found, records[split])
+            splits[split] = StoredSplit(records[split], None)
+        elif _has_names(found, records[split]) != named:
             raise DataError(f"{where}: expected labels of the kind of the training split's")
         elif named:
             ours = _class_names(found)
             index_of = {name: index for index, name in enumerate(ours)}
-            labels = np.array([index_of[str(s.label)] for s in found], dtype=np.int64)
-            splits[split] = relabel(StoredSplit(records, labels), ours, names, where)
+            values = np.array([index_of[str(label)] for label in found], dtype=np.int64)
+            splits[split] = relabel(StoredSplit(records[split], values), ours, names, where)
         else:
-            values = np.array([sample.label for sample in found], dtype=np.int64)
-            splits[split] = StoredSplit(records, integer_labels(values, where))
+            values = integer_labels(np.array(found, dtype=np.int64), where)
+            splits[split] = StoredSplit(records[split], values)
     names = names or numbered_class_names(list(splits.values()))
     for split, stored in splits.items():
         check_labels(stored.labels, names, f"{path} ({split})")
     return splits, names
 
 
-def _has_names(samples: Sequence[_Sample]) -> bool:
+def _has_names(labels: Sequence[Label], records: TarRecords) -> bool:
     """Whether labels are names. Raises DataError where two samples differ in it."""
-    kind = type(samples[0].label)
-    for sample in samples:
-        if type(sample.label) is not kind:
+    kind = type(labels[0])
+    for index, label in enumerate(labels):
+        if type(label) is not kind:
             raise DataError(
-                f"{sample.shard}[{sample.member}]: expected a label like the first sample's, "
-                f"{samples[0].label!r}, found {sample.label!r}"
+                f"{records.name(index)}: expected a label like the first sample's, "
+                f"{labels[0]!r}, found {label!r}"
             )
     return kind is str
 
 
-def _class_names(samples: Sequence[_Sample]) -> tuple[str, ...]:
-    return tuple(sorted({str(sample.label) for sample in samples}))
-
-
-def _records(samples: Sequence[_Sample]) -> TarRecords:
-    shards = tuple(dict.fromkeys(sample.shard for sample in samples))
-    number = {shard: index for index, shard in enumerate(shards)}
-    return TarRecords(
-        shards=shards,
-        shard=np.array([number[sample.shard] for sample in samples], dtype=np.int64),
-        offset=np.array([sample.offset for sample in samples], dtype=np.int64),
-        size=np.array([sample.size for sample in samples], dtype=np.int64),
-        members=tuple(sample.member for sample in samples),
-    )
+def _class_names(labels: Sequence[Label]) -> tuple[str, ...]:
+    return tuple(sorted({str(label) for label in labels}))

@@ -10,7 +10,8 @@ from typing import final
 
 import numpy as np
 
-from exactflow.data.config import DataConfig, DataError
+from exactflow.data.batch_files import has_batch_files, is_batch_file, open_batch_files
+from exactflow.data.config import DataConfig, DataError, is_remote
 from exactflow.data.decode import Payload
 from exactflow.data.folders import IMAGE_SUFFIXES, open_folder
 from exactflow.data.hub import open_hub
@@ -19,6 +20,7 @@ from exactflow.data.parquet import open_parquet
 from exactflow.data.prepared import PREPARED_FILE
 from exactflow.data.records import Records, Source, StoredSplit, relabel
 from exactflow.data.shards import has_shards, open_shards
+from exactflow.data.streaming import open_streamed
 
 # Where Debian's package dataset-fashion-mnist puts its files.
 _DEBIAN_DATASETS = Path("/usr/share/datasets")
@@ -37,16 +39,24 @@ def open_source(config: DataConfig) -> Source:
         source = open_digits()
     elif config.source.startswith("hub:"):
         source = open_hub(config.source.removeprefix("hub:"), config.cache_dir)
+    elif is_remote(config.source):
+        source = open_streamed(config.source, config)
     else:
         path = _find_fashion_mnist() if config.source == "fashion-mnist" else Path(config.source)
         path = path.expanduser()
-        source = _open_path(path)
+        source = _open_path(path, config.cache_dir)
     if config.validation is None:
         return source
-    validation = Path(config.validation).expanduser()
-    if path is not None:
-        _require_apart(path, validation)
-    return _with_validation(source, validation)
+    if is_remote(config.validation):
+        if config.validation == config.source:
+            raise DataError(f"validation: expected other shards than those of {config.source}")
+        other = open_streamed(config.validation, config)
+    else:
+        validation = Path(config.validation).expanduser()
+        if path is not None:
+            _require_apart(path, validation)
+        other = _open_path(validation, config.cache_dir)
+    return _with_validation(source, other, config.validation)
 
 
 def open_digits() -> Source:
@@ -84,22 +94,26 @@ class ArrayRecords(Records):
         return (self.images[index] for index in indices)
 
 
-def _open_path(path: Path) -> Source:
+def _open_path(path: Path, cache_dir: str | None) -> Source:
     """Open a parquet or a tar file, or a folder by what lies in it."""
     if path.suffix.lower() == ".parquet" and path.is_file():
         return open_parquet(path)
     if path.suffix.lower() == ".tar" and path.is_file():
-        return open_shards(path)
+        return open_shards(path, cache_dir)
+    if is_batch_file(path) and path.is_file():
+        return open_batch_files(path)
     if not path.is_dir():
         raise DataError(
-            f"{path}: expected digits, fashion-mnist, hub:owner/name, a .parquet or .tar file, or "
-            f"a folder of images, IDX, parquet or tar files; "
+            f"{path}: expected digits, fashion-mnist, hub:owner/name, a .parquet or .tar file, "
+            f"URLs of tar files, or a folder of images, IDX, parquet, tar or batch files; "
             f"found {'a file' if path.exists() else 'nothing'}"
         )
     if (path / PREPARED_FILE).is_file():
         raise DataError(f"{path}: expected a source, found a prepared set, which is data.source")
     if has_idx_files(path):
         return open_idx(path)
+    if has_batch_files(path):
+        return open_batch_files(path)
     kind = "parquet" if any(path.glob("*.parquet")) else "tar" if has_shards(path) else None
     if kind is None:
         return open_folder(path)
@@ -108,7 +122,7 @@ def _open_path(path: Path) -> Source:
         raise DataError(f"{path}: expected {kind} files only, found also the image {images[0]}")
     if kind == "parquet" and has_shards(path):
         raise DataError(f"{path}: expected parquet files only, found also tar files")
-    return open_parquet(path) if kind == "parquet" else open_shards(path)
+    return open_parquet(path) if kind == "parquet" else open_shards(path, cache_dir)
 
 
 def _find_fashion_mnist() -> Path:
@@ -140,19 +154,18 @@ def _require_apart(training: Path, validation: Path) -> None:
         )
 
 
-def _with_validation(source: Source, path: Path) -> Source:
-    """The source with the images at `path` as its validation split."""
+def _with_validation(source: Source, other: Source, path: str) -> Source:
+    """The source with the images of another, at `path`, as its validation split."""
     if "validation" in source.splits:
         raise DataError(
             f"validation: expected none, since {source.id} has a validation split, found {path}"
         )
-    other = _open_path(path)
     if set(other.splits) != {"train"} or other.levels != source.levels:
         raise DataError(
             f"validation: expected one set of images with {source.levels} levels, found {path} "
             f"with {other.levels} levels and the splits {', '.join(other.splits)}"
         )
-    split = relabel(other.splits["train"], other.class_names, source.class_names, str(path))
+    split = relabel(other.splits["train"], other.class_names, source.class_names, path)
     return replace(
         source,
         version=f"{source.version}+{other.version}",

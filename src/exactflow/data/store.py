@@ -22,7 +22,7 @@ from typing import Literal, final
 import numpy as np
 import PIL
 
-from exactflow.data.config import DataError
+from exactflow.data.config import DataError, cache_folder
 from exactflow.data.decode import Payload, Preprocessing, decode_image
 from exactflow.data.records import Records, StoredSplit
 
@@ -109,8 +109,7 @@ def decode(selection: Selection, stamp: str, cache_dir: str | None, *, of: int) 
     """
     if of * math.prod(selection.shape) <= RAM_LIMIT_BYTES:
         return decode_to_memory(selection)
-    folder = Path(cache_dir or "~/.cache/exactflow").expanduser()
-    return decode_to_file(selection, stamp, folder)
+    return decode_to_file(selection, stamp, cache_folder(cache_dir))
 
 
 def decode_to_memory(selection: Selection) -> Decoded:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from exactflow.core.images import center, check_images
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.progress import shown_progress
+from exactflow.data.streaming import StreamedImages
 from exactflow.evaluation.feature_classifier import HIDDEN, prepared, trained_classifier, weights_of
 from exactflow.evaluation.inception import (
     FEATURES,
@@ -29,7 +30,11 @@ from exactflow.evaluation.inception import (
     read_inception,
 )
 
-Images = UInt8[Tensor, "n channels height width"] | UInt8[np.ndarray, "n channels height width"]
+Images = (
+    UInt8[Tensor, "n channels height width"]
+    | UInt8[np.ndarray, "n channels height width"]
+    | StreamedImages
+)
 
 
 class FeatureExtractor(ABC):
@@ -73,7 +78,7 @@ def extract(
 
     Args:
         extractor: the map.
-        images: grey levels 0 .. levels-1; an array may be a memory map.
+        images: grey levels 0 .. levels-1; an array may be a memory map, or streamed.
         levels: number of grey levels.
         batch_size: images at a time.
         progress: show a bar with images per second and the time left.

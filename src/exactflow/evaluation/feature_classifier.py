@@ -18,7 +18,6 @@ from exactflow.core.images import center
 from exactflow.core.random import derive_seed
 from exactflow.core.serialization import write_atomically
 from exactflow.data.datasets import ImageDataset
-from exactflow.data.order import permutation
 
 HIDDEN = 128  # features
 _SMALLEST, _LARGEST = 4, 32  # pixels a side that the network sees
@@ -91,7 +90,7 @@ def _train(network: nn.Sequential, dataset: ImageDataset, seed: int, progress: b
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, _RATE, total_steps=_STEPS, pct_start=0.25
     )
-    steps = itertools.islice(_batches(len(dataset), seed), _STEPS)
+    steps = itertools.islice(_batches(dataset, seed), _STEPS)
     console = Console(stderr=True)
     for rows in track(
         steps, "classifier", _STEPS, console=console, transient=True, disable=not progress
@@ -106,11 +105,12 @@ def _train(network: nn.Sequential, dataset: ImageDataset, seed: int, progress: b
         schedule.step()
 
 
-def _batches(count: int, seed: int) -> Iterator[np.ndarray]:
+def _batches(dataset: ImageDataset, seed: int) -> Iterator[np.ndarray]:
     """Rows of each step: orders of the whole set, one after the other."""
+    count = len(dataset)
     size = min(_BATCH, count)
     for epoch in itertools.count():
-        order = permutation(count, "epoch", derive_seed(seed, "classifier"), epoch)
+        order = dataset.epoch_order(derive_seed(seed, "classifier"), epoch)
         for start in range(0, count - size + 1, size):
             yield order[start : start + size]
 

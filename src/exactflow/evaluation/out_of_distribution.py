@@ -173,7 +173,7 @@ def foreign_set(
     )
     dataset = load(config, "train")
     notes = []
-    images = np.array(dataset.images)
+    images = np.array(dataset.images[:])
     if dataset.levels != levels:
         centred = grey.center(torch.as_tensor(images), dataset.levels)
         images = grey.quantize_centered(centred, levels).numpy()

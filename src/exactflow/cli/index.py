@@ -1,0 +1,33 @@
+"""`exactflow index`."""
+
+import time
+
+from rich.console import Console
+
+from exactflow.cli.data_arguments import Index
+from exactflow.cli.settings import parse_words
+from exactflow.core.config import override
+from exactflow.data import DataConfig, index_shards
+
+WORDS = ("cache_dir", "cache_gib")
+
+
+def run(command: Index) -> None:
+    """Index every shard, and say what there is."""
+    words = parse_words(command.settings, ("data",)).get("data", {})
+    for name in words:
+        if name not in WORDS:
+            raise ValueError(f"data.{name}: expected data.{' or data.'.join(WORDS)} only")
+    config = override(DataConfig(command.source), words)
+    began = time.monotonic()
+    shards, file = index_shards(
+        command.source,
+        command.out,
+        cache_dir=config.cache_dir,
+        cache_gib=config.cache_gib,
+        progress=True,
+    )
+    console = Console(soft_wrap=True)
+    images, size = sum(map(len, shards)), sum(shard.size for shard in shards)
+    console.print(f"{len(shards):,} shards, {images:,} images, {size / 2**30:.3g} GiB, in {file}")
+    console.print(f"{time.monotonic() - began:.1f} s")

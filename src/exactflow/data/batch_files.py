@@ -1,0 +1,222 @@
+"""The batch files of image-net.org's downsampled ImageNet (Chrabaszcz et al., arXiv 1707.08819).
+
+    train_data_batch_1 .. train_data_batch_10, val_data             pickles
+    train_data_batch_1.npz .. train_data_batch_10.npz, val_data.npz    the same as arrays
+
+Each holds `data`, (N, 3 S S) uint8 with the planes of red, green and blue one after the other,
+`labels` from 1 on, and in training files `mean`, which is not needed. This is the *new* of the two
+downsampled ImageNets (`known.py`): the old one, PixelRNN's download of 2016, is folders of PNG.
+
+A pickle is a program. Those of these files need nothing but arrays and plain values, and nothing
+else is run: see `_ArraysOnly`.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+
+from exactflow.data.config import DataError, Split
+from exactflow.data.decode import Payload
+from exactflow.data.records import Records, Source, StoredSplit, local_id, version_and_stamp
+
+_TRAIN = re.compile(r"train_data_batch_(\d+)(\.npz)?")
+_VALIDATION = re.compile(r"val_data(\.npz)?")
+
+# All that a damaged pickle or archive makes its reader raise.
+_BROKEN = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    TypeError,
+    ValueError,
+)
+
+
+def is_batch_file(file: Path) -> bool:
+    """Whether a file has the name of one."""
+    return bool(_TRAIN.fullmatch(file.name) or _VALIDATION.fullmatch(file.name))
+
+
+def has_batch_files(folder: Path) -> bool:
+    """Whether a folder holds training files."""
+    return any(_TRAIN.fullmatch(child.name) for child in folder.iterdir())
+
+
+def open_batch_files(path: Path) -> Source:
+    """Open a folder of batch files, in the order of their numbers, or a single one.
+
+    `val_data` is the validation split. Class names are the labels of the files, "1", "2", ...: the
+    index 0 is class "1". Every file is read once here, for its labels.
+
+    Raises:
+        DataError: a file is damaged or holds something else, a number is missing, or pickles and
+            archives lie together.
+    """
+    groups: dict[Split, list[Path]] = {"train": [path]} if path.is_file() else _groups(path)
+    opened: dict[Split, tuple[Records, np.ndarray]] = {}
+    for split, files in groups.items():
+        labels = [_read(file)[1] for file in files]
+        counts = tuple(len(part) for part in labels)
+        opened[split] = (BatchFileRecords(tuple(files), counts), np.concatenate(labels))
+    classes = max(int(labels.max()) for _, labels in opened.values())
+    splits: dict[Split, StoredSplit] = {
+        split: StoredSplit(records, labels - 1) for split, (records, labels) in opened.items()
+    }
+    files = [file for group in groups.values() for file in group]
+    version, stamp = version_and_stamp(files, path if path.is_dir() else path.parent)
+    names = tuple(str(label) for label in range(1, classes + 1))
+    return Source(local_id(path), version, stamp, names, splits)
+
+
+@final
+@dataclass(frozen=True)
+class BatchFileRecords(Records):
+    """The images of some batch files, one after the other; a file is read as a whole."""
+
+    files: tuple[Path, ...]
+    counts: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def name(self, index: int) -> str:
+        for file, count in zip(self.files, self.counts, strict=True):
+            if index < count:
+                return f"{file}[{index}]"
+            index -= count
+        raise IndexError(index)
+
+    def read(self, indices: np.ndarray) -> Iterator[Payload]:
+        start = 0
+        for file, count in zip(self.files, self.counts, strict=True):
+            rows = indices[(indices >= start) & (indices < start + count)] - start
+            if len(rows):
+                images, _ = _read(file)
+                if len(images) != count:
+                    raise DataError(f"{file}: expected {count} images, found {len(images)}")
+                for row in rows:
+                    yield np.ascontiguousarray(images[row].transpose(1, 2, 0))
+            start += count
+
+
+def _groups(folder: Path) -> dict[Split, list[Path]]:
+    """The files of each split, by number; there are training files."""
+    train: dict[int, Path] = {}
+    validation: list[Path] = []
+    for child in sorted(folder.iterdir()):
+        found = _TRAIN.fullmatch(child.name)
+        if found:
+            number = int(found[1])
+            if number in train:
+                raise DataError(f"{child}: expected each batch once, found also {train[number]}")
+            train[number] = child
+        elif _VALIDATION.fullmatch(child.name):
+            validation.append(child)
+        elif not child.name.startswith("."):
+            raise DataError(f"{child}: expected train_data_batch_1, ... and val_data only")
+    for number in range(1, max(train) + 1):
+        if number not in train:
+            raise DataError(
+                f"{folder}: expected train_data_batch_1 to {max(train)}, found no number {number}"
+            )
+    if len({file.suffix for file in train.values()}) > 1:
+        raise DataError(f"{folder}: expected pickles or .npz files, found both")
+    if len(validation) > 1:
+        raise DataError(f"{folder}: expected val_data once, found also {validation[1].name}")
+    groups: dict[Split, list[Path]] = {"train": [train[number] for number in sorted(train)]}
+    if validation:
+        groups["validation"] = validation
+    return groups
+
+
+def _read(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images, (N, 3, S, S) uint8, and labels from 1 on, int64 (N,)."""
+    try:
+        content = _read_archive(file) if file.suffix == ".npz" else _read_pickle(file)
+        data, labels = np.asarray(content["data"]), np.asarray(content["labels"])
+    except _BROKEN as error:
+        raise DataError(f"{file}: expected a whole batch file, found: {error!r}") from error
+    data = _whole_numbers(data, "data", 0, 255, file).astype(np.uint8)
+    labels = _whole_numbers(labels, "labels", 1, None, file).astype(np.int64)
+    side = math.isqrt(data.shape[1] // 3) if data.ndim == 2 else 0
+    if side == 0 or data.shape[1] != 3 * side * side:
+        raise DataError(f"{file}: expected data (N, 3 S S), found {data.shape}")
+    if labels.shape != (len(data),):
+        raise DataError(f"{file}: expected {len(data)} labels, found {labels.shape}")
+    return data.reshape(-1, 3, side, side), labels
+
+
+def _whole_numbers(
+    values: np.ndarray, name: str, least: int, most: int | None, file: Path
+) -> np.ndarray:
+    if not values.size or values.dtype.kind not in "iu":
+        found = f"values of {values.dtype}" if values.size else "none"
+        raise DataError(f"{file}: expected whole numbers as {name}, found {found}")
+    low, high = int(values.min()), int(values.max())
+    if low < least or (most is not None and high > most):
+        to = "on" if most is None else f"to {most}"
+        raise DataError(f"{file}: expected {name} from {least} {to}, found {low} to {high}")
+    return values
+
+
+def _read_archive(file: Path) -> Mapping[str, Any]:
+    with np.load(file, allow_pickle=False) as archive:
+        return {name: archive[name] for name in ("data", "labels")}
+
+
+def _read_pickle(file: Path) -> Mapping[str, Any]:
+    with file.open("rb") as stream:
+        content = _ArraysOnly(stream, encoding="bytes").load()
+    if not isinstance(content, dict):
+        raise ValueError(f"a {type(content).__name__} in place of a dict")
+    # Python 2 wrote its strings as bytes.
+    return {k.decode() if isinstance(k, bytes) else str(k): v for k, v in content.items()}
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """How Python 3 writes bytes in the protocols of Python 2."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"text in the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+# What the pickle of an array may call, by every name that versions of NumPy have given it.
+_reconstruct = np.ndarray((0,)).__reduce__()[0]
+_frombuffer = np.ndarray((0,)).__reduce_ex__(5)[0]
+_scalar = np.uint8(0).__reduce__()[0]
+_ADMITTED: Mapping[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _latin1,
+    **{(home, "bytes"): bytes for home in ("builtins", "__builtin__")},
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
+}
+
+
+@final
+class _ArraysOnly(pickle.Unpickler):
+    """Reads arrays and plain values; whatever else a pickle asks for is refused, and not run."""
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        if (module, name) not in _ADMITTED:
+            raise pickle.UnpicklingError(f"{module}.{name}, which no array needs")
+        return _ADMITTED[module, name]

@@ -1,0 +1,274 @@
+"""Indexes of shards that are streamed: made once, one shard at a time, and found again.
+
+An index lies in the cache folder, under what was indexed, or beside the shards as `index.json`,
+which is read from there where the cache folder has none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, final
+from urllib.parse import urlsplit
+
+from exactflow.core.serialization import write_atomically
+from exactflow.data import remote, tar_index
+from exactflow.data.config import SPLIT_NAMES, DataConfig, DataError, Split, cache_folder, is_remote
+from exactflow.data.locks import lock, unlock
+from exactflow.data.progress import shown_progress
+from exactflow.data.shard_cache import RemoteShard, ShardCache, sha256_of
+from exactflow.data.shards import shard_groups
+from exactflow.data.tar_index import TarIndex
+
+INDEX_FILE = "index.json"
+
+_AT_ONCE = 4  # shards that are fetched or walked
+_Walk = Callable[[str], TarIndex]  # from the name of a shard
+
+
+@final
+@dataclass(frozen=True)
+class RemoteSet:
+    """Shards below one URL.
+
+    Attributes:
+        root: the URL of their folder, which ends in a slash.
+        names: of the shards below it, sorted, as they are read; empty for all that an index has.
+    """
+
+    root: str
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, pattern: str) -> RemoteSet:
+        """What a pattern means: tar files, a folder, or its index.
+
+        Raises:
+            DataError: some other files.
+        """
+        urls = remote.expand(pattern)
+        if len(urls) == 1 and urls[0].endswith(f"/{INDEX_FILE}"):
+            return cls(urls[0].removesuffix(INDEX_FILE), ())
+        if len(urls) == 1 and not PurePosixPath(urlsplit(urls[0]).path).suffix:
+            return cls(f"{urls[0].rstrip('/')}/", ())
+        for url in urls:
+            if not url.endswith(".tar"):
+                raise DataError(
+                    f"{pattern}: expected URLs of .tar files, of a folder with an {INDEX_FILE}, or "
+                    f"of that file, found {url}"
+                )
+        folders = {url.rpartition("/")[0] for url in urls}
+        root = min(folders)
+        while not all(f"{folder}/".startswith(f"{root}/") for folder in folders):
+            root = root.rpartition("/")[0]
+            if root.endswith(":/"):
+                raise DataError(f"{pattern}: expected shards of one host, found several")
+        return cls(f"{root}/", tuple(sorted(url.removeprefix(f"{root}/") for url in urls)))
+
+    @property
+    def title(self) -> str:
+        """Name of the set: of its folder, or of the one above if that is just a split."""
+        parts = urlsplit(self.root)
+        names = [part for part in (parts.netloc, *parts.path.split("/")) if part] or ["shards"]
+        above = len(names) > 1 and names[-1].lower() in SPLIT_NAMES
+        return names[-2] if above else names[-1]
+
+    def url(self, name: str) -> str:
+        """Of a shard."""
+        return self.root + name
+
+    def by_split(self, shards: Sequence[TarIndex]) -> dict[Split, list[TarIndex]]:
+        """The shards by the split that their folder, or the beginning of their name, says.
+
+        If none says so, or all say the same, they are all of the training split.
+
+        Raises:
+            DataError: some say so and others do not, or several splits but no training split.
+        """
+        named: dict[str, Split | None] = {shard.name: _split_of(shard.name) for shard in shards}
+        if len(set(named.values())) == 1:
+            return {"train": list(shards)}
+        splits: dict[Split, list[TarIndex]] = {}
+        for shard in shards:
+            split = named[shard.name]
+            if split is None:
+                raise DataError(
+                    f"{self.url(shard.name)}: expected a name that begins with train-, validation- "
+                    f"or test-, like those of the other shards"
+                )
+            splits.setdefault(split, []).append(shard)
+        if "train" not in splits:
+            raise DataError(f"{self.root}: expected train-*.tar, found {', '.join(splits)} only")
+        return splits
+
+
+def find_index(pattern: str, cache_dir: str | None) -> tuple[RemoteSet, tuple[TarIndex, ...]]:
+    """What a pattern means, and the index of every shard, from the cache folder or beside them.
+
+    Raises:
+        DataError: there is none, it is damaged, or it lacks a shard.
+    """
+    found = RemoteSet.of(pattern)
+    kept = _kept(found, cache_dir)
+    if kept.is_file():
+        return found, tar_index.read_index(kept.read_bytes(), str(kept))
+    beside = found.url(INDEX_FILE)
+    content = remote.read(beside)
+    if content is None:
+        raise DataError(
+            f"{pattern}: expected an index of the shards, found neither {beside} nor {kept}; "
+            f"it is made once: exactflow index '{pattern}'"
+        )
+    indexed = {shard.name: shard for shard in tar_index.read_index(content, beside)}
+    for name in found.names:
+        if name not in indexed:
+            raise DataError(f"{beside}: expected the shard {name}, found {len(indexed)} others")
+    shards = tuple(indexed[name] for name in found.names or sorted(indexed))
+    for shard in shards:
+        if shard.sha256 is None:
+            raise DataError(f"{beside}: expected the SHA-256 of {shard.name}, found none")
+    if not shards:
+        raise DataError(f"{beside}: expected shards, found none")
+    _write(kept, tar_index.write_index(shards))
+    return found, shards
+
+
+def index_shards(
+    source: str,
+    out: Path | None = None,
+    *,
+    cache_dir: str | None = None,
+    cache_gib: float = DataConfig.cache_gib,
+    progress: bool = False,
+) -> tuple[tuple[TarIndex, ...], Path]:
+    """Read every shard of a set once, and write down what it holds.
+
+    Shards that lie elsewhere go through the cache folder, a few at a time. An interrupted call is
+    gone on with by the next; a finished one reads all shards again, since they may have changed.
+
+    Args:
+        source: URLs of tar files in a pattern, or a folder of tar files on this machine.
+        out: where to write it too; by default, `index.json` in a folder of this machine, which
+            can then be put elsewhere as it is, and nowhere for URLs.
+        cache_dir: as in `DataConfig`.
+        cache_gib: as in `DataConfig`.
+        progress: whether to say on stderr how far it is.
+
+    Returns:
+        The index and the file that it is in.
+
+    Raises:
+        DataError: a shard is missing, damaged or cut short, or another process is indexing them.
+    """
+    if is_remote(source):
+        found = RemoteSet.of(source)
+        if not found.names:
+            raise DataError(f"{source}: expected URLs that name every .tar file, found a folder")
+        cache = ShardCache(cache_folder(cache_dir) / "shards", round(cache_gib * 2**30))
+        kept = _kept(found, cache_dir)
+        shards = _indexed(
+            found.names, lambda name: _fetched(found.url(name), name, cache), kept, progress
+        )
+        files = [kept] if out is None else [kept, out]
+    else:
+        path = Path(source).expanduser()
+        root = path if path.is_dir() else path.parent
+        files = [file for group in shard_groups(path).values() for file in group]
+        names = sorted(file.relative_to(root).as_posix() for file in files)
+        if not names:
+            raise DataError(f"{source}: expected .tar files, found none")
+        key = _kept(RemoteSet(f"{root.resolve()}/", tuple(names)), cache_dir)
+        shards = _indexed(names, lambda name: _read(root / name, name), key, progress)
+        files = [out or root / INDEX_FILE]
+    for file in files:
+        _write(file, tar_index.write_index(shards))
+    return shards, files[-1]
+
+
+def _indexed(names: Sequence[str], walk: _Walk, kept: Path, progress: bool) -> tuple[TarIndex, ...]:
+    """The index of every shard; a journal keeps those that are done until all are."""
+    with _journal(kept.with_suffix(".journal")) as journal:
+        done = _entries(journal)
+        left = [name for name in names if name not in done]
+        threads = ThreadPoolExecutor(_AT_ONCE)
+        before = len(names) - len(left)
+        with shown_progress(
+            len(names), "indexing", unit="shards", done=before, quiet=not progress
+        ) as advance:
+            try:
+                for name, shard in zip(left, threads.map(walk, left), strict=True):
+                    journal.write(tar_index.to_line(shard).encode() + b"\n")
+                    journal.flush()
+                    done[name] = shard
+                    advance(1)
+            finally:
+                threads.shutdown(wait=False, cancel_futures=True)
+        Path(journal.name).unlink()
+    return tuple(done[name] for name in names)
+
+
+@contextmanager
+def _journal(file: Path) -> Iterator[BinaryIO]:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+b") as stream:
+        if not lock(stream, exclusive=True, wait=False):
+            raise DataError(f"{file}: another process is indexing these shards")
+        try:
+            yield stream
+        finally:
+            unlock(stream)
+
+
+def _entries(journal: BinaryIO) -> dict[str, TarIndex]:
+    """The shards of whole lines; a line that was not written to its end is cut off."""
+    found: dict[str, TarIndex] = {}
+    journal.seek(0)
+    end = 0
+    for line in journal:
+        try:
+            shard = tar_index.from_fields(json.loads(line), journal.name)
+        except ValueError:
+            break
+        found[shard.name] = shard
+        end += len(line)
+    journal.truncate(end)
+    return found
+
+
+def _fetched(url: str, name: str, cache: ShardCache) -> TarIndex:
+    size = remote.size_of(url)
+    with cache.open(RemoteShard(url, size, None)) as stream:
+        sha256 = sha256_of(stream)
+        return tar_index.index_tar(stream, name, size, sha256, url)
+
+
+def _read(file: Path, name: str) -> TarIndex:
+    try:
+        with file.open("rb") as stream:
+            sha256 = sha256_of(stream)
+            return tar_index.index_tar(stream, name, file.stat().st_size, sha256, str(file))
+    except OSError as error:
+        raise DataError(f"{file}: expected a readable tar file, found: {error}") from error
+
+
+def _kept(found: RemoteSet, cache_dir: str | None) -> Path:
+    """Where the index of these shards is in the cache folder."""
+    key = hashlib.sha256(json.dumps([found.root, *found.names]).encode()).hexdigest()
+    return cache_folder(cache_dir) / "indexes" / f"{key}.json"
+
+
+def _write(file: Path, content: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, content)
+
+
+def _split_of(name: str) -> Split | None:
+    """The split that a shard's folder, or else the beginning of its name, says."""
+    path = PurePosixPath(name)
+    folder = SPLIT_NAMES.get(path.parent.name.lower())
+    return folder or SPLIT_NAMES.get(path.stem.lower().split("-")[0])
