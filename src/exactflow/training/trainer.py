@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -370,8 +371,11 @@ def _initialize(model: GenerativeModel, dataset: ImageDataset, seed: int) -> Non
         return
     count = min(model.initial_images, len(dataset))
     name = ("initialization", count)
-    rows = torch.randperm(len(dataset), generator=generator(seed, *name))[:count].sort().values
-    images = torch.as_tensor(dataset.images[rows.numpy()]).to(model.device)
+    if dataset.shards is None:
+        rows = torch.randperm(len(dataset), generator=generator(seed, *name))[:count].numpy()
+    else:  # images of one group of shards, not of all that are elsewhere
+        rows = dataset.epoch_order(seed, 0)[:count]
+    images = torch.as_tensor(dataset.images[np.sort(rows)]).to(model.device)
     model.initialize(images, generator=generator(seed, *name, device=model.device))
 
 
