@@ -23,6 +23,13 @@ import torch.distributed.checkpoint  # before processes are forked: it takes sec
 
 from exactflow import registry
 from exactflow.core.config import override
+from exactflow.core.processes import joined
+from exactflow.data import DataConfig
+from exactflow.evaluation.compare import compare
+from exactflow.evaluation.extractors import pixels
+from exactflow.evaluation.protocol import Protocol
+from exactflow.likelihood.log_likelihood import log_likelihood
+from exactflow.sampling.sample import sample
 from exactflow.training import Progress, TrainConfig, fit
 from exactflow.training.log import LOG_FILE
 from training_worker import EVERYTHING, Toy, ToyConfig, make_data, make_toy
@@ -130,15 +137,77 @@ def train(
 def family(folder: str, preset: str, changes: Mapping[str, Any]) -> list[float]:
     """Losses of some steps of a registered model."""
     model, given = registry.build(preset), dict(registry.preset(preset).training)
-    given |= {"batch_size": 8, "steps": 3, "warmup_steps": 1, "log_every": 1, **changes}
-    given |= {"fine_tuning_epochs": 0.0, "precision": "float32"}
+    given |= {"batch_size": 8, "steps": 3, "warmup_steps": 1, "log_every": 1}
+    given |= {"fine_tuning_epochs": 0.0, "precision": "float32", **changes}
     data = make_data(16, model.num_classes, model.event_shape, model.levels)
     fit(model, data, override(TrainConfig(), given), folder, progress=False)
     lines = (Path(folder) / LOG_FILE).read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
 
-JOBS: dict[str, Callable[..., Any]] = {"train": train, "family": family}
+def verbs(preset: str) -> dict[str, Any]:
+    """What a model's samples and likelihoods are, and what they cost."""
+    torch.manual_seed(0)
+    model = registry.build(preset).eval()
+    classes = model.num_classes
+    label = torch.arange(5) % classes if classes else None
+    data = make_data(7, classes, model.event_shape, model.levels)
+    with joined():
+        drawn = sample(model, 5, label, seed=3, batch_size=2)
+        images, labels = data.tensors()
+        labels = labels if classes else None
+        scored = log_likelihood(model, images[:7], labels, seed=1, batch_size=2)
+        one = sample(model, 1, None if label is None else label[:1], seed=4)
+    return {
+        "x": drawn.x.tolist(),
+        "seeds": drawn.seeds,
+        "evaluations": drawn.evaluations,
+        "one": one.x.tolist(),
+        "nats": scored.nats.tolist(),
+        "kind": scored.kind,
+        "details": dict(scored.details),
+    }
+
+
+def comparison(folder: str) -> dict[str, Any]:
+    """Numbers of two models on the same images."""
+    torch.manual_seed(0)
+    fields = {"image_shape": (1, 8, 8), "levels": 17}
+    flow = registry.build("tarflow-tiny", **fields)
+    models = {"flow": flow, "path": registry.build("hdit-tiny", **fields)}
+    protocol = Protocol(30, 6, 4, ode_steps=2, samples=20, evaluations=(4, 2), curve_samples=18)
+    data = DataConfig("digits", limit=160)
+    with joined():
+        compare(models, data, folder, extractor=pixels(), protocol=protocol)
+    found = json.loads((Path(folder) / "report.json").read_text())
+    return {
+        each["name"]: [each["likelihood"]["nats_per_dim"], each["samples"]["frechet"]]
+        for each in found["results"]
+    }
+
+
+def refuse(what: str) -> None:
+    """One process fails at its share of work."""
+    with joined() as group:
+
+        def work(item: int) -> int:
+            if item == 3:
+                raise ValueError(f"item {item} cannot be done")
+            return item
+
+        assert group.spread(range(3), work) == [0, 1, 2]
+        if what == "main":
+            group.on_main(lambda: work(3))
+        group.spread(range(5), work)
+
+
+JOBS: dict[str, Callable[..., Any]] = {
+    "train": train,
+    "family": family,
+    "verbs": verbs,
+    "comparison": comparison,
+    "refuse": refuse,
+}
 
 
 def main(rounds: list[dict[str, Any]]) -> None:

@@ -110,6 +110,20 @@ def test_every_family_learns_the_same_from_a_shared_batch(preset: str, tmp_path:
         assert losses == pytest.approx(alone, rel=1e-6)
 
 
+@pytest.mark.parametrize("preset", ["tarflow-tiny", "macow-tiny"])
+def test_reduced_precision_rounds_weights_that_are_gathered_and_no_more(
+    preset: str, tmp_path: Path
+) -> None:
+    rounds = []
+    for way in ("ddp", "fsdp"):
+        changes = {"parallel": way, "precision": "bfloat16"}
+        options = {"folder": str(tmp_path / way), "preset": preset, "changes": changes}
+        rounds.append({"job": "family", "count": 2, "options": options})
+    whole, split = map(values, carry_out(*rounds))
+    assert split == pytest.approx(whole, rel=1e-3)
+    assert split != whole
+
+
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_any_number_of_processes_goes_on_where_others_stopped(way: str, tmp_path: Path) -> None:
     """2 then 1 then 4 then 2, whole or split, against one that was never stopped."""
@@ -150,6 +164,35 @@ def test_killing_any_process_at_any_time_is_survived_bitwise(name: str, tmp_path
     if way["parallel"] == "ddp":
         assert_same_bits(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
     assert read_log(tmp_path / "parts") == read_log(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("preset", ["tarflow-tiny", "iddpm-tiny", "hdit-tiny"])
+def test_image_k_and_sample_k_are_the_same_whoever_takes_them(preset: str) -> None:
+    rounds = [{"job": "verbs", "count": n, "options": {"preset": preset}} for n in (1, 2, 4)]
+    alone, *others = map(values, carry_out(*rounds))
+    assert alone["seeds"] == [3, 4, 5, 6, 7]
+    for found in others:
+        assert (found["seeds"], found["kind"]) == (alone["seeds"], alone["kind"])
+        assert found["details"] == pytest.approx(alone["details"])
+        assert found["nats"] == alone["nats"]  # in the same batches
+        for name in ("x", "one"):
+            torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(alone[name]))
+
+
+def test_a_comparison_has_the_same_numbers_whoever_measures(tmp_path: Path) -> None:
+    rounds = [
+        {"job": "comparison", "count": n, "options": {"folder": str(tmp_path / str(n))}}
+        for n in (1, 2)
+    ]
+    alone, two = map(values, carry_out(*rounds))
+    assert alone == two
+    assert alone.keys() == {"flow", "path"}
+
+
+@pytest.mark.parametrize("what", ["main", "share"])
+def test_an_error_of_one_process_is_raised_by_all(what: str) -> None:
+    (found,) = carry_out({"job": "refuse", "count": 4, "options": {"what": what}})
+    assert [each["error"] for each in found] == ["ValueError: item 3 cannot be done"] * 4
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])

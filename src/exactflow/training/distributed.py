@@ -67,7 +67,9 @@ class Spread:
 
             shards = processes_of_a_node() if mode == "hsdp" else group.count
             self.is_split = True
-            self.trained = self._evaluated = split.copy_of(model, shards, group)
+            self.trained = self._evaluated = split.copy_of(
+                model, shards, group, reduced=config.precision == "bfloat16"
+            )
             _empty(model)
 
     @contextmanager

@@ -1,32 +1,40 @@
 """Models whose parameters are split over processes, by PyTorch's `fully_shard` (FSDP2, HSDP)."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from exactflow.core.model import GenerativeModel
 from exactflow.core.processes import Processes
 
 
-def copy_of(model: GenerativeModel, shards: int, group: Processes) -> GenerativeModel:
+def copy_of(
+    model: GenerativeModel, shards: int, group: Processes, *, reduced: bool
+) -> GenerativeModel:
     """A copy of the model whose stages, and what is left outside of them, are gathered in turn.
 
     Args:
         model: whole, the same in every process.
         shards: processes that have the parameters together: all, or those of each node.
         group: all processes.
+        reduced: stages are gathered in bfloat16, which rounds the few weights that autocast would
+            leave; gradients are added in float32, and what flows between stages keeps its dtype.
 
     Raises:
         ValueError: the processes do not fall into such groups.
     """
     copy, mesh = deepcopy(model), _mesh(model.device, shards, group)
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if reduced:
+        policy = replace(policy, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for stage in copy.stages:
         if next(stage.parameters(), None) is not None:
-            fully_shard(stage, mesh=mesh)
+            fully_shard(stage, mesh=mesh, mp_policy=policy)
     fully_shard(copy, mesh=mesh)
     assert isinstance(copy, FSDPModule)
     return copy
