@@ -181,7 +181,7 @@ def comparison(folder: str) -> dict[str, Any]:
         compare(models, data, folder, extractor=pixels(), protocol=protocol)
     found = json.loads((Path(folder) / "report.json").read_text())
     return {
-        each["name"]: [each["likelihood"]["nats_per_dim"], each["samples"]["frechet"]]
+        each["name"]: [each["likelihood"]["bits_per_dim"], each["samples"]["frechet"]]
         for each in found["results"]
     }
 
