@@ -61,7 +61,7 @@ class Sample:
     model: Annotated[str, tyro.conf.Positional]
     """Model folder, run folder or hub id."""
     n: Annotated[int, tyro.conf.arg(aliases=["--count"])] = 16
-    """Number of samples; under torchrun --count, since it would take --n for an option of its own."""
+    """Number of samples; --count under torchrun, which would take --n for an option of its own."""
     label: tuple[int, ...] = ()
     """One class for all, or one for each sample."""
     seed: int = 0
