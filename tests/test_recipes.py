@@ -1,0 +1,128 @@
+"""Every recipe is taken as far as a machine without its data and devices can take it."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from exactflow.cli import arguments, cost, main
+from exactflow.cli.settings import read_file, resolve
+from exactflow.training.cost import TrainingCost, training_cost
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+NAMES = [path.stem for path in RECIPES]
+HEADER = ["Recipe", "Reproduces", "Data", "Hardware", "Launch", "Slurm", "Predict", "Cost"]
+GIB = 2**30
+LARGEST_DEVICE = 80 * GIB
+PUBLISHED_PARAMETERS = {
+    "tarflow-imagenet64-2-768-8-8-uniform": 460_142_784,
+    "tarflow-imagenet64-2-768-8-8-0.05-unconditional": 460_142_784,
+    "tarflow-imagenet64-2-768-8-8-0.05": 466_286_784,
+    "tarflow-imagenet64-4-1024-8-8-0.05": 817_636_096,
+    "tarflow-imagenet128-4-1024-8-8-0.15": 823_927_552,
+    "tarflow-afhq256-8-768-8-8-0.07": 463_481_856,
+    "denseflow-74-10-cifar10": 130_647_294,
+    "denseflow-74-10-imagenet32": 130_647_294,
+    "denseflow-74-10-imagenet64": 130_647_294,
+    "denseflow-74-10-celeba64": 130_647_294,
+    "macow-cifar10-variational": 38_403_423,
+    "macow-imagenet64-variational": 123_100_393,
+    "flow-matching-paper-cifar10": 171_268_099,  # if it resamples by residual blocks
+    "flow-matching-paper-imagenet32": 228_149_507,
+    "flow-matching-paper-imagenet64": 295_131_267,
+    "flow-matching-paper-imagenet128": 542_804_483,
+    "flow-matching-meta-cifar10": 55_676_419,
+    "iddpm-imagenet64-vlb": 121_063_942,
+    "iddpm-imagenet64-hybrid": 121_063_942,
+    "iddpm-cifar10-vlb": 52_546_438,
+    "adm-imagenet64": 295_904_454,
+    "adm-imagenet256": 553_838_086,
+    "hdit-imagenet128-ablation": 117_003_805,
+    "hdit-imagenet256": 557_416_522,
+    "hdit-ffhq1024": 85_079_300,
+}
+
+
+def header(recipe: Path) -> dict[str, str]:
+    """`# Key: value` lines, with what `#   ` lines add to them."""
+    found: dict[str, str] = {}
+    for line in recipe.read_text().splitlines():
+        if entry := re.match(r"# (\w+): (.+)", line):
+            found[entry[1]] = entry[2]
+        elif more := re.match(r"#   (.+)", line):
+            found[list(found)[-1]] += f" {more[1]}"
+        else:
+            return found
+    return found
+
+
+def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What `exactflow` understands by these words."""
+    taken: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(arguments, "import_module", lambda _: SimpleNamespace(run=taken.append))
+        patch.setattr(sys, "argv", ["exactflow", *words])
+        main()
+    (command,) = taken
+    return command
+
+
+def started(line: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Any]:
+    """Processes that a launch line starts, and what each of them is to do."""
+    sizes = dict(re.findall(r"--(nnodes|nproc-per-node)=(\d+)", line))
+    words = shlex.split(line.partition(" -m exactflow ")[2])
+    return int(sizes.get("nnodes", 1)) * int(sizes["nproc-per-node"]), parsed(words, monkeypatch)
+
+
+def told(predicted: TrainingCost) -> str:
+    """The line of the header."""
+    memory = predicted.memory.total / GIB
+    return (
+        f"{predicted.parameters:,} parameters, {predicted.flops:.3g} FLOPs in all, "
+        f"{memory:.1f} GiB on each of {predicted.devices} devices"
+    )
+
+
+def test_there_are_recipes_and_each_is_checked() -> None:
+    presets = {read_file(recipe)["preset"] for recipe in RECIPES}
+    assert presets == set(PUBLISHED_PARAMETERS)
+    assert len(presets) == len(RECIPES)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
+def test_the_header_says_how_to_run_it(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = header(recipe)
+    assert list(entries) == HEADER
+    assert re.search(
+        r"arXiv \d{4}\.\d{5}|facebookresearch/flow_matching", " ".join(entries.values())
+    )
+    monkeypatch.chdir(ROOT)
+    launched, slurm = (started(entries[key], monkeypatch) for key in ("Launch", "Slurm"))
+    assert launched == slurm
+    devices, command = launched
+    assert command.config.resolve() == recipe
+    assert command.out == Path("runs") / recipe.stem
+    verb, *words = shlex.split(entries["Predict"])
+    assert verb == "exactflow"
+    asked = parsed(words, monkeypatch)
+    assert cost.is_asked(asked)
+    assert (asked.config, asked.gpus) == (command.config, devices)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
+def test_a_step_can_be_taken_and_costs_what_the_header_says(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device: the model is built, and loss and gradient of a micro-batch run."""
+    settings = resolve(None, (), recipe)
+    asked = parsed(shlex.split(header(recipe)["Predict"])[1:], monkeypatch)
+    model = cost.on_meta(settings)
+    predicted = training_cost(model, settings.training, devices=asked.gpus, epoch=asked.images)
+    assert predicted.parameters == PUBLISHED_PARAMETERS[settings.preset]
+    assert predicted.memory.total < LARGEST_DEVICE
+    assert header(recipe)["Cost"] == told(predicted)
