@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import exactflow
 from exactflow import registry
@@ -17,10 +20,15 @@ from exactflow.core.config import override
 from exactflow.core.model import DataInitialized, FittedFlow, GenerativeModel
 from exactflow.training import TrainConfig
 from exactflow.training.budget import training_flops
-from exactflow.training.cost import measured_rate, remedies, training_cost
-from exactflow.training.meta import Ledger
+from exactflow.training.cost import fewest_shards, measured_rate, remedies, training_cost
+from exactflow.training.meta import Ledger, RememberedShapes
 from exactflow.training.optim import MovingAverage, make_optimizer, recomputed
-from exactflow.training.step_memory import StepMemory, micro_batch, step_memory
+from exactflow.training.step_memory import (
+    StepMemory,
+    micro_batch,
+    parts_of_a_device,
+    step_memory,
+)
 
 SMALL = [
     "tarflow-digits",
@@ -130,16 +138,88 @@ def test_reduced_precision_halves_what_layers_keep() -> None:
     assert half.state == full.state
 
 
+@pytest.mark.parametrize(
+    ("accumulate", "devices", "parts", "images"),
+    [(1, 1, 1, 96), (4, 1, 4, 24), (1, 8, 1, 12), (4, 8, 1, 12), (16, 8, 2, 6), (6, 4, 3, 8)],
+)
+def test_a_batch_is_cut_into_parts(accumulate: int, devices: int, parts: int, images: int) -> None:
+    config = TrainConfig(batch_size=96, accumulate=accumulate)
+    assert (parts_of_a_device(config, devices), micro_batch(config, devices)) == (parts, images)
+    assert parts * devices * images == 96
+
+
 def test_devices_and_micro_batches_share_the_batch() -> None:
     name = "tarflow-digits"
     config = recipe(name, batch_size=64)
     alone, four = (step_memory(on_meta(name), config, devices=n) for n in (1, 4))
     parts = step_memory(on_meta(name), replace(config, accumulate=4))
-    assert micro_batch(config, 4) == micro_batch(replace(config, accumulate=4)) == 16
+    assert step_memory(on_meta(name), replace(config, accumulate=4), devices=4) == four
     assert four.activations == pytest.approx(parts.activations, rel=0.01)
     assert four.activations < 0.3 * alone.activations
     assert (alone.buckets, parts.buckets, four.buckets) == (0, 0, four.gradients)
     assert parts.working > four.working  # the gradients of the part before are there
+
+
+@pytest.fixture
+def four_processes() -> Iterator[None]:
+    """This is the first of four that only it knows of: nothing that is sent is received."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("four_processes")
+@pytest.mark.parametrize("name", ["tarflow-digits", "hdit-tiny", "iddpm-tiny"])
+def test_shards_are_those_of_pytorch(name: str) -> None:
+    """Sizes that four does not divide among them: every part is rounded up."""
+    config = recipe(name, ema_decay=0.99, batch_size=64)
+    predicted = step_memory(on_meta(name), config, devices=4, shards=4)
+    model = exactflow.build(name)
+    for part in (*model.stages, model):
+        fully_shard(part)
+    optimizer, held = make_optimizer(model, config), 0
+    for parameter in model.parameters():
+        assert isinstance(parameter, DTensor)
+        held += parameter.to_local().nbytes
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = [
+        (value.to_local() if isinstance(value, DTensor) else value).nbytes
+        for values in optimizer.state.values()
+        for value in values.values()
+    ]
+    assert predicted.weights == held + 2 * sum(buffer.nbytes for buffer in model.buffers())
+    assert predicted.gradients == predicted.average == held
+    assert predicted.optimizer == sum(state)
+
+
+def test_split_parameters_leave_one_stage_in_one_piece() -> None:
+    name = "tarflow-digits"
+    model, config = on_meta(name), recipe(name, batch_size=64)
+    whole, split = (step_memory(model, config, devices=4, shards=n) for n in (1, 4))
+    stage = max(sum(p.nbytes for p in block.parameters()) for block in model.stages)
+    outside = 4 * model.num_parameters - sum(
+        p.nbytes for block in model.stages for p in block.parameters()
+    )
+    assert whole.gathered == split.buckets == 0
+    assert split.gathered == 2 * (2 * stage + outside)
+    assert split.weights == pytest.approx(whole.weights / 4, rel=0.02)
+    assert split.activations == whole.activations
+    assert split.working < whole.working
+    for shards in (0, 3, 8):
+        with pytest.raises(ValueError, match="shards that divide 4 devices"):
+            step_memory(model, config, devices=4, shards=shards)
+
+
+def test_the_fewest_shards_that_fit() -> None:
+    name = "tarflow-digits"
+    model, config = on_meta(name, width=256), recipe(name, batch_size=8)
+    totals = {n: step_memory(model, config, devices=8, shards=n).total for n in (1, 2, 4, 8)}
+    assert totals[1] > totals[4] > totals[8]
+    found = fewest_shards(model, config, totals[4], devices=8)
+    assert found is not None
+    assert (found[0], found[1].total) == (4, totals[4])
+    assert fewest_shards(model, config, totals[8] - 1, devices=8) is None
 
 
 def test_state_follows_the_optimizer() -> None:
@@ -193,8 +273,8 @@ def test_days_follow_from_a_rate_and_from_nothing_else() -> None:
 
 
 def test_the_remedies_fit_and_are_the_smallest() -> None:
-    name = "tarflow-digits"
-    config = recipe(name, batch_size=64)
+    name = "tarflow-tiny"
+    config = recipe(name, batch_size=16)
     model = on_meta(name)
     whole, half = (
         step_memory(model, config).total,
@@ -211,8 +291,8 @@ def test_the_remedies_fit_and_are_the_smallest() -> None:
 
 
 def test_a_rate_is_measured() -> None:
-    model = exactflow.build("macow-digits")
-    config = recipe("macow-digits", batch_size=16, accumulate=2)
+    model = exactflow.build("tarflow-tiny")
+    config = recipe("tarflow-tiny", batch_size=16, accumulate=4)
     assert measured_rate(model, config, devices=2) > 0
 
 
@@ -248,6 +328,31 @@ def test_the_ledger_counts_from_first_to_last_use() -> None:
         there.add_(1)
         assert (ledger.live, ledger.peak) == (0, 800)
     assert len(view) == 5
+
+
+def test_remembered_shapes_are_those_that_were_inferred() -> None:
+    def results() -> list[Tensor]:
+        a = torch.empty(3, 4, device="meta")
+        whole, real, fresh = (a.int() + number for number in (1, 1.0, 1))
+        view = torch.ops.aten._unsafe_view(a, [12])
+        assert view.untyped_storage()._cdata == a.untyped_storage()._cdata
+        assert whole.untyped_storage()._cdata != fresh.untyped_storage()._cdata
+        assert a.add_(1) is a
+        turned = a.t() * 2
+        halves = torch.native_layer_norm(a.half(), [4], None, None, 1e-5)
+        return [whole, real, fresh, view, turned, turned.sum(0, keepdim=True), *halves]
+
+    def told(tensors: list[Tensor]) -> list[Any]:
+        return [(t.dtype, t.shape, t.stride()) for t in tensors]
+
+    expected = told(results())
+    with RememberedShapes():
+        assert told(results()) == told(results()) == expected
+
+
+def test_nothing_but_shapes_is_remembered() -> None:
+    with RememberedShapes():
+        assert [int(torch.tensor([n]).sum() + 1) for n in (1, 2)] == [2, 3]
 
 
 def test_all_of_it_adds_up() -> None:

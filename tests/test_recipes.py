@@ -3,14 +3,19 @@
 import re
 import shlex
 import sys
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from exactflow import registry
 from exactflow.cli import arguments, cost, main
-from exactflow.cli.settings import read_file, resolve
+from exactflow.cli.settings import Settings, read_file, resolve
+from exactflow.training import TrainConfig
 from exactflow.training.cost import TrainingCost, training_cost
 
 ROOT = Path(__file__).parents[1]
@@ -79,12 +84,32 @@ def started(line: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Any]:
     return int(sizes.get("nnodes", 1)) * int(sizes["nproc-per-node"]), parsed(words, monkeypatch)
 
 
-def told(predicted: TrainingCost) -> str:
+@cache
+def cost_of_steps(preset: str, model: Any, training: TrainConfig, devices: int) -> TrainingCost:
+    """Recipes for different data may train the same network on the same number of images."""
+    with torch.device("meta"):
+        network = registry.family_of(preset).model(model)
+    return training_cost(network, training, devices=devices)
+
+
+def predicted(settings: Settings, devices: int, epoch: int | None) -> TrainingCost:
+    """What `exactflow info` counts."""
+    training = settings.training
+    names = ("batch_size", "accumulate", "optimizer", "precision", "activation_checkpointing")
+    of_steps = {name: getattr(training, name) for name in (*names, "ema_decay")}
+    family = min(registry.family_of(settings.preset).presets)
+    cost = cost_of_steps(family, settings.model, TrainConfig(**of_steps), devices)
+    steps = training.steps if epoch is None else training.schedule(epoch).total
+    return replace(cost, config=training, epoch=epoch, steps=steps)
+
+
+def told(cost: TrainingCost) -> str:
     """The line of the header."""
-    memory = predicted.memory.total / GIB
+    memory, devices = cost.memory.total / GIB, cost.devices
+    where = "one device" if devices == 1 else f"each of {devices} devices"
     return (
-        f"{predicted.parameters:,} parameters, {predicted.flops:.3g} FLOPs in all, "
-        f"{memory:.1f} GiB on each of {predicted.devices} devices"
+        f"{cost.parameters:,} parameters, {cost.flops:.3g} FLOPs in all, "
+        f"{memory:.1f} GiB on {where}"
     )
 
 
@@ -121,8 +146,21 @@ def test_a_step_can_be_taken_and_costs_what_the_header_says(
     """On the meta device: the model is built, and loss and gradient of a micro-batch run."""
     settings = resolve(None, (), recipe)
     asked = parsed(shlex.split(header(recipe)["Predict"])[1:], monkeypatch)
-    model = cost.on_meta(settings)
-    predicted = training_cost(model, settings.training, devices=asked.gpus, epoch=asked.images)
-    assert predicted.parameters == PUBLISHED_PARAMETERS[settings.preset]
-    assert predicted.memory.total < LARGEST_DEVICE
-    assert header(recipe)["Cost"] == told(predicted)
+    found = predicted(settings, asked.gpus, asked.images)
+    assert found.parameters == PUBLISHED_PARAMETERS[settings.preset]
+    assert found.memory.total < LARGEST_DEVICE
+    assert header(recipe)["Cost"] == told(found)
+
+
+def test_what_info_prints_is_what_the_header_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    recipe = ROOT / "recipes" / "flow-matching-meta-cifar10.yaml"
+    entries = header(recipe)
+    monkeypatch.setattr(sys, "argv", shlex.split(entries["Predict"]))
+    main()
+    printed = capsys.readouterr().out
+    for number in re.findall(r"[\d,]{9,}|[\d.]+e\+\d+", entries["Cost"]):
+        assert number in printed
+    assert "8 devices" in printed

@@ -17,7 +17,7 @@ from exactflow.core.model import GenerativeModel, evaluating
 from exactflow.core.random import generator
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
-from exactflow.training.meta import RememberedShapes
+from exactflow.training.meta import without_values
 from exactflow.training.optim import TrainConfig
 from exactflow.training.trainer import Progress, fit
 
@@ -80,7 +80,7 @@ def training_flops(model: GenerativeModel) -> float:
     grads = {name: p.grad for name, p in model.named_parameters()}
     counter = FlopCounterMode(display=False)
     # Only the plain kernel of attention is made of operations that the counter knows.
-    with RememberedShapes(), evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:
+    with without_values(), evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:
         model.loss(images, label, generator=noise).sum().backward()
     for name, parameter in model.named_parameters():
         parameter.grad = grads[name]

@@ -12,6 +12,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -88,15 +89,15 @@ class Ledger(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
+        for value in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(value, Tensor):
-                self._note(value.untyped_storage())
+                storage = value.untyped_storage()
+                if storage._cdata not in self._addresses:
+                    self._note(storage)
         return result
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         address, size = storage._cdata, storage.nbytes()
-        if address in self._addresses:
-            return
         self._addresses.add(address)
         self._storages[address] = weakref.ref(storage, lambda _: self._forget(address, size))
         self.live += size
@@ -106,6 +107,18 @@ class Ledger(TorchDispatchMode):
         self._addresses.discard(address)
         self._storages.pop(address, None)
         self.live -= size
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """On the meta device, steps are fast inside, and what is picked by values is all there is."""
+    before = _config.meta_nonzero_assume_all_nonzero
+    _config.meta_nonzero_assume_all_nonzero = True
+    try:
+        with RememberedShapes():
+            yield
+    finally:
+        _config.meta_nonzero_assume_all_nonzero = before
 
 
 @final
@@ -131,11 +144,22 @@ class RememberedShapes(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if not _makes_new(func):
             return func(*args, **kwargs)
-        key = (func, _key(args), _key(tuple(kwargs.items())))
+        facts: list[Any] = [func]  # all that shapes of results depend on
+        pending: list[Any] = [*args, *kwargs.items()]
+        while pending:
+            value = pending.pop()
+            if isinstance(value, Tensor):
+                facts += (value.dtype, value.shape, value.stride(), value.device)
+            elif isinstance(value, list | tuple):
+                facts.append(len(value))
+                pending += value
+            else:
+                facts += (type(value), value)
+        key = tuple(facts)
         if key in self._made:
             spec, leaves = self._made[key]
-            made = [leaf and torch.empty_strided(*leaf[:2], **leaf[2]) for leaf in leaves]
-            return tree_unflatten(made, spec)
+            again = [leaf and torch.empty_strided(*leaf[:2], **leaf[2]) for leaf in leaves]
+            return again[0] if spec.is_leaf() else tree_unflatten(again, spec)
         result = func(*args, **kwargs)
         leaves, spec = tree_flatten(result)
         inputs = {_address(value) for value in tree_leaves((args, kwargs)) if _is_meta(value)}
@@ -150,15 +174,6 @@ def _makes_new(func: Any) -> bool:
     """Whether an operation neither writes to its inputs nor says that it returns views of them."""
     schema = func._schema
     return all(part.alias_info is None for part in (*schema.arguments, *schema.returns))
-
-
-def _key(value: Any) -> Any:
-    """All that shapes of results depend on."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.shape, value.stride(), value.device
-    if isinstance(value, list | tuple):
-        return tuple(map(_key, value))
-    return type(value), value
 
 
 def _is_meta(value: Any) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from exactflow.core.model import FittedFlow, GenerativeModel
-from exactflow.training.meta import Kernels, Ledger, RememberedShapes
+from exactflow.training.meta import Kernels, Ledger, without_values
 from exactflow.training.optim import TrainConfig, make_optimizer, recomputed
 
 
@@ -118,7 +118,7 @@ def step_memory(
     activations, training = 0, model.training
     model.train()
     with ExitStack() as stack:
-        stack.enter_context(RememberedShapes())
+        stack.enter_context(without_values())
         stack.enter_context(ledger)
         if shards > 1:
             scatter = partial(_scatter, shards=shards, parts=scattered)
