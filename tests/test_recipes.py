@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 from exactflow import registry
 from exactflow.cli import arguments, cost, main
@@ -78,10 +79,20 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def started(line: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Any]:
-    """Processes that a launch line starts, and what each of them is to do."""
-    sizes = dict(re.findall(r"--(nnodes|nproc-per-node)=(\d+)", line))
-    words = shlex.split(line.partition(" -m exactflow ")[2])
-    return int(sizes.get("nnodes", 1)) * int(sizes["nproc-per-node"]), parsed(words, monkeypatch)
+    """Processes that a launch line starts, as torchrun reads it, and what each is to do."""
+    head, found, words = line.partition("torchrun ")
+    assert found
+    asked = get_args_parser().parse_args(shlex.split(re.sub(r"\$\(.*?\)", "HOST", words)))
+    assert asked.module
+    assert asked.training_script == "exactflow"
+    nodes, each = int(asked.nnodes.split(":")[-1]), int(asked.nproc_per_node)
+    assert asked.standalone == (nodes == 1)
+    if nodes > 1:
+        assert (asked.rdzv_backend, asked.rdzv_endpoint) == ("c10d", "HOST:29500")
+    if head:  # one torchrun on each node
+        tasks = f"--ntasks={nodes}" if nodes == 1 else "--ntasks-per-node=1"
+        assert head == f"srun --nodes={nodes} {tasks} --gpus-per-node={each} "
+    return nodes * each, parsed(asked.training_script_args, monkeypatch)
 
 
 @cache
@@ -164,3 +175,15 @@ def test_what_info_prints_is_what_the_header_says(
     for number in re.findall(r"[\d,]{9,}|[\d.]+e\+\d+", entries["Cost"]):
         assert number in printed
     assert "8 devices" in printed
+
+
+def test_the_page_shows_the_recipes_as_they_are() -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    assert (ROOT / "recipes" / "tarflow-imagenet64-likelihood.yaml").read_text() in page
+    for recipe in RECIPES:
+        parameters, flops, memory, devices = re.findall(
+            r"[\d,]+ parameters|\S+ FLOPs|\S+ GiB|one device|\d+ devices", header(recipe)["Cost"]
+        )
+        numbers = [words.split()[0] for words in (parameters, flops, devices, memory)]
+        row = " | ".join(numbers).replace("| one |", "| 1 |")
+        assert f"| `{recipe.stem}` | {row} |" in page
