@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from torch.distributed.run import get_args_parser
@@ -155,6 +156,8 @@ def test_a_step_can_be_taken_and_costs_what_the_header_says(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the meta device: the model is built, and loss and gradient of a micro-batch run."""
+    # Shapes of the same layers are checked in small models: here it would take half of the time.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     settings = resolve(None, (), recipe)
     asked = parsed(shlex.split(header(recipe)["Predict"])[1:], monkeypatch)
     found = predicted(settings, asked.gpus, asked.images)
