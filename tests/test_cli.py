@@ -143,7 +143,10 @@ def test_info(run: Path, tmp_path: Path) -> None:
         (["info", "tarflow-tini"], "did you mean 'tarflow-tiny'"),
         (["smaple"], "sample"),
         (["train", "--out", "x", "trainig.steps=3", "tarflow-digits"], "did you mean 'training'"),
-        (["info", "training.steps=3"], "takes no settings"),
+        (["results", "training.steps=3"], "takes no settings"),
+        (["info", "training.steps=3"], "expected a preset"),
+        (["info", "tarflow-tiny", "--gpus", "7"], "7 devices"),
+        (["info", "tarflow-tiny", "--memory", "-1"], "--memory: expected more than 0"),
         (["sample", "x", "--seeed", "3"], "--seed"),
     ],
 )

@@ -22,7 +22,7 @@ from PIL import Image
 
 import exactflow
 from exactflow import registry
-from exactflow.cli import arguments, main
+from exactflow.cli import arguments, main, running
 from exactflow.likelihood import log_likelihood as scoring
 from exactflow.likelihood.ode_estimate import ode_log_likelihood
 from exactflow.sampling import planner
@@ -64,6 +64,18 @@ class Newcomer:
             main()
         except SystemExit as stop:
             pytest.fail(f"{shlex.join(sys.argv)} ended with {stop.code}, see stderr")
+
+    def launches(self, words: list[str]) -> None:
+        """Run a command of exactflow in two processes."""
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        words = ["-m", "exactflow", *words, *SHORT.get(words[0], [])]
+        command = [sys.executable, *start, *words]
+        paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[-3000:]}"
 
 
 def blocks(page: Path) -> list[tuple[str, bool, str]]:
@@ -121,9 +133,14 @@ def test_examples_run(page: Path, newcomer: Newcomer, monkeypatch: pytest.Monkey
             if words[0] == "make":
                 assert re.search(rf"^{words[1]}:.*##", (ROOT / "Makefile").read_text(), re.M)
                 continue
+            launched = words[0] == "torchrun"
+            if launched:
+                words = words[words.index("-m") + 1 :]
             assert words[0] == "exactflow", words
             if parse_only:
                 parse(words[1:], monkeypatch)
+            elif launched:
+                newcomer.launches(words[1:])
             else:
                 newcomer.types(words[1:], monkeypatch)
 
@@ -133,7 +150,7 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     with monkeypatch.context() as patch:
         verb = SimpleNamespace(run=taken.append)
-        patch.setattr(arguments, "import_module", lambda _: verb)
+        patch.setattr(running, "import_module", lambda _: verb)
         patch.setattr(sys, "argv", ["exactflow", *words])
         main()
     assert [type(command) for command in taken] == [arguments._VERBS[words[0]][0]]

@@ -239,10 +239,35 @@ class Convert:
 @final
 @dataclass(frozen=True)
 class Info:
-    """List the presets, or say everything about a preset or a model."""
+    """List the presets, say everything about a preset or a model, or what a training costs.
+
+    Any number below asks for the cost: work and memory are counted, and days follow from a rate.
+    KEY=VALUE words change settings, as for train.
+    """
 
     name: Annotated[str | None, tyro.conf.Positional] = None
     """Preset, model folder, run folder or hub id; none lists all presets."""
+    settings: Settings = ()
+    config: Path | None = None
+    """YAML file, as of train."""
+    batch: int | None = None
+    """Images of an optimizer step over all devices; by default the preset's."""
+    gpus: int | None = None
+    """Devices that share each batch; 1 by default."""
+    shards: int | None = None
+    """Devices that each parameter is split over; a divisor of --gpus, 1 by default: not split."""
+    memory: float | None = None
+    """GiB of a device: says whether a step fits, and what would make it fit."""
+    images: int | None = None
+    """Images of an epoch, where they are not those of the built-in digits."""
+    images_per_second: float | None = None
+    """A rate of all devices together that you measured: says how many days it takes."""
+    tflops: float | None = None
+    """The same, as 1e12 FLOPs of the model that each device does in a second."""
+    measure: bool = False
+    """The same, from some training steps taken here and now on random images."""
+    device: Device = "auto"
+    """Where --measure takes them."""
 
 
 @final

@@ -1,8 +1,6 @@
 """`exactflow info`."""
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -10,25 +8,27 @@ from rich.console import Console
 from rich.table import Table
 
 from exactflow import registry
+from exactflow.cli import cost
 from exactflow.cli.arguments import Info
-from exactflow.cli.settings import RunConfig
-from exactflow.core.config import override
-from exactflow.core.model import GenerativeModel
-from exactflow.data import DataConfig
+from exactflow.cli.settings import SECTIONS, Settings, resolve
 from exactflow.hub.pretrained import from_pretrained, read_config
-from exactflow.training import TrainConfig
 
 
 def run(command: Info) -> None:
-    """List presets, or describe one thing."""
-    if command.name is None:
+    """List presets, describe one thing, or say what its training costs."""
+    name = command.name
+    if name is None and command.config is None:
+        if command.settings or cost.is_asked(command):
+            raise ValueError("expected a preset, or --config FILE that names one")
         _list()
-    elif command.name in registry.names():
-        _preset(command.name)
-    elif Path(command.name).is_dir() or "/" in command.name:
-        _model(command.name)
+    elif name is not None and name not in registry.names():
+        _saved(command, name)
     else:
-        registry.preset(command.name)  # raises, with a suggestion
+        settings = resolve(name, command.settings, command.config, reads_data=False)
+        if cost.is_asked(command):
+            cost.show(command, settings)
+        else:
+            _preset(settings)
 
 
 def _list() -> None:
@@ -36,38 +36,33 @@ def _list() -> None:
     for name in ("preset", "image", "parameters", "published"):
         table.add_column(name, justify="right" if name == "parameters" else "left", overflow="fold")
     for name in registry.names():
-        model = _on_meta(name)
+        with torch.device("meta"):
+            model = registry.build(name)
         shape = "x".join(map(str, model.event_shape))
         count = f"{model.num_parameters:,}"
         table.add_row(name, shape, count, registry.preset(name).published)
     Console().print(table)
 
 
-def _preset(name: str) -> None:
-    preset = registry.preset(name)
-    model = _on_meta(name)
-    print(f"# {name}: {model.num_parameters:,} parameters. {preset.published}".rstrip())
+def _preset(settings: Settings) -> None:
+    name, model = settings.preset, cost.on_meta(settings)
+    published = registry.preset(name).published
+    print(f"# {name}: {model.num_parameters:,} parameters. {published}".rstrip())
     print("# Every key below can be set: exactflow train", name, "SECTION.FIELD=VALUE")
-    sections: dict[str, Any] = {
-        "model": preset.config,
-        "training": override(TrainConfig(), preset.training),
-        "data": override(DataConfig(), preset.data),
-        "run": RunConfig(),
-    }
-    for section, config in sections.items():
-        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
-        print(yaml.safe_dump({section: fields}, sort_keys=False, default_flow_style=None), end="")
+    described = settings.describe()
+    for section in SECTIONS:
+        fields = {section: described[section]}
+        print(yaml.safe_dump(fields, sort_keys=False, default_flow_style=None), end="")
 
 
-def _model(location: str) -> None:
-    model = from_pretrained(location)
+def _saved(command: Info, name: str) -> None:
+    if not (Path(name).is_dir() or "/" in name):
+        registry.preset(name)  # raises, with a suggestion
+    if command.settings or command.config or cost.is_asked(command):
+        raise ValueError(f"costs and settings are those of a preset, {name} is a saved model")
+    model = from_pretrained(name)
     print(f"# {model.kind}, {model.num_parameters:,} parameters, images {model.event_shape}")
-    folder = Path(location)
+    folder = Path(name)
     nested = folder / "model"
     description = read_config(nested if nested.is_dir() else folder)
     print(yaml.safe_dump(description, sort_keys=False), end="")
-
-
-def _on_meta(name: str) -> GenerativeModel:
-    with torch.device("meta"):
-        return registry.build(name)

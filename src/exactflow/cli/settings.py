@@ -71,8 +71,15 @@ class Settings:
             return registry.from_config(kind, asdict(self.model))
 
 
-def resolve(preset_name: str | None, words: Sequence[str], file: Path | None) -> Settings:
-    """Preset, then file, then words. Raises ValueError for what is unknown, with a suggestion."""
+def resolve(
+    preset_name: str | None, words: Sequence[str], file: Path | None, *, reads_data: bool = True
+) -> Settings:
+    """Preset, then file, then words.
+
+    Raises:
+        ValueError: what is unknown, with a suggestion; no data source, for one who `reads_data`.
+            For others it is then called FOLDER.
+    """
     changes = read_file(file) if file else {}
     preset_name = preset_name or changes.get("preset")
     if not isinstance(preset_name, str):
@@ -80,7 +87,11 @@ def resolve(preset_name: str | None, words: Sequence[str], file: Path | None) ->
     preset = registry.preset(preset_name)
     merge(changes, parse_words(words))
     if "source" not in {**preset.data, **changes.get("data", {})}:
-        raise ValueError(f"{preset_name} names no data set: give data.source=FOLDER (or another)")
+        if reads_data:
+            raise ValueError(
+                f"{preset_name} names no data set: give data.source=FOLDER (or another)"
+            )
+        merge(changes, {"data": {"source": "FOLDER"}})
     return Settings(
         preset_name,
         override(preset.config, changes.get("model", {})),

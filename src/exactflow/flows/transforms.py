@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Transform
 from exactflow.nn.masked_convolution import DataDependent, Kernel, MaskedNetwork, standardize
+from exactflow.nn.precision import full_precision
 
 LOG_SCALE_STD = 0.05  # initial spread of ActNorm's log-scales
 SCALE_OFFSET = 2.0  # of the sigmoid: raw output 0 gives the scale sigmoid(2) = 0.88
@@ -78,7 +79,7 @@ class InvertibleConvolution(Transform):
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
         """See `Transform.forward`."""
         weight = self.weight.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             z = F.conv2d(x, weight[..., None, None])
             log_abs_det = torch.linalg.slogdet(weight).logabsdet * (x.shape[2] * x.shape[3])
         return z, log_abs_det.expand(len(x))
@@ -89,7 +90,7 @@ class InvertibleConvolution(Transform):
         label: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
         """See `Transform.inverse`."""
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z.device):
             return torch.linalg.solve(self.weight.to(z.dtype), z.flatten(2)).view_as(z)
 
 

@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exactflow.nn.precision import full_precision
+
 DIRECTION_STD = 0.05  # initial spread of the directions of weights
 STD_FLOOR = 1e-6  # added to a standard deviation that something is divided by
 Kernel = Callable[[Tensor], Tensor]  # a convolution with its weights
@@ -42,8 +44,7 @@ def initializing(module: nn.Module) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        device = next(module.parameters()).device.type
-        stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(full_precision(next(module.parameters()).device))
         for part in module.modules():
             if isinstance(part, DataDependent):
                 stack.callback(part.register_forward_pre_hook(before).remove)

@@ -18,6 +18,7 @@ from exactflow.core.processes import current
 from exactflow.core.random import generator
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
+from exactflow.training.meta import without_values
 from exactflow.training.optim import TrainConfig
 from exactflow.training.progress import Progress
 from exactflow.training.trainer import fit
@@ -71,17 +72,18 @@ def training_flops(model: GenerativeModel) -> float:
 
     Two for each multiply-add of matrix products, convolutions and attention; a causal mask saves
     nothing here, and sums, norms and activations count nothing (PyTorch's `FlopCounterMode`).
+    On the meta device the count is the same, and takes no memory.
     """
     count = 2  # per image: nothing of it is shared by a batch
-    source = generator(0, "flops")
-    shape = (count, *model.event_shape)
-    images = torch.randint(model.levels, shape, generator=source).to(model.device)
-    noise = generator(0, "flops", device=model.device)
+    device = model.device
+    images = torch.zeros((count, *model.event_shape), dtype=torch.uint8, device=device)
+    label = torch.zeros(count, dtype=torch.int64, device=device) if model.num_classes else None
+    noise = None if device.type == "meta" else generator(0, "flops", device=device)
     grads = {name: p.grad for name, p in model.named_parameters()}
     counter = FlopCounterMode(display=False)
     # Only the plain kernel of attention is made of operations that the counter knows.
-    with evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:
-        model.loss(images, generator=noise).sum().backward()
+    with without_values(), evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:
+        model.loss(images, label, generator=noise).sum().backward()
     for name, parameter in model.named_parameters():
         parameter.grad = grads[name]
     return counter.get_total_flops() / count
@@ -104,11 +106,11 @@ def steps_within(
     if budget.flops is not None:
         return max(1, int(budget.flops / (training_flops(model) * config.batch_size)))
     assert budget.seconds is not None
-    seconds = _seconds_per_step(model, dataset, config, augmentation)
+    seconds = seconds_per_step(model, dataset, config, augmentation)
     return max(1, round(budget.seconds / current().gather(seconds)[0]))
 
 
-def _seconds_per_step(
+def seconds_per_step(
     model: GenerativeModel, dataset: ImageDataset, config: TrainConfig, augmentation: Augmentation
 ) -> float:
     """Seconds of a step after the first few, on this machine now."""

@@ -42,11 +42,7 @@ class Spread:
     """
 
     def __init__(self, model: GenerativeModel, config: TrainConfig, group: Processes) -> None:
-        if config.batch_size % (group.count * config.accumulate):
-            raise ValueError(
-                f"expected a batch size that {group.count} processes times {config.accumulate} "
-                f"micro-batches divide, got {config.batch_size}"
-            )
+        config.micro_batch(group.count)  # raises where there is none
         self.home, self.trained, self._group = model, model, group
         self.is_split = False
         self._evaluated: nn.Module = model

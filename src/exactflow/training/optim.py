@@ -1,15 +1,15 @@
 """How weights move: the configuration, the learning rate, the optimizer, the moving average."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from exactflow.core.model import GenerativeModel
 
@@ -102,6 +102,20 @@ class TrainConfig:
                 raise ValueError(
                     f"TrainConfig.{name}: expected {expected}, got {getattr(self, name)!r}"
                 )
+
+    def micro_batch(self, processes: int) -> int:
+        """Images that each process takes at once: its share of a micro-batch.
+
+        Raises:
+            ValueError: the batch does not fall into such shares.
+        """
+        parts = processes * self.accumulate
+        if parts < 1 or self.batch_size % parts:
+            raise ValueError(
+                f"expected a batch size that {processes} processes times {self.accumulate} "
+                f"micro-batches divide, got {self.batch_size}"
+            )
+        return self.batch_size // parts
 
     def schedule(self, num_images: int) -> "Schedule":
         """The run's length and learning rates on a data set of `num_images` images.
@@ -199,14 +213,25 @@ def make_optimizer(model: GenerativeModel, config: TrainConfig) -> torch.optim.O
 
 
 @contextmanager
-def recomputed(stages: Iterable[nn.Module], active: bool) -> Iterator[None]:
+def recomputed(
+    stages: Iterable[nn.Module],
+    active: bool,
+    contexts: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]] = (
+        noop_context_fn
+    ),
+) -> Iterator[None]:
     """Keep only the stages' inputs for the backward pass, which evaluates them a second time.
 
     Names of parameters do not change. A stage that writes to its buffers would do so twice.
+
+    Args:
+        stages: of a model.
+        active: whether they are; else nothing changes.
+        contexts: makes one that is entered at the first evaluation, and one at the second.
     """
     wrapped = list(stages) if active else []
     for stage in wrapped:
-        stage.forward = partial(checkpoint, stage.forward, use_reentrant=False)
+        stage.forward = partial(checkpoint, stage.forward, use_reentrant=False, context_fn=contexts)
     try:
         yield
     finally:

@@ -1,0 +1,182 @@
+"""What a training will cost before it is begun: work, memory on each device, and time at a rate.
+
+Work and memory are counted. Time is not: it follows from a rate that somebody measured, and where
+nobody did there is none.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar, final
+
+import numpy as np
+
+from exactflow.core.model import GenerativeModel
+from exactflow.core.random import derive_seed
+from exactflow.data.augmentation import NO_AUGMENTATION
+from exactflow.data.datasets import ImageDataset
+from exactflow.training.budget import seconds_per_step, training_flops
+from exactflow.training.optim import TrainConfig
+from exactflow.training.step_memory import (
+    StepMemory,
+    step_memory,
+)
+
+SECONDS_PER_DAY = 86_400
+Setting = TypeVar("Setting")
+
+
+@final
+@dataclass(frozen=True)
+class TrainingCost:
+    """The cost of a training.
+
+    Attributes:
+        config: of the training.
+        devices: that share each batch.
+        shards: how many of them each parameter is split over.
+        parameters: of the model.
+        flops_per_image: of one image in a training step, see `training_flops`. What activation
+            checkpointing computes a second time is not in it.
+        memory: of each device.
+        epoch: images of the data set; None: not known.
+        steps: optimizer steps; None where the recipe counts epochs of unknown size.
+    """
+
+    config: TrainConfig
+    devices: int
+    shards: int
+    parameters: int
+    flops_per_image: float
+    memory: StepMemory
+    epoch: int | None
+    steps: int | None
+
+    @property
+    def images(self) -> int | None:
+        """Images that all steps together see."""
+        return None if self.steps is None else self.steps * self.config.batch_size
+
+    @property
+    def flops(self) -> float | None:
+        """FLOPs of the whole training."""
+        return None if self.images is None else self.images * self.flops_per_image
+
+    def days(self, images_per_second: float) -> float | None:
+        """Days at a rate of all devices together. Raises ValueError unless it is positive."""
+        if not 0 < images_per_second < float("inf"):
+            raise ValueError(f"expected a positive rate, got {images_per_second} images/s")
+        return None if self.images is None else self.images / images_per_second / SECONDS_PER_DAY
+
+    def rate_at(self, flops_per_second: float) -> float:
+        """Images per second of devices that each do so many FLOPs of the model a second."""
+        return self.devices * flops_per_second / self.flops_per_image
+
+
+def training_cost(
+    model: GenerativeModel,
+    config: TrainConfig,
+    *,
+    devices: int = 1,
+    shards: int = 1,
+    epoch: int | None = None,
+) -> TrainingCost:
+    """The cost of training `model` by `config`.
+
+    Args:
+        model: on the meta device, so that no memory is needed.
+        config: of the training.
+        devices: accelerators that share each batch, one process each.
+        shards: how many of them each parameter is split over.
+        epoch: images of the data set, where known.
+
+    Raises:
+        ValueError: see `step_memory`; or a data set smaller than a batch.
+    """
+    if epoch is not None and epoch < config.batch_size:
+        raise ValueError(f"expected at least a batch of {config.batch_size} images, got {epoch}")
+    memory = step_memory(model, config, devices=devices, shards=shards)
+    steps = config.steps if epoch is None else config.schedule(epoch).total
+    flops = training_flops(model)
+    return TrainingCost(config, devices, shards, model.num_parameters, flops, memory, epoch, steps)
+
+
+def remedies(
+    model: GenerativeModel, config: TrainConfig, limit: int, *, devices: int = 1, shards: int = 1
+) -> Iterator[tuple[TrainConfig, StepMemory]]:
+    """Settings under which a step takes no more than `limit` bytes on each device.
+
+    For activations kept and for activations recomputed, the one with the fewest micro-batches, if
+    any. A step that fits as it is gives itself.
+    """
+    now, share = config.accumulate, config.accumulate * config.micro_batch(devices)
+    more = [parts for parts in range(now + 1, share + 1) if share % parts == 0]
+    for recomputed in sorted({config.activation_checkpointing, True}):
+        kept = replace(config, activation_checkpointing=recomputed)
+        settings = [kept, *(replace(kept, accumulate=count) for count in more)]
+        size = partial(step_memory, model, devices=devices, shards=shards)
+        found = _first_that_fits(settings, size, limit)
+        if found is not None:
+            yield found
+
+
+def fewest_shards(
+    model: GenerativeModel, config: TrainConfig, limit: int, *, devices: int
+) -> tuple[int, StepMemory] | None:
+    """The smallest divisor of `devices` over which parameters must be split to fit, if any."""
+    divisors = [shards for shards in range(1, devices + 1) if devices % shards == 0]
+
+    def size(shards: int) -> StepMemory:
+        return step_memory(model, config, devices=devices, shards=shards)
+
+    return _first_that_fits(divisors, size, limit)
+
+
+def _first_that_fits(
+    settings: Sequence[Setting], size: Callable[[Setting], StepMemory], limit: int
+) -> tuple[Setting, StepMemory] | None:
+    """The first of settings that take less and less memory to take no more than `limit` bytes."""
+    found = None
+    while settings:
+        middle = len(settings) // 2
+        memory = size(settings[middle])
+        if memory.total <= limit:
+            found, settings = (settings[middle], memory), settings[:middle]
+        else:
+            settings = settings[middle + 1 :]
+    return found
+
+
+def measured_rate(model: GenerativeModel, config: TrainConfig, *, devices: int = 1) -> float:
+    """Images per second in training steps taken here and now, on random images.
+
+    One device does its part of a batch. Its rate is multiplied by `devices`: what they lose in
+    waiting for one another is not in it.
+
+    Args:
+        model: where it is to be measured; a copy is trained.
+        config: of the training.
+        devices: that share each batch.
+    """
+    part = config.accumulate * config.micro_batch(devices)
+    alone = replace(config, batch_size=part, steps=None, epochs=1.0, fine_tuning_epochs=0.0)
+    seconds = seconds_per_step(model, random_images(model, part), alone, NO_AUGMENTATION)
+    return devices * part / seconds
+
+
+def random_images(model: GenerativeModel, count: int) -> ImageDataset:
+    """Images without sense, in the shape of those that the model is made for."""
+    random = np.random.default_rng(derive_seed(0, "random images"))
+    labels = random.integers(0, model.num_classes, count) if model.num_classes else None
+    return ImageDataset(
+        images=random.integers(0, model.levels, (count, *model.event_shape), np.uint8),
+        labels=labels,
+        id="random",
+        version="none",
+        split="train",
+        levels=model.levels,
+        class_names=tuple(map(str, range(model.num_classes))),
+        preprocessing="none",
+        preprocessing_hash="none",
+        fingerprint="none",
+    )
