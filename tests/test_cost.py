@@ -287,7 +287,7 @@ def test_a_rate_is_measured() -> None:
 
 def test_what_cannot_be_predicted_is_refused() -> None:
     config = recipe("tarflow-tiny")
-    with pytest.raises(ValueError, match="7 devices"):
+    with pytest.raises(ValueError, match="7 processes"):
         step_memory(on_meta("tarflow-tiny"), config, devices=7)
     with pytest.raises(ValueError, match="meta device"):
         step_memory(exactflow.build("tarflow-tiny"), config)
