@@ -124,6 +124,11 @@ class Dequantizer(nn.Module):
             context=config.context,
         )
 
+    @property
+    def stages(self) -> list[nn.Module]:
+        """The network of the context and the steps."""
+        return [self.encoder, *self.flow.steps]
+
     def forward(
         self,
         x: Float[Tensor, "batch channels height width"],
@@ -190,7 +195,8 @@ class MaCow(DequantizingFlow, DataInitialized):
 
     @property
     def stages(self) -> list[nn.Module]:
-        return self.flow.steps
+        ours = [] if self.dequantizer is None else self.dequantizer.stages
+        return [*ours, *self.flow.steps]
 
     @property
     def prior(self) -> DiagonalGaussian:

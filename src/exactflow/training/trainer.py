@@ -30,6 +30,7 @@ from exactflow.training.distributed import (
     stop_requests,
 )
 from exactflow.training.optim import MovingAverage, TrainConfig, make_optimizer, recomputed
+from exactflow.training.reversible import reversible
 
 
 @final
@@ -116,6 +117,7 @@ def fit(
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.enter_context(recomputed(model.stages, config.activation_checkpointing))
+        stack.enter_context(reversible(model, config.reversible))
         log = stack.enter_context(closing(disk.MetricsLog(run.dir, run.state.step, tensorboard)))
         display = Display(run.schedule.total, run.state.step, progress and group.is_main)
         stack.enter_context(closing(display))
