@@ -373,8 +373,8 @@ class CouplingDequantizer(Composition):
 
     @property
     def stages(self) -> list[nn.Module]:
-        """The network of the context and the couplings."""
-        return [self.context, *self.couplings]
+        """The dense parts of the context's network and the couplings."""
+        return [self.context.first, self.context.second, *self.couplings]
 
     def forward(
         self,

@@ -29,16 +29,12 @@ def reversible(model: GenerativeModel, active: bool) -> Iterator[None]:
     Names of parameters do not change. No stage may write to its buffers: it would do so twice.
 
     Raises:
-        ValueError: the model is not a flow that is trained by gradients.
+        ValueError: see `check_reversible`.
     """
     if not active:
         yield
         return
-    if not isinstance(model, Flow) or isinstance(model, FittedFlow):
-        raise ValueError(
-            "TrainConfig.reversible: expected a flow that is trained by gradients, got "
-            f"{type(model).__name__}"
-        )
+    check_reversible(model)
     compositions = [part for part in model.modules() if isinstance(part, Composition)]
     within = [module for made in compositions for part in made.parts for module in part.modules()]
     inside = {id(module) for module in [*compositions, *within]}
@@ -50,6 +46,15 @@ def reversible(model: GenerativeModel, active: bool) -> Iterator[None]:
     finally:
         for made in compositions:
             del made.through  # uncovers the method of the class
+
+
+def check_reversible(model: GenerativeModel) -> None:
+    """Raise ValueError unless the model is a flow that is trained by gradients."""
+    if not isinstance(model, Flow) or isinstance(model, FittedFlow):
+        raise ValueError(
+            "TrainConfig.reversible: expected a flow that is trained by gradients, got "
+            f"{type(model).__name__}"
+        )
 
 
 def _through(made: Composition, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
