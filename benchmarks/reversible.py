@@ -57,8 +57,9 @@ class Job:
 
 
 JOBS = (
-    Job("tarflow-cifar10", 32),
+    Job("tarflow-cifar10-1m", 64),
     Job("macow-cifar10-1m", 64),
+    Job("macow-cifar10-1m", 64, {"dequantization": "variational"}),
     Job("denseflow-cifar10-1m", 64),
     Job("denseflow-cifar10-1m", 64, {"modules": (12, 12, 24)}),  # four times as deep
 )

@@ -159,8 +159,8 @@ def test_under_autocast_gradients_differ_by_less_than_its_rounding(name: str) ->
     assert relative(found, grads) <= 0.5 * relative(grads, exact)
 
 
-def test_a_backward_pass_inside_autocast_gives_the_same() -> None:
-    """There a cast of a weight is kept for later, even one that was made without gradients."""
+def test_autocast_around_the_backward_pass_changes_nothing() -> None:
+    """Parts are evaluated again as they were, and no cast is left from the forward pass."""
     model = make("denseflow", torch.float32)
     found = []
     for inside in (False, True):

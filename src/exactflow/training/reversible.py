@@ -101,7 +101,8 @@ class _Through(torch.autograd.Function):
         if context is not None:
             context = context.detach().requires_grad_(ctx.needs_input_grad[2])
         walk = _Walk(context, *grads)
-        # A cast that was made without gradients must not be found again by what needs them.
+        # Casts of weights are not kept from part to part: they take memory, and one that was made
+        # without gradients must not be found by what needs them.
         with torch.enable_grad(), torch.autocast(ctx.device, *ctx.autocast, cache_enabled=False):
             z = kept.pop() if _is_reversible(ctx.parts[-1]) else None
             for part in reversed(ctx.parts):
