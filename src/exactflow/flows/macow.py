@@ -124,11 +124,6 @@ class Dequantizer(nn.Module):
             context=config.context,
         )
 
-    @property
-    def stages(self) -> list[nn.Module]:
-        """The network of the context and the steps."""
-        return [self.encoder, *self.flow.steps]
-
     def forward(
         self,
         x: Float[Tensor, "batch channels height width"],
@@ -195,8 +190,8 @@ class MaCow(DequantizingFlow, DataInitialized):
 
     @property
     def stages(self) -> list[nn.Module]:
-        ours = [] if self.dequantizer is None else self.dequantizer.stages
-        return [*ours, *self.flow.steps]
+        context = [] if self.dequantizer is None else [self.dequantizer.encoder]
+        return [*context, *self.flow.steps]  # a dequantiser's steps are never inverted
 
     @property
     def prior(self) -> DiagonalGaussian:
