@@ -31,7 +31,8 @@ def path() -> Iterator[None]:
     sys.path.insert(0, str(BENCHMARKS))
     yield
     sys.path.remove(str(BENCHMARKS))
-    for name in ("baseline", "measure", "tarflow", "sampling", "families", "gpu_solvers", "gpu"):
+    names = ("baseline", "measure", "tarflow", "sampling", "families", "gpu_solvers", "gpu")
+    for name in (*names, "reversible"):
         sys.modules.pop(name, None)
 
 
@@ -276,6 +277,32 @@ def test_planning_ends_when_time_is_up() -> None:
     limits = gpu_solvers.Limits(1e9, 1e9)
     (row,) = gpu_solvers.planned(gpu_solvers.TINY[0], model, 1, limits, -math.inf)
     assert row["failed"].startswith("TimeoutError: no time left to plan block 1 of 3")
+
+
+def test_ways_of_training_are_weighed_and_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = script("reversible")
+    arguments = [
+        "--quick",
+        "--pairs",
+        "1",
+        "--only",
+        "denseflow",
+        "--out",
+        str(tmp_path / "r.json"),
+    ]
+    report = benchmark.main(arguments)
+    assert json.loads((tmp_path / "r.json").read_text()) == json.loads(json.dumps(report))
+    (result,) = report["results"]
+    assert result["gradients"]["plain"] == 0 < result["gradients"]["reversible"]
+    assert all(result["memory_mib"][way]["peak"] > 0 for way in benchmark.WAYS)
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(benchmark.WAYS)
+    assert {line.count("|") for line in table} == {10}
+    monkeypatch.setattr(benchmark, "TOLERANCE", 0.0)
+    with pytest.raises(AssertionError, match="reversible: loss"):
+        benchmark.main([*arguments, "--no-memory"])
 
 
 @pytest.mark.parametrize("size", ["1m", "10m"])

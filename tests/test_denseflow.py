@@ -193,7 +193,7 @@ def test_golden_parts_of_the_blocks() -> None:
             h = torch.cat([first, injected], dim=1) if index == 0 else h
         close(change, expected[f"{name}.log_det"], NATS)
         entering = h  # of the last unit
-        for number, module in enumerate(block.units[-1]):
+        for number, module in enumerate(block.units[-1].parts):
             entering, change = module(entering)
             unit = len(block.units) - 1
             close(change, expected[f"log_det.{name}.blocks.{unit}.transforms.{number}"], NATS)
@@ -507,7 +507,7 @@ def test_initialisation_starts_the_norms_once_and_nothing_else() -> None:
     torch.manual_seed(0)
     model = DenseFlow(CONFIGS["tiny"]).double()
     assert model.initial_images == model.config.initial_images
-    first = model.blocks[0].units[0][0].norm
+    first = model.blocks[0].units[0].parts[0].norm
     images = grey_levels(model, model.initial_images)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.initialize(images, generator=torch.Generator().manual_seed(0))
@@ -577,12 +577,19 @@ def test_recomputed_activations_move_no_statistics_twice(initialized: bool) -> N
 
 
 def test_stages_are_everything_that_costs_memory() -> None:
-    """Recomputed, they leave the noise networks and the prior alone."""
+    """Recomputed, they leave a few small maps of the dequantiser and the prior alone."""
     model = make("three blocks")
+    assert len(model.stages) == len(set(model.stages))
     inside = {id(p) for stage in model.stages for p in stage.parameters()}
     outside = {name for name, p in model.named_parameters() if id(p) not in inside}
-    assert outside
-    assert all("noise_networks" in name or name.startswith("prior_") for name in outside)
+    few = ("prior_", *(f"dequantizer.{name}" for name in ("mixes", "mean", "log_scale")))
+    few += ("dequantizer.context.down.",)
+    assert {name for name in outside if not name.startswith(few)} == set()
+    heard: list[int] = []
+    for index, stage in enumerate(model.stages):
+        stage.register_forward_hook(lambda *_, index=index: heard.append(index))
+    model.loss(grey_levels(model))
+    assert heard == list(range(len(model.stages))), "in order"
 
 
 def test_statistics_are_those_of_torch() -> None:

@@ -110,6 +110,18 @@ def test_every_family_learns_the_same_from_a_shared_batch(preset: str, tmp_path:
         assert losses == pytest.approx(alone, rel=1e-6)
 
 
+def test_reversible_training_is_shared_too(tmp_path: Path) -> None:
+    """Its backward pass has one node for many parameters, and statistics of all rows."""
+    rounds = []
+    for count in (1, 2):
+        changes = {"reversible": True, "activation_checkpointing": False}
+        options = {"folder": str(tmp_path / str(count)), "preset": "denseflow-tiny"}
+        options["changes"] = changes
+        rounds.append({"job": "family", "count": count, "options": options})
+    alone, two = map(values, carry_out(*rounds))
+    assert two == pytest.approx(alone, rel=1e-6)
+
+
 @pytest.mark.parametrize("preset", ["tarflow-tiny", "macow-tiny"])
 def test_reduced_precision_rounds_weights_that_are_gathered_and_no_more(
     preset: str, tmp_path: Path
@@ -247,6 +259,7 @@ def test_a_damaged_split_checkpoint_is_set_aside(tmp_path: Path) -> None:
         (4, 4, {"parallel": "hsdp"}, None),
         (4, 1, {"parallel": "hsdp"}, "expected nodes of equally many processes, two or more"),
         (4, 3, {"parallel": "hsdp"}, "got 4 processes, 3 on this node"),
+        (2, 2, {"parallel": "fsdp", "reversible": True}, "got 'fsdp'"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_by_all(

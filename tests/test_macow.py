@@ -45,6 +45,7 @@ from exactflow.sampling.autoregressive import (
     Sequential,
 )
 from exactflow.sampling.inversion import Inversion
+from exactflow.sampling.planner import number_of_blocks
 from exactflow.sampling.sample import sample
 from exactflow.training.optim import TrainConfig
 
@@ -829,6 +830,12 @@ def test_wrong_inputs_are_errors() -> None:
         model.decode(torch.zeros(1, 3, 8, 9))
     with pytest.raises(ValueError, match="unconditional"):
         model.encode(some_images(model), torch.tensor([0, 1, 2]))
+
+
+def test_a_dequantiser_is_not_asked_to_be_inverted() -> None:
+    model = make(CONFIGS["variational"])
+    inverted = masked_convolutions(model.flow)
+    assert number_of_blocks(model) == len(inverted) < len(masked_convolutions(model))
 
 
 def test_encoder_keeps_the_size() -> None:

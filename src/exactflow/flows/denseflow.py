@@ -186,7 +186,7 @@ class DenseFlow(AugmentedFlow, DataInitialized):
     @property
     def stages(self) -> list[nn.Module]:
         blocks = [block for block in self.blocks if isinstance(block, DenseBlock)]
-        return [self.dequantizer, *(part for block in blocks for part in block.modules_in_order)]
+        return [*self.dequantizer.stages, *(stage for block in blocks for stage in block.stages)]
 
     @property
     def prior(self) -> ChannelGaussian:

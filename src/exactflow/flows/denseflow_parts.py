@@ -5,7 +5,8 @@ Raw network outputs r become log-scales 2 tanh(r / 2) throughout.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import final
 
 import torch
@@ -13,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exactflow.core.composition import Composition, ElementaryTransform
 from exactflow.core.prior import Prior
-from exactflow.core.transform import Transform
-from exactflow.flows.transforms import InvertibleConvolution
+from exactflow.flows.transforms import AffineCoupling, InvertibleConvolution
 from exactflow.nn.dense import (
     AttentionVariant,
     ConditionalNetwork,
@@ -77,7 +78,7 @@ class ChannelGaussian(Prior):
 
 
 @final
-class ChannelNorm(Transform, DataDependent):
+class ChannelNorm(ElementaryTransform, DataDependent):
     """z = (x - shift) exp(-log_scale) per channel, the identity until initialised (ActNorm).
 
     Initialised on data, every channel of z has mean 0 and standard deviation 1 there.
@@ -95,6 +96,7 @@ class ChannelNorm(Transform, DataDependent):
         self,
         x: Float[Tensor, "batch channels height width"],
         label: Int[Tensor, " batch"] | None = None,
+        context: Float[Tensor, "batch features height width"] | None = None,
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
         shift, log_scale = self.shift.to(x.dtype), self.log_scale.to(x.dtype)
         change = -log_scale.sum() * (x.shape[2] * x.shape[3])
@@ -104,6 +106,7 @@ class ChannelNorm(Transform, DataDependent):
         self,
         z: Float[Tensor, "batch channels height width"],
         label: Int[Tensor, " batch"] | None = None,
+        context: Float[Tensor, "batch features height width"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
         return z * self.log_scale.to(z.dtype).exp() + self.shift.to(z.dtype)
 
@@ -117,41 +120,60 @@ class ChannelNorm(Transform, DataDependent):
 
 
 @final
-class DenseCoupling(Transform):
-    """The first half of the channels, rounded up, stays and moves the rest: z = t + exp(s) x.
+class DenseCoupling(AffineCoupling):
+    """The first half of the channels, rounded up, stays and moves the rest.
 
     Args:
         channels: of the input.
-        network: gives the raw scales and shifts of the second half from the first.
+        network: gives the raw scales and shifts of the second half from the first, and from the
+            context if it is one of those that see any.
     """
 
-    def __init__(self, channels: int, network: DenseCouplingNetwork) -> None:
+    def __init__(self, channels: int, network: DenseCouplingNetwork | ConditionalNetwork) -> None:
         super().__init__()
-        self.sizes = [channels - channels // 2, channels // 2]
+        self.kept = channels - channels // 2
         self.network = network
+
+    def move(
+        self,
+        kept: Float[Tensor, "batch kept height width"],
+        context: Float[Tensor, "batch features height width"] | None,
+    ) -> tuple[
+        Float[Tensor, "batch moved height width"], Float[Tensor, "batch moved height width"]
+    ]:
+        """See `AffineCoupling.move`."""
+        raw = self.network(kept) if context is None else self.network(kept, context)
+        log_scale, shift = scale_and_shift(raw, kept)
+        return shift, log_scale
+
+
+@final
+class Exchange(ElementaryTransform):
+    """The first `size` channels go to the end."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
 
     def forward(
         self,
         x: Float[Tensor, "batch channels height width"],
         label: Int[Tensor, " batch"] | None = None,
+        context: Float[Tensor, "batch features height width"] | None = None,
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        kept, moved = x.split(self.sizes, dim=1)
-        log_scale, shift = scale_and_shift(self.network(kept), x)
-        moved = shift + log_scale.exp() * moved
-        return torch.cat([kept, moved], dim=1), log_scale.flatten(1).sum(1)
+        return torch.cat([x[:, self.size :], x[:, : self.size]], dim=1), x.new_zeros(len(x))
 
     def inverse(
         self,
         z: Float[Tensor, "batch channels height width"],
         label: Int[Tensor, " batch"] | None = None,
+        context: Float[Tensor, "batch features height width"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
-        kept, moved = z.split(self.sizes, dim=1)
-        log_scale, shift = scale_and_shift(self.network(kept), z)
-        return torch.cat([kept, (moved - shift) * torch.exp(-log_scale)], dim=1)
+        return torch.cat([z[:, -self.size :], z[:, : -self.size]], dim=1)
 
 
 @final
-class CouplingModule(Transform):
+class CouplingModule(Composition):
     """Normalise, mix channels, couple, and exchange the halves.
 
     Args:
@@ -164,26 +186,55 @@ class CouplingModule(Transform):
         self.norm = ChannelNorm(channels)
         self.mix = InvertibleConvolution(channels)
         self.coupling = coupling
+        self.exchange = Exchange(coupling.kept)
+
+    @property
+    def parts(self) -> tuple[ChannelNorm, InvertibleConvolution, DenseCoupling, Exchange]:
+        return self.norm, self.mix, self.coupling, self.exchange
 
     def forward(
         self,
         x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
+        context: Float[Tensor, "batch features height width"] | None = None,
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        x, normed = self.norm(x)
-        x, mixed = self.mix(x)
-        x, coupled = self.coupling(x)
-        first, second = x.split(self.coupling.sizes, dim=1)
-        return torch.cat([second, first], dim=1), normed + mixed + coupled
+        """The image of x and ln |det dz/dx|; no use is made of a context."""
+        return self.through(x)
 
     def inverse(
-        self,
-        z: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
+        self, z: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch channels height width"]:
-        second, first = z.split(self.coupling.sizes[::-1], dim=1)
-        x = self.coupling.inverse(torch.cat([first, second], dim=1))
-        return self.norm.inverse(self.mix.inverse(x))
+        """The x of z."""
+        for part in reversed(self.parts):
+            z = part.inverse(z)
+        return z
+
+
+@final
+class DenseUnit(Composition):
+    """Coupling modules in turn, named by their numbers."""
+
+    def __init__(self, modules: Iterable[CouplingModule]) -> None:
+        super().__init__()
+        for index, module in enumerate(modules):
+            self.add_module(str(index), module)
+
+    @property
+    def parts(self) -> list[CouplingModule]:
+        return [module for module in self.children() if isinstance(module, CouplingModule)]
+
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+        """The image of x and ln |det dz/dx|."""
+        return self.through(x)
+
+    def inverse(
+        self, z: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """The x of z."""
+        for module in reversed(self.parts):
+            z = module.inverse(z)
+        return z
 
 
 @final
@@ -229,21 +280,24 @@ class DenseBlock(nn.Module):
             return CouplingModule(size, DenseCoupling(size, network))
 
         self.units = nn.ModuleList(
-            nn.ModuleList(module(size) for _ in range(modules)) for size in widths
+            DenseUnit(module(size) for _ in range(modules)) for size in widths
         )
         seen = [channels + sum(widths[:index]) for index in range(units - 1)]
         self.noise_networks = nn.ModuleList(NoiseNetwork(size, growth) for size in seen)
 
     @property
-    def modules_in_order(self) -> list[CouplingModule]:
-        """Every coupling module, first applied first."""
-        return [module for unit in self.units for module in _modules(unit)]
+    def stages(self) -> list[nn.Module]:
+        """Noise networks and coupling modules, first applied first."""
+        found: list[nn.Module] = []
+        for index, unit in enumerate(self._units):
+            found += [*self.noise_networks[index - 1 : index], *unit.parts]
+        return found
 
     def inject(
         self, index: int, seen: Sequence[Tensor], noise: Float[Tensor, "batch growth height width"]
     ) -> tuple[Float[Tensor, "batch growth height width"], Float[Tensor, " batch"]]:
         """The channels that standard normal `noise` becomes, and ln |det| of that map."""
-        raw = self.noise_networks[index](torch.cat([*seen], dim=1)).to(noise.dtype)
+        raw = self.noise_networks[index](*seen).to(noise.dtype)
         mean, log_scale = raw.chunk(2, dim=1)
         log_scale = bounded_log_scale(log_scale)
         return mean + log_scale.exp() * noise, log_scale.flatten(1).sum(1)
@@ -256,65 +310,33 @@ class DenseBlock(nn.Module):
         """The image of (x, noise), and ln |det| of this map of both."""
         log_abs_det = x.new_zeros(len(x))
         seen = [x]
-        for index, unit in enumerate(self.units):
+        for index, unit in enumerate(self._units):
             if index:
                 injected, change = self.inject(index - 1, seen, noise[index - 1])
                 log_abs_det = log_abs_det + change
                 seen.append(x)
                 x = torch.cat([x, injected], dim=1)
-            for module in _modules(unit):
-                x, change = module(x)
-                log_abs_det = log_abs_det + change
+            x, change = unit(x)
+            log_abs_det = log_abs_det + change
         return x, log_abs_det
 
     def inverse(
         self, z: Float[Tensor, "batch out_channels height width"]
     ) -> Float[Tensor, "batch channels height width"]:
         """The x of forward(x, noise)[0] == z, whatever the noise was."""
-        for index in reversed(range(len(self.units))):
-            for module in reversed(_modules(self.units[index])):
-                z = module.inverse(z)
+        for index, unit in reversed([*enumerate(self._units)]):
+            z = unit.inverse(z)
             if index:
                 z = z[:, : -self.growth]
         return z
 
-
-def _modules(unit: nn.Module) -> list[CouplingModule]:
-    return [module for module in unit.children() if isinstance(module, CouplingModule)]
-
-
-@final
-class ConditionalCoupling(nn.Module):
-    """A coupling whose network sees a context too: the first half of the channels stays.
-
-    Args:
-        channels: of the input.
-        context: channels of the context.
-        width: channels of the network.
-        depth: layers of its dense part.
-        growth: channels that each of them adds.
-    """
-
-    def __init__(self, channels: int, context: int, width: int, depth: int, growth: int) -> None:
-        super().__init__()
-        self.sizes = [channels - channels // 2, channels // 2]
-        kept, moved = self.sizes
-        self.network = ConditionalNetwork(kept + context, 2 * moved, width, depth, growth)
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        context: Float[Tensor, "batch context height width"],
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        """The image of x and ln |det dz/dx|."""
-        kept, moved = x.split(self.sizes, dim=1)
-        log_scale, shift = scale_and_shift(self.network(kept, context), x)
-        moved = shift + log_scale.exp() * moved
-        return torch.cat([kept, moved], dim=1), log_scale.flatten(1).sum(1)
+    @property
+    def _units(self) -> list[DenseUnit]:
+        return [unit for unit in self.units if isinstance(unit, DenseUnit)]
 
 
 @final
-class CouplingDequantizer(nn.Module):
+class CouplingDequantizer(Composition):
     """q(u | image) on (0, 1)^D: a conditional flow from a Gaussian per channel to a sigmoid.
 
     Variational dequantisation (Ho et al., Flow++, arXiv 1902.00275, eq. 10).
@@ -337,9 +359,22 @@ class CouplingDequantizer(nn.Module):
         self.mean = nn.Parameter(torch.zeros(1, inner, 1, 1))
         self.log_scale = nn.Parameter(torch.zeros(1, inner, 1, 1))
         self.mixes = nn.ModuleList(InvertibleConvolution(inner) for _ in range(steps + 1))
+        kept, moved = inner - inner // 2, inner // 2
         self.couplings = nn.ModuleList(
-            ConditionalCoupling(inner, width, width, depth, growth) for _ in range(steps)
+            DenseCoupling(inner, ConditionalNetwork(kept + width, 2 * moved, width, depth, growth))
+            for _ in range(steps)
         )
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """A mixing, then couplings with a mixing after each."""
+        rest = zip(self.couplings, self.mixes[1:], strict=True)
+        return [self.mixes[0], *chain.from_iterable(rest)]
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        """The dense parts of the context's network and the couplings."""
+        return [self.context.first, self.context.second, *self.couplings]
 
     def forward(
         self,
@@ -356,12 +391,7 @@ class CouplingDequantizer(nn.Module):
         log_scale = self.log_scale.to(noise.dtype)
         x = self.mean.to(noise.dtype) + log_scale.exp() * noise
         log_q = standard_normal_log_prob(noise) - log_scale.sum() * noise[0, 0].numel()
-        for index, mix in enumerate(self.mixes):
-            x, change = mix(x)
-            log_q = log_q - change
-            if index < len(self.couplings):
-                x, change = self.couplings[index](x, context)
-                log_q = log_q - change
+        x, change = self.through(x, context)
         x = F.pixel_shuffle(x, 2)
         squashed = F.logsigmoid(x) + F.logsigmoid(-x)
-        return torch.sigmoid(x), log_q - squashed.flatten(1).sum(1)
+        return torch.sigmoid(x), log_q - change - squashed.flatten(1).sum(1)

@@ -191,7 +191,8 @@ class MaCow(DequantizingFlow, DataInitialized):
 
     @property
     def stages(self) -> list[nn.Module]:
-        return self.flow.steps
+        context = [] if self.dequantizer is None else [self.dequantizer.encoder]
+        return [*context, *self.flow.steps]  # a dequantiser's steps are never inverted
 
     @property
     def prior(self) -> DiagonalGaussian:

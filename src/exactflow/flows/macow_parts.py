@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from exactflow.core.composition import Composition, ReversibleTransform
 from exactflow.core.transform import Solver
 from exactflow.flows.transforms import (
     ActNorm,
@@ -40,7 +41,7 @@ class StepPlan:
 
 
 @final
-class GlowStep(nn.Module):
+class GlowStep(Composition):
     """ActNorm, a 1x1 convolution, and a coupling that transforms the last channels // factor.
 
     With a standard normal latent this is the learned conditional Gaussian of those channels.
@@ -57,25 +58,26 @@ class GlowStep(nn.Module):
             network = CouplingNetwork(kept + plan.context, plan.hidden, outputs)
             self.coupling = Coupling(network, kept, additive)
 
+    @property
+    def parts(self) -> list[ReversibleTransform]:
+        parts = [self.actnorm, self.mixing]
+        return parts if self.coupling is None else [*parts, self.coupling]
+
     def forward(
         self,
         x: Float[Tensor, "batch channels height width"],
         context: Float[Tensor, "batch features height width"] | None = None,
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
         """z and ln |det dz/dx|."""
-        x, first = self.actnorm(x)
-        x, second = self.mixing(x)
-        if self.coupling is None:
-            return x, first + second
-        x, third = self.coupling(x, context=context)
-        return x, first + second + third
+        return self.through(x, context)
 
     def inverse(
         self, z: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch channels height width"]:
         """The x of z, without a context."""
-        z = z if self.coupling is None else self.coupling.inverse(z)
-        return self.actnorm.inverse(self.mixing.inverse(z))
+        for part in reversed(self.parts):
+            z = part.inverse(z)
+        return z
 
 
 @final
@@ -126,7 +128,7 @@ class Unit(nn.Module):
 
 
 @final
-class Step(nn.Module):
+class Step(Composition):
     """Two units and a Glow step."""
 
     def __init__(self, plan: StepPlan, channels: int) -> None:
@@ -134,17 +136,17 @@ class Step(nn.Module):
         self.units = nn.ModuleList(Unit(plan, channels) for _ in range(UNITS_PER_STEP))
         self.glow = GlowStep(plan, channels, SPLIT, plan.additive)
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        return [*self.units, self.glow]
+
     def forward(
         self,
         x: Float[Tensor, "batch channels height width"],
         context: Float[Tensor, "batch features height width"] | None = None,
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
         """z and ln |det dz/dx|."""
-        log_abs_det = x.new_zeros(len(x))
-        for part in (*self.units, self.glow):
-            x, change = part(x, context)
-            log_abs_det = log_abs_det + change
-        return x, log_abs_det
+        return self.through(x, context)
 
     def inverse(
         self, z: Float[Tensor, "batch channels height width"], solver: Solver | None = None

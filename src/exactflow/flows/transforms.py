@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exactflow.core.composition import ElementaryTransform, Retraced, ReversibleTransform
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Transform
 from exactflow.nn.masked_convolution import DataDependent, Kernel, MaskedNetwork, standardize
 from exactflow.nn.precision import full_precision
@@ -19,7 +20,7 @@ SqueezeOrder = Literal["offset", "channel"]
 
 
 @final
-class ActNorm(Transform, DataDependent):
+class ActNorm(ElementaryTransform, DataDependent):
     """z = exp(log_scale) x + bias for every channel (Glow, arXiv 1807.03039, section 3.1).
 
     Initialised on data, every channel of z has mean 0 and standard deviation 1 there. The inverse
@@ -35,6 +36,7 @@ class ActNorm(Transform, DataDependent):
         self,
         x: Float[Tensor, "batch channels height width"],
         label: Int[Tensor, " batch"] | None = None,
+        context: Float[Tensor, "batch features height width"] | None = None,
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
         """See `Transform.forward`."""
         log_scale = self.log_scale.to(x.dtype)
@@ -46,6 +48,7 @@ class ActNorm(Transform, DataDependent):
         self,
         z: Float[Tensor, "batch channels height width"],
         label: Int[Tensor, " batch"] | None = None,
+        context: Float[Tensor, "batch features height width"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
         """See `Transform.inverse`."""
         return (z - self.bias.to(z.dtype)) * torch.exp(-self.log_scale.to(z.dtype))
@@ -59,7 +62,7 @@ class ActNorm(Transform, DataDependent):
 
 
 @final
-class InvertibleConvolution(Transform):
+class InvertibleConvolution(ElementaryTransform):
     """z = W x at every place, W a full matrix that starts orthogonal (Glow, section 3.2).
 
     The inverse solves with W as it is now; nothing is kept that could go stale. In reduced
@@ -76,6 +79,7 @@ class InvertibleConvolution(Transform):
         self,
         x: Float[Tensor, "batch channels height width"],
         label: Int[Tensor, " batch"] | None = None,
+        context: Float[Tensor, "batch features height width"] | None = None,
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
         """See `Transform.forward`."""
         weight = self.weight.to(x.dtype)
@@ -88,6 +92,7 @@ class InvertibleConvolution(Transform):
         self,
         z: Float[Tensor, "batch channels height width"],
         label: Int[Tensor, " batch"] | None = None,
+        context: Float[Tensor, "batch features height width"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
         """See `Transform.inverse`."""
         with full_precision(z.device):
@@ -129,10 +134,27 @@ class Squeeze(Transform):
         return F.pixel_shuffle(z, 2)
 
 
-class ConditionalTransform(Transform, ABC):
-    """A map that may depend on a context of the image's height and width besides."""
+class AffineCoupling(ReversibleTransform, ABC):
+    """z = exp(log_scale) x + shift for the last channels, both a function of the first, which stay.
+
+    (Dinh et al., RealNVP, arXiv 1605.08803.)
+
+    Attributes:
+        kept: how many channels are not changed.
+    """
+
+    kept: int
 
     @abstractmethod
+    def move(
+        self,
+        kept: Float[Tensor, "batch kept height width"],
+        context: Float[Tensor, "batch features height width"] | None,
+    ) -> tuple[
+        Float[Tensor, "batch moved height width"], Float[Tensor, "batch moved height width"]
+    ]:
+        """Parameters (shift, log_scale) of the channels that are transformed, in the dtype of x."""
+
     def forward(
         self,
         x: Float[Tensor, "batch channels height width"],
@@ -140,8 +162,9 @@ class ConditionalTransform(Transform, ABC):
         context: Float[Tensor, "batch features height width"] | None = None,
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
         """See `Transform.forward`."""
+        kept, moved = x[:, : self.kept], x[:, self.kept :]
+        return _couple(kept, moved, *self.move(kept, context))
 
-    @abstractmethod
     def inverse(
         self,
         z: Float[Tensor, "batch channels height width"],
@@ -149,14 +172,37 @@ class ConditionalTransform(Transform, ABC):
         context: Float[Tensor, "batch features height width"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
         """See `Transform.inverse`."""
+        kept, moved = z[:, : self.kept], z[:, self.kept :]
+        shift, log_scale = self.move(kept, context)
+        return torch.cat([kept, (moved - shift) * torch.exp(-log_scale)], dim=1)
+
+    def retrace(
+        self,
+        z: Float[Tensor, "batch channels height width"],
+        context: Float[Tensor, "batch features height width"] | None = None,
+    ) -> Retraced:
+        """See `ReversibleTransform.retrace`: the network is evaluated once, for both.
+
+        What it sees is what `forward` showed it, to the bit, if z is what `forward` gave.
+        """
+        kept = z[:, : self.kept].detach().requires_grad_()
+        shift, log_scale = self.move(kept, context)
+        with torch.no_grad():
+            moved = (z[:, self.kept :] - shift) * torch.exp(-log_scale)
+        moved.requires_grad_()
+        return Retraced((kept, moved), *_couple(kept, moved, shift, log_scale))
+
+
+def _couple(kept: Tensor, moved: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    z = torch.cat([kept, torch.addcmul(shift, moved, log_scale.exp())], dim=1)
+    return z, log_scale.sum((1, 2, 3))
 
 
 @final
-class Coupling(ConditionalTransform):
-    """z = s x + mu for the last channels, where (mu, s) is a function of the first (MaCow, eq. 6).
+class Coupling(AffineCoupling):
+    """The coupling of MaCow (eq. 6): s = sigmoid(raw + 2), or 1 if additive.
 
-    s = sigmoid(raw + 2), or 1 if additive. What is kept comes before what is transformed, and the
-    raw shifts before the raw scales (RealNVP, arXiv 1605.08803, has the idea).
+    What is kept comes before what is transformed, and the raw shifts before the raw scales.
 
     Args:
         network: takes the kept channels, then the context, and gives the parameters.
@@ -168,30 +214,14 @@ class Coupling(ConditionalTransform):
         super().__init__()
         self.network, self.kept, self.additive = network, kept, additive
 
-    def forward(
+    def move(
         self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        """See `Transform.forward`."""
-        kept, moved = x[:, : self.kept], x[:, self.kept :]
-        shift, log_scale = self._move(kept, context)
-        z = torch.cat([kept, torch.addcmul(shift, moved, log_scale.exp())], dim=1)
-        return z, log_scale.sum((1, 2, 3))
-
-    def inverse(
-        self,
-        z: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
-        """See `Transform.inverse`."""
-        kept, moved = z[:, : self.kept], z[:, self.kept :]
-        shift, log_scale = self._move(kept, context)
-        return torch.cat([kept, (moved - shift) * torch.exp(-log_scale)], dim=1)
-
-    def _move(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        kept: Float[Tensor, "batch kept height width"],
+        context: Float[Tensor, "batch features height width"] | None,
+    ) -> tuple[
+        Float[Tensor, "batch moved height width"], Float[Tensor, "batch moved height width"]
+    ]:
+        """See `AffineCoupling.move`."""
         seen = kept if context is None else torch.cat([kept, context.to(kept.dtype)], dim=1)
         return shift_and_log_scale(self.network(seen).to(kept.dtype), self.additive)
 

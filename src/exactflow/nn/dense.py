@@ -322,7 +322,7 @@ class NoiseNetwork(nn.Module):
     """Mean and raw log-scale of injected channels, given what came before: zero at the start.
 
     Args:
-        channels: of the input.
+        channels: of all inputs together.
         growth: how many channels are injected.
     """
 
@@ -332,10 +332,11 @@ class NoiseNetwork(nn.Module):
         self.output = zero_convolution(4 * channels, 2 * growth)
 
     def forward(
-        self, x: Float[Tensor, "batch channels height width"]
+        self, *seen: Float[Tensor, "batch _ height width"]
     ) -> Float[Tensor, "batch two_growth height width"]:
         """Means first, then raw log-scales."""
-        return self.output(F.relu(self.widen(x.to(self.widen.weight.dtype))))
+        x = torch.cat(seen, dim=1).to(self.widen.weight.dtype)
+        return self.output(F.relu(self.widen(x)))
 
 
 def zero_convolution(channels: int, out_channels: int) -> nn.Conv2d:

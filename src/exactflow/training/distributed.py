@@ -48,7 +48,7 @@ class Spread:
         self._evaluated: nn.Module = model
         if group.count == 1:
             return
-        mode = _chosen(model, config.parallel)
+        mode = _chosen(model, config)
         if mode == "ddp":
             on_gpu = model.device.type == "cuda"
             self._evaluated = DistributedDataParallel(
@@ -132,12 +132,19 @@ class _WithUnused(nn.Module):
         return self.model(images, label, noise)
 
 
-def _chosen(model: GenerativeModel, asked: str) -> Literal["ddp", "fsdp", "hsdp"]:
+def _chosen(model: GenerativeModel, config: TrainConfig) -> Literal["ddp", "fsdp", "hsdp"]:
     """The way that was asked for; "auto" splits what takes too much of a device's memory."""
-    match asked:
+    if config.reversible and config.parallel in ("fsdp", "hsdp"):
+        raise ValueError(
+            "reversible training has all parameters at hand in the backward pass: expected "
+            f"parallel 'auto' or 'ddp', got {config.parallel!r}"
+        )
+    match config.parallel:
         case "ddp" | "fsdp" | "hsdp":
-            return asked
-    if model.device.type != "cuda":
+            return config.parallel
+        case "auto":
+            pass
+    if config.reversible or model.device.type != "cuda":
         return "ddp"
     state = STATE_COPIES * sum(p.nbytes for p in model.parameters())
     if state <= STATE_SHARE * torch.cuda.get_device_properties(model.device).total_memory:

@@ -25,6 +25,7 @@ from exactflow.training import checkpoint as disk
 from exactflow.training.log import MetricsLog
 from exactflow.training.optim import TrainConfig
 from exactflow.training.progress import Callback, FitResult, Progress
+from exactflow.training.reversible import check_reversible
 from exactflow.training.trainer import check_compatible
 
 LOSS_IMAGES = 1000  # training images whose loss the log has
@@ -56,10 +57,13 @@ def fit_closed_form(
         progress: show progress on stderr.
 
     Raises:
-        ValueError: model and data do not fit together, or `run_dir` holds another run.
+        ValueError: model, data and configuration do not fit together, or `run_dir` holds another
+            run.
         OSError: a file could not be written.
     """
     check_compatible(model, dataset)
+    if config.reversible:
+        check_reversible(model)
     if augmentation.translate:
         raise ValueError(
             "a fit in closed form takes flips but no shifts: expected translate=0, "

@@ -49,6 +49,7 @@ class TrainConfig:
     compile: bool = False  # torch.compile each stage of the model; needs a C++ compiler
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # how processes share the model
     activation_checkpointing: bool = False  # recompute stages in the backward pass, to save memory
+    reversible: bool = False  # flows: recover blocks' inputs in the backward pass, to save memory
     seed: int = 0  # of the order of the data and of all training noise
     num_workers: int = 0  # processes that prepare batches; 0: none but this one
     log_every: int = 10  # steps between lines of metrics.jsonl
@@ -91,6 +92,10 @@ class TrainConfig:
             "ema_decay": (0 <= self.ema_decay < 1, "in [0, 1)"),
             "precision": (self.precision in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
             "parallel": (self.parallel in PARALLEL, " or ".join(map(repr, PARALLEL))),
+            "reversible": (
+                not (self.reversible and (self.activation_checkpointing or self.compile)),
+                "False with activation_checkpointing, which it includes, or with compile",
+            ),
             "seed": (self.seed >= 0, "0 or more"),
             "num_workers": (self.num_workers >= 0, "0 or more"),
             "log_every": (self.log_every >= 1, "at least 1"),

@@ -28,6 +28,7 @@ from exactflow.training.distributed import Spread
 from exactflow.training.log import MetricsLog
 from exactflow.training.optim import MovingAverage, TrainConfig, make_optimizer, recomputed
 from exactflow.training.progress import Callback, FitResult, Progress
+from exactflow.training.reversible import reversible
 from exactflow.training.saving import Saver
 from exactflow.training.session import Clock, Display, Interrupted, StopRequest, stop_requests
 from exactflow.training.tensors import RunTensors
@@ -84,10 +85,14 @@ def fit(
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         run = _Run(model, dataset, config, Path(run_dir), augmentation, every or {}, group)
         stack.enter_context(closing(run.saver))
-        stages = run.spread.trained.stages
-        stack.enter_context(recomputed(stages, config.activation_checkpointing))
+        trained = run.spread.trained
+        stack.enter_context(recomputed(trained.stages, config.activation_checkpointing))
+        stack.enter_context(reversible(trained, config.reversible))
         log = MetricsLog(run.dir, run.state.step, tensorboard, group)
         stack.enter_context(closing(log))
+        stack.enter_context(recomputed(model.stages, config.activation_checkpointing))
+        stack.enter_context(reversible(model, config.reversible))
+        log = stack.enter_context(closing(disk.MetricsLog(run.dir, run.state.step, tensorboard)))
         display = Display(run.schedule.total, run.state.step, progress and group.is_main)
         stack.enter_context(closing(display))
         stop = stack.enter_context(stop_requests())
