@@ -1,10 +1,11 @@
 """Processes that train together, forked from one that has everything imported.
 
-    python ranks.py ROUNDS
+    python ranks.py
 
-takes a JSON list of rounds, carries them out one after the other, and prints a JSON list of what
-became of each round's processes. A round names a `job` of this file, how many processes do it
-(`count`), its `options`, and `node`, how many of them torchrun would have started on one machine.
+reads lines, each a JSON list of rounds, carries these out one after the other, and prints a line
+with what became of each round's processes. A round names a `job` of this file, how many processes
+do it (`count`), its `options`, and `node`, how many of them torchrun would have started on one
+machine.
 """
 
 import json
@@ -210,10 +211,12 @@ JOBS: dict[str, Callable[..., Any]] = {
 }
 
 
-def main(rounds: list[dict[str, Any]]) -> None:
+def main() -> None:
     torch.set_num_threads(1)
-    print(json.dumps([carry_out(**described) for described in rounds]))
+    for line in sys.stdin:
+        told = [carry_out(**described) for described in json.loads(line)]
+        print(json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main()
