@@ -143,6 +143,18 @@ def test_reversible_training_is_shared_too(tmp_path: Path) -> None:
     assert two == pytest.approx(alone, rel=1e-6)
 
 
+def test_stages_are_recomputed_and_averaged_in_parts(tmp_path: Path) -> None:
+    """Activation checkpointing and the moving average, of whole and of split parameters."""
+    rounds = []
+    for name, count, way in (("alone", 1, "auto"), ("ddp", 2, "ddp"), ("fsdp", 2, "fsdp")):
+        changes = {"parallel": way, "activation_checkpointing": True, "ema_decay": 0.5}
+        options = {"folder": str(tmp_path / name), "preset": "hdit-tiny", "changes": changes}
+        rounds.append({"job": "family", "count": count, "options": options})
+    alone, *others = map(values, carry_out(*rounds))
+    for losses in others:
+        assert losses == pytest.approx(alone, rel=1e-6)
+
+
 @pytest.mark.parametrize("preset", ["tarflow-tiny", "macow-tiny"])
 def test_reduced_precision_rounds_weights_that_are_gathered_and_no_more(
     preset: str, tmp_path: Path
