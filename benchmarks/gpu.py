@@ -60,6 +60,7 @@ class Scale:
     """How large everything is."""
 
     config: TarFlowConfig
+    small_patches: TarFlowConfig  # trained too
     train_batch: int
     score_batch: int
     sample_batches: tuple[int, ...]
@@ -72,6 +73,7 @@ class Scale:
 
 LARGE = Scale(
     TarFlowConfig((3, 64, 64), patch_size=4, width=1024, blocks=8, layers_per_block=8),
+    TarFlowConfig((3, 64, 64), patch_size=2, width=768, blocks=8, layers_per_block=8),
     train_batch=64,
     score_batch=64,
     sample_batches=(1, 16, 64),
@@ -82,6 +84,7 @@ LARGE = Scale(
 )
 TINY = Scale(
     TarFlowConfig((3, 16, 16), patch_size=4, width=64, blocks=2, layers_per_block=1),
+    TarFlowConfig((3, 8, 8), patch_size=2, width=64, blocks=2, layers_per_block=1),
     train_batch=2,
     score_batch=2,
     sample_batches=(1, 2),
@@ -343,6 +346,14 @@ def section_solvers(scale: Scale, device: torch.device) -> dict[str, Any]:
     return gpu_solvers.section(scale.trained[0], device, scale.limit)
 
 
+def section_training_small_patches(scale: Scale, device: torch.device) -> dict[str, Any]:
+    """Training where every block has four times as many tokens."""
+    batch = max(1, scale.train_batch // 4)
+    return section_training(
+        dataclasses.replace(scale, config=scale.small_patches, train_batch=batch), device
+    )
+
+
 def section_small_patches(scale: Scale, device: torch.device) -> dict[str, Any]:
     """The same where every block has four times as many tokens."""
     return gpu_solvers.section(scale.trained[1], device, scale.limit)
@@ -352,6 +363,7 @@ Section = Callable[[Scale, torch.device], dict[str, Any]]
 SECTIONS: dict[str, tuple[Section, float]] = {  # and its share of the time, as it were in seconds
     "smoke": (section_smoke, 80.0),
     "training": (section_training, 90.0),
+    "training, small patches": (section_training_small_patches, 80.0),
     "likelihood": (section_likelihood, 60.0),
     "sampling": (section_sampling, 80.0),
     "solvers": (section_solvers, 150.0),
@@ -394,10 +406,12 @@ def markdown(report: dict[str, Any]) -> str:
             verdict = "ok" if r["ok"] else "**FAILED**"
             lines.append(f"| {name} | {r['error']:.1e} | {r['limit']:.0e} | {verdict} |")
         lines.append("")
-    training = [r for s in ("training", "compiled") for r in found.get(s, {}).get("rows", [])]
-    if training:
+    for group in (("training", "compiled"), ("training, small patches",)):
+        training = [r for s in group for r in found.get(s, {}).get("rows", [])]
+        if not training:
+            continue
         lines += [FORMULA + ".", ""]
-        lines += ["| training, bf16 | batch | images/s | TFLOP/s | MFU | peak MiB |"]
+        lines += [f"| {group[0]}, bf16 | batch | images/s | TFLOP/s | MFU | peak MiB |"]
         lines += ["|---|---|---|---|---|---|"]
         for r in training:
             mfu = "" if r["mfu"] is None else f"{100 * r['mfu']:.1f} %"

@@ -232,7 +232,7 @@ def test_gpu_sections_run_on_a_tiny_model() -> None:
     smoke = gpu.section_smoke(gpu.TINY, cpu)
     assert smoke["ok"], smoke
     sections = {"smoke": smoke}
-    for name in ("training", "likelihood", "sampling"):
+    for name in ("training", "training, small patches", "likelihood", "sampling"):
         sections[name] = gpu.SECTIONS[name][0](gpu.TINY, cpu)
         assert sections[name]["rows"]
     for name in ("solvers", "solvers, small patches"):
