@@ -223,7 +223,7 @@ def test_folders_are_whole(tmp_path: Path, names: tuple[str, ...], message: str)
 def test_a_file_that_changes_while_it_is_read_is_named(tmp_path: Path) -> None:
     file = write(tmp_path / "train_data_batch_1", python2(rows(7), LABELS))
     records = batch_files.open_batch_files(tmp_path).splits["train"].records
-    assert records.name(3) == f"{file}[3]"
+    assert records.name(3) == f"{file}[row 3]"
     write(file, python2(rows(2), [1, 2]))
     with pytest.raises(DataError, match=f"{file}: expected 7 images, found 2"):
         list(records.read(np.arange(7)))

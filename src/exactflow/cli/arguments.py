@@ -325,6 +325,8 @@ _VERBS = {
     "demo": (Demo, "exactflow.cli.demo"),
 }
 
+SHARED = (Train, Sample, Evaluate, Compare)  # what the processes of torchrun can work on together
+
 
 def main() -> None:
     """Run one command; exits with 0, 1 (an error, in one message), 2 (usage) or 128 + signal."""
@@ -345,4 +347,4 @@ def main() -> None:
     module = next(home for kind, home in _VERBS.values() if isinstance(command, kind))
     from exactflow.cli.running import carry_out  # imports torch
 
-    carry_out(command, module)
+    carry_out(command, module, shared=isinstance(command, SHARED))

@@ -8,18 +8,21 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_st
 from importlib import import_module
 from typing import Any
 
-from exactflow.cli.arguments import Compare, Evaluate, Sample, Train
 from exactflow.core.processes import Processes, ProcessLostError, joined
 
-SHARED = (Train, Sample, Evaluate, Compare)  # the commands that processes can share
 
+def carry_out(command: Any, module: str, *, shared: bool) -> None:
+    """Run one command; exits with 1 (an error, in one message) or 128 + signal, or returns.
 
-def carry_out(command: Any, module: str) -> None:
-    """Run one command; exits with 1 (an error, in one message) or 128 + signal, or returns."""
+    Args:
+        command: what was typed.
+        module: whose `run` takes it.
+        shared: whether several processes may work on it.
+    """
     group = Processes()
     try:
         with joined() as group, group.explained_loss():
-            if group.count > 1 and not isinstance(command, SHARED):
+            if group.count > 1 and not shared:
                 raise ValueError(
                     "this command works in one process: start it without torchrun, "
                     f"which started {group.count}"

@@ -27,7 +27,14 @@ import numpy as np
 
 from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload
-from exactflow.data.records import Records, Source, StoredSplit, local_id, version_and_stamp
+from exactflow.data.records import (
+    Records,
+    RowRecords,
+    Source,
+    StoredSplit,
+    local_id,
+    version_and_stamp,
+)
 
 _TRAIN = re.compile(r"train_data_batch_(\d+)(\.npz)?")
 _VALIDATION = re.compile(r"val_data(\.npz)?")
@@ -87,33 +94,17 @@ def open_batch_files(path: Path) -> Source:
 
 @final
 @dataclass(frozen=True)
-class BatchFileRecords(Records):
+class BatchFileRecords(RowRecords):
     """The images of some batch files, one after the other; a file is read as a whole."""
 
-    files: tuple[Path, ...]
-    counts: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return sum(self.counts)
-
-    def name(self, index: int) -> str:
-        for file, count in zip(self.files, self.counts, strict=True):
-            if index < count:
-                return f"{file}[{index}]"
-            index -= count
-        raise IndexError(index)
-
-    def read(self, indices: np.ndarray) -> Iterator[Payload]:
-        start = 0
-        for file, count in zip(self.files, self.counts, strict=True):
-            rows = indices[(indices >= start) & (indices < start + count)] - start
-            if len(rows):
-                images, _ = _read(file)
-                if len(images) != count:
-                    raise DataError(f"{file}: expected {count} images, found {len(images)}")
-                for row in rows:
-                    yield np.ascontiguousarray(images[row].transpose(1, 2, 0))
-            start += count
+    def read_file(self, file: Path, rows: np.ndarray) -> Iterator[Payload]:
+        """See `RowRecords.read_file`."""
+        images, _ = _read(file)
+        count = self.counts[self.files.index(file)]
+        if len(images) != count:
+            raise DataError(f"{file}: expected {count} images, found {len(images)}")
+        for row in rows:
+            yield np.ascontiguousarray(images[row].transpose(1, 2, 0))
 
 
 def _groups(folder: Path) -> dict[Split, list[Path]]:

@@ -14,7 +14,7 @@ import numpy as np
 from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload
 from exactflow.data.records import (
-    Records,
+    RowRecords,
     Source,
     StoredSplit,
     check_labels,
@@ -70,39 +70,17 @@ class Columns:
 
 @final
 @dataclass(frozen=True)
-class ParquetRecords(Records):
+class ParquetRecords(RowRecords):
     """The rows of some parquet files, one after the other.
 
     Attributes:
-        files: the files.
-        counts: number of rows of each.
         column: name of the image column: struct{bytes, path} or plain binary.
     """
 
-    files: tuple[Path, ...]
-    counts: tuple[int, ...]
     column: str
 
-    def __len__(self) -> int:
-        return sum(self.counts)
-
-    def name(self, index: int) -> str:
-        for file, count in zip(self.files, self.counts, strict=True):
-            if index < count:
-                return f"{file}[row {index}]"
-            index -= count
-        raise IndexError(index)
-
-    def read(self, indices: np.ndarray) -> Iterator[Payload]:
-        start = 0
-        for file, count in zip(self.files, self.counts, strict=True):
-            rows = indices[(indices >= start) & (indices < start + count)] - start
-            if len(rows):
-                yield from self._read_file(file, rows)
-            start += count
-
-    def _read_file(self, file: Path, rows: np.ndarray) -> Iterator[Payload]:
-        """The images of these rows (ascending); row groups without any are not read."""
+    def read_file(self, file: Path, rows: np.ndarray) -> Iterator[Payload]:
+        """See `RowRecords.read_file`; row groups without any of these are not read."""
         pa = _pyarrow()
         try:
             with pa.parquet.ParquetFile(file) as parquet:

@@ -56,6 +56,41 @@ class FileRecords(Records):
         return (self.files[index] for index in indices)
 
 
+@dataclass(frozen=True)
+class RowRecords(Records):
+    """Images that are the rows of some files, one after the other.
+
+    Attributes:
+        files: the files.
+        counts: number of rows of each.
+    """
+
+    files: tuple[Path, ...]
+    counts: tuple[int, ...]
+
+    @abstractmethod
+    def read_file(self, file: Path, rows: np.ndarray) -> Iterator[Payload]:
+        """The images of these rows (ascending) of a file. Raises DataError if it is broken."""
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def name(self, index: int) -> str:
+        for file, count in zip(self.files, self.counts, strict=True):
+            if index < count:
+                return f"{file}[row {index}]"
+            index -= count
+        raise IndexError(index)
+
+    def read(self, indices: np.ndarray) -> Iterator[Payload]:
+        start = 0
+        for file, count in zip(self.files, self.counts, strict=True):
+            rows = indices[(indices >= start) & (indices < start + count)] - start
+            if len(rows):
+                yield from self.read_file(file, rows)
+            start += count
+
+
 @final
 @dataclass(frozen=True)
 class StoredSplit:
