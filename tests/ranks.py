@@ -1,9 +1,9 @@
 """Processes that train together, forked from one that has everything imported.
 
-    python ranks.py ROUNDS
+    python ranks.py
 
-takes a JSON list of rounds, carries them out one after the other, and prints a JSON list of what
-became of each round's processes. A round names a `job` of this file, how many processes do it
+reads lines, each a JSON list of rounds, carries them out one after the other, and answers with a
+line, a JSON list of what became of each round's processes. A round names a `job` of this file, how many processes do it
 (`count`), its `options`, and `node`, how many of them torchrun would have started on one machine.
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint  # before processes are forked: it takes seconds
 
+import faults
 from exactflow import registry
 from exactflow.core.config import override
 from exactflow.training import Progress, TrainConfig, fit
@@ -96,13 +97,15 @@ def train(
     kill: tuple[int, int] | None = None,
     order: tuple[int, int] | None = None,
     poison: tuple[int, int] | None = None,
+    strike: tuple[int, int, str, Any] | None = None,
     toy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train the toy; (rank, micro-batch) says where SIGKILL, SIGTERM or a NaN strikes.
+    """Train the toy; (rank, micro-batch) says where SIGKILL, SIGTERM, a NaN or a fault strikes.
 
     Micro-batches are counted from the start of this session, in training alone.
     """
     rank, plain, taken = int(os.environ.get("RANK", "0")), Toy.loss, [0]
+    undo: list[faults.Undo] = []
 
     def loss(self: Toy, *args: Any, **kwargs: Any) -> torch.Tensor:
         taken[0] += self.training
@@ -111,6 +114,8 @@ def train(
             os.kill(os.getpid(), signal.SIGKILL)
         if here == order:
             os.kill(os.getpid(), signal.SIGTERM)
+        if strike is not None and here == list(strike[:2]):
+            undo.append(faults.FAULTS[strike[2]](strike[3]))
         found = plain(self, *args, **kwargs)
         broken = poison is not None and rank == poison[0] and taken[0] >= poison[1]
         return found * float("nan") if broken else found
@@ -122,9 +127,26 @@ def train(
     Toy.loss = loss  # pyright: ignore[reportAttributeAccessIssue]
     model = make_toy(ToyConfig(**{"num_classes": 3, "volume_preserving": True, **(toy or {})}))
     made = override(EVERYTHING, config)
-    result = fit(model, make_data(classes=3), made, folder, every={5: weight}, progress=False)
+    try:
+        result = fit(model, make_data(classes=3), made, folder, every={5: weight}, progress=False)
+    finally:
+        for act in undo:
+            act()
     sums = {name: value.double().sum().item() for name, value in model.state_dict().items()}
     return {"step": result.step, "sums": sums}
+
+
+def beset(folder: str, config: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+    """Train the toy; at step 15 and at the end, another process begins the same training."""
+    said = []
+
+    def begin(told: Progress) -> dict[str, float]:
+        said.append(carry_out("train", 1, {"folder": folder, "config": config}))
+        return {}
+
+    made, model = override(EVERYTHING, config), make_toy(ToyConfig(3, volume_preserving=True))
+    fit(model, make_data(classes=3), made, folder, every={15: begin}, progress=False)
+    return said
 
 
 def family(folder: str, preset: str, changes: Mapping[str, Any]) -> list[float]:
@@ -138,13 +160,17 @@ def family(folder: str, preset: str, changes: Mapping[str, Any]) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-JOBS: dict[str, Callable[..., Any]] = {"train": train, "family": family}
+JOBS: dict[str, Callable[..., Any]] = {"train": train, "beset": beset, "family": family}
 
 
-def main(rounds: list[dict[str, Any]]) -> None:
+def main() -> None:
     torch.set_num_threads(1)
-    print(json.dumps([carry_out(**described) for described in rounds]))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed
+    for line in sys.stdin:
+        answers.write(json.dumps([carry_out(**rounds) for rounds in json.loads(line)]) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main()

@@ -3,13 +3,17 @@
 Processes are real (tests/ranks.py forks them) and talk over gloo.
 """
 
+import atexit
 import json
 import os
 import random
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -42,18 +46,36 @@ TINY = [
 NO_DROPOUT = {"dropout": 0.0}
 
 
-def carry_out(*rounds: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """Each round's processes, see tests/ranks.py."""
+@cache
+def answering(under: tuple[str, ...]) -> tuple[subprocess.Popen[str], IO[bytes]]:
+    """tests/ranks.py, which takes seconds to start, and what it and its processes say on stderr."""
     path = [str(Path(str(exactflow.__file__)).parents[1]), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, str(Path(ranks.__file__)), json.dumps(rounds)],
+    said = tempfile.TemporaryFile()  # noqa: SIM115 - until the end of all tests
+    process = subprocess.Popen(
+        [*under, sys.executable, str(Path(ranks.__file__))],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=said,
         text=True,
-        check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    atexit.register(process.kill)
+    return process, said
+
+
+def carry_out(*rounds: dict[str, Any], under: Sequence[str] = ()) -> list[list[dict[str, Any]]]:
+    """Each round's processes, see tests/ranks.py; started by the command `under`, if any."""
+    process, said = answering(tuple(under))
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(rounds) + "\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    if not answer:
+        answering.cache_clear()
+        said.seek(0)
+        raise AssertionError(said.read().decode()[-3000:])
+    return json.loads(answer)
 
 
 def round_of(way: dict[str, Any], folder: Path, **options: Any) -> dict[str, Any]:

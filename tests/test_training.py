@@ -688,5 +688,5 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay(
 
 def test_a_run_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"could not write .*file/run/metrics.jsonl: Not a directory"):
+    with pytest.raises(OSError, match=r"could not write .*file/run: Not a directory"):
         run(tmp_path / "file" / "run")

@@ -7,7 +7,12 @@ are the same for 1 x 8 and 2 x 4, for any number of workers, and after any resum
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import final
@@ -17,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from exactflow.core.processes import ProcessLostError
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation, AugmentedEpoch
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.streaming import StreamedImages
@@ -160,11 +166,51 @@ def _gather_all(
         sampler=requests,
         batch_size=None,  # a request is a whole batch
         num_workers=num_workers,
+        worker_init_fn=_heed_parent_alone,
         # The loader draws a seed for its workers; from the global generator it would make the
         # noise of training depend on num_workers.
         generator=torch.Generator(),
     )
     return iter(loader)
+
+
+@contextmanager
+def explained_workers() -> Iterator[None]:
+    """Says what it means when a process that gathers batches ends.
+
+    PyTorch raises wherever it hears of it, in the midst of anything.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found: BaseException | None = error
+        while found is not None and not str(found).startswith("DataLoader worker"):
+            found = found.__cause__
+        if found is None:
+            raise
+        reason = str(found).splitlines()[0].strip()
+        raise ProcessLostError(
+            f"a process that loads images has ended, as when memory runs out ({reason}); run the "
+            "same command to go on from what is saved, with fewer num_workers if need be"
+        ) from error
+
+
+def _heed_parent_alone(worker: int) -> None:
+    """Let this process outlive orders to stop that all processes of a job get.
+
+    The one that trains has a step to end, and to save; it ends this one when it needs it no more.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # where a signal tells its sender
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    if sys.platform == "linux":
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
 
 
 @final

@@ -20,11 +20,12 @@ from exactflow.core.processes import Processes, joined
 from exactflow.core.random import derive_seed, generator
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
-from exactflow.data.loader import Batch, training_batches
+from exactflow.data.loader import Batch, explained_workers, training_batches
 from exactflow.nn import batch as shared
 from exactflow.training import checkpoint as disk
 from exactflow.training.diagnosis import diagnose, save_batch
 from exactflow.training.distributed import Spread
+from exactflow.training.folder import held
 from exactflow.training.log import MetricsLog
 from exactflow.training.optim import MovingAverage, TrainConfig, make_optimizer, recomputed
 from exactflow.training.progress import Callback, FitResult, Progress
@@ -70,9 +71,9 @@ def fit(
 
     Raises:
         ValueError: model, data and configuration do not fit together, or `run_dir` holds a
-            checkpoint of another run.
+            checkpoint of another run, or another process trains in it.
         NonFiniteError: the loss or a gradient is not finite; the step was not applied.
-        ProcessLostError: another process ended.
+        ProcessLostError: another process, or one that loads images, ended.
         Interrupted: SIGTERM or SIGINT came; the state is saved.
         OSError: a file could not be written.
     """
@@ -81,6 +82,8 @@ def fit(
     with ExitStack() as stack:
         group = stack.enter_context(joined())
         stack.enter_context(group.explained_loss())
+        stack.enter_context(explained_workers())
+        group.on_main(lambda: stack.enter_context(held(Path(run_dir))))
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         run = _Run(model, dataset, config, Path(run_dir), augmentation, every or {}, group)
         stack.enter_context(closing(run.saver))
@@ -91,7 +94,8 @@ def fit(
         display = Display(run.schedule.total, run.state.step, progress and group.is_main)
         stack.enter_context(closing(display))
         stop = stack.enter_context(stop_requests())
-        return run.to_end(log, display, stop)
+        with run.saver.vouching():
+            return run.to_end(log, display, stop)
 
 
 def check_compatible(model: GenerativeModel, dataset: ImageDataset) -> None:
@@ -160,6 +164,9 @@ class _Run:
         batches = self._prepare() if self.state.step < self.schedule.total else iter(())
         if log.last_step == self.state.step:
             self.state = self.state.logged()
+            # The line was written after the checkpoint.
+            done = self.state.step_seconds
+            self.clock = Clock(max(self.state.seconds, log.last.get("seconds", 0.0)), done)
         self._report(log)  # what an interruption left unsaid
         self._hear(stop)
         while self.state.step < self.schedule.total and self.signum is None:
