@@ -3,8 +3,9 @@
     python ranks.py
 
 reads lines, each a JSON list of rounds, carries them out one after the other, and answers with a
-line, a JSON list of what became of each round's processes. A round names a `job` of this file, how many processes do it
-(`count`), its `options`, and `node`, how many of them torchrun would have started on one machine.
+line, a JSON list of what became of each round's processes. A round names a `job` of this file, how
+many processes do it (`count`), its `options`, and `node`, how many of them torchrun would have
+started on one machine.
 """
 
 import json

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
+from multiprocessing import active_children
+from multiprocessing.connection import wait
+from threading import Thread, current_thread, main_thread
 from typing import final
 
 import numpy as np
@@ -26,6 +27,8 @@ from exactflow.core.processes import ProcessLostError
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation, AugmentedEpoch
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.streaming import StreamedImages
+
+_HAS_SIGCHLD = sys.platform != "win32"
 
 
 @final
@@ -77,6 +80,7 @@ def training_batches(
 
     Raises:
         ValueError: at once, if an argument is out of its range.
+        ProcessLostError: on the way, if one of the processes ended.
     """
     if not 1 <= batch_size <= len(dataset):
         raise ValueError(
@@ -171,27 +175,31 @@ def _gather_all(
         # noise of training depend on num_workers.
         generator=torch.Generator(),
     )
-    return iter(loader)
+    return _from_workers(loader)
 
 
-@contextmanager
-def explained_workers() -> Iterator[None]:
-    """Says what it means when a process that gathers batches ends.
-
-    PyTorch raises wherever it hears of it, in the midst of anything.
-    """
+def _from_workers(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """The batches of processes; raises ProcessLostError when one of these has ended."""
+    others, in_main_thread = active_children(), current_thread() is main_thread()
+    heard = signal.getsignal(signal.SIGCHLD) if in_main_thread and _HAS_SIGCHLD else None
+    batches = iter(loader)
+    if heard is not None:
+        # PyTorch would raise wherever it hears of an end, in the midst of anything; it also finds
+        # out while it waits for a batch.
+        signal.signal(signal.SIGCHLD, heard)
+    workers = {p.sentinel: p for p in active_children() if p not in others}
     try:
-        yield
-    except RuntimeError as error:
-        found: BaseException | None = error
-        while found is not None and not str(found).startswith("DataLoader worker"):
-            found = found.__cause__
-        if found is None:
+        yield from batches
+    except (RuntimeError, OSError, EOFError) as error:
+        ended = [workers[s] for s in wait(list(workers), timeout=1.0) if isinstance(s, int)]
+        if not ended:
             raise
-        reason = str(found).splitlines()[0].strip()
+        code = ended[0].exitcode or 0
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         raise ProcessLostError(
-            f"a process that loads images has ended, as when memory runs out ({reason}); run the "
-            "same command to go on from what is saved, with fewer num_workers if need be"
+            f"process {ended[0].pid}, which loads images, was ended {how}, as when memory runs "
+            "out; run the same command to go on from what is saved, with fewer num_workers if "
+            "need be"
         ) from error
 
 
@@ -203,7 +211,7 @@ def _heed_parent_alone(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":  # where a signal tells its sender
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+        Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
 def _end_with_parent(parent: int) -> None:

@@ -20,7 +20,7 @@ from exactflow.core.processes import Processes, joined
 from exactflow.core.random import derive_seed, generator
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
-from exactflow.data.loader import Batch, explained_workers, training_batches
+from exactflow.data.loader import Batch, training_batches
 from exactflow.nn import batch as shared
 from exactflow.training import checkpoint as disk
 from exactflow.training.diagnosis import diagnose, save_batch
@@ -82,7 +82,6 @@ def fit(
     with ExitStack() as stack:
         group = stack.enter_context(joined())
         stack.enter_context(group.explained_loss())
-        stack.enter_context(explained_workers())
         group.on_main(lambda: stack.enter_context(held(Path(run_dir))))
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         run = _Run(model, dataset, config, Path(run_dir), augmentation, every or {}, group)
