@@ -4,7 +4,7 @@ import errno
 import multiprocessing
 import os
 import resource
-import time
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,10 @@ def kill_loader(signum: int) -> Undo:
     return lambda: None
 
 
-def order_all(signum: int) -> Undo:
-    """What a scheduler does: the signal goes to all processes of the job."""
-    for child in multiprocessing.active_children():
-        os.kill(int(child.pid or 0), signum)
-    time.sleep(0.1)
-    os.kill(os.getpid(), signum)
+def order_loaders(signum: int) -> Undo:
+    """What a scheduler does to all processes of a job, before it comes to the one that trains."""
+    pids = [str(child.pid) for child in multiprocessing.active_children()]
+    subprocess.run(["kill", f"-{int(signum)}", *pids], check=True)  # not from their parent
     return lambda: None
 
 
@@ -65,5 +63,5 @@ FAULTS: dict[str, Callable[[Any], Undo]] = {
     "limit": limit,
     "protect": protect,
     "kill loader": kill_loader,
-    "order all": order_all,
+    "order loaders": order_loaders,
 }

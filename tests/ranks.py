@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ def carry_out(
         child = os.fork()
         if child == 0:
             os.close(heard)
+            # Else what this process forks, and may leave behind, would keep the pipe open.
+            os.register_at_fork(after_in_child=partial(os.close, told))
             if count > 1:
                 place = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank % (node or count)}
                 place |= {"LOCAL_WORLD_SIZE": node or count, "MASTER_PORT": port}

@@ -108,19 +108,25 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
         round_of(split, disk / "split"),
         round_of(ALONE, disk / "late", config=late, strike=[0, 9, fault, for_anything]),  # step 5
         round_of(ALONE, disk / "late", config=late),
+        round_of(ALONE, disk / "nan", poison=[0, 9], strike=[0, 9, fault, for_anything]),
     )
     full_disk = "(No space left on device|File too large)"
     where = r"could not write .*step_00000008.partial/model.safetensors: "
     assert re.search(where + full_disk + SAFE.format("00000004"), error_of(stopped))
     assert values(last) == values(alone)
     assert_same_bits(final_state(disk / "alone"), final_state(tmp_path / "alone"))
-    stopped, last, stopped_late, last_late = others
+    stopped, last, stopped_late, last_late, broken = others
     where = r"could not write .*/disk/split/checkpoints/.step_000000\d\d.partial/.*: "
     assert re.search(where + full_disk + SAFE.format(r"000000\d\d"), error_of(stopped))
     assert values(last) == values(parts)
     where = "could not write .*/disk/late/metrics.jsonl: "
     assert re.search(where + full_disk + SAFE.format("00000004"), error_of(stopped_late))
     assert values(last_late) == values(alone_late)
+    told = error_of(broken)
+    assert "NonFiniteError: step 5 is not finite" in told
+    assert re.search(
+        f"The batch is not kept: .*could not write .*step_000005.pt: {full_disk}", told
+    )
     for name in ("alone", "split", "late"):
         assert read_log(disk / name) == read_log(tmp_path / name)
 
@@ -205,25 +211,29 @@ def test_a_killed_loader_is_told_and_the_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_an_order_that_all_processes_get_saves_the_step(tmp_path: Path) -> None:
-    """Schedulers send it to those that load images, too."""
-    loaders = {"num_workers": 2}
-    orders = (signal.SIGTERM, signal.SIGINT)
+    """Loaders get it, too, perhaps first: more steps may be to come than they have read ahead."""
+    run, loaders = tmp_path / "run", {"num_workers": 2}
     alone, killed, *stopped, last = carry_out(
         round_of(ALONE, tmp_path / "alone"),
-        round_of(ALONE, tmp_path / "run", config=loaders, kill=[0, 9]),  # its loaders outlive it
+        round_of(ALONE, run, config=loaders, kill=[0, 9]),  # its loaders outlive it for a while
         *(
-            round_of(ALONE, tmp_path / "run", config=loaders, strike=[0, 3, "order all", signum])
-            for signum in orders
+            round_of(
+                ALONE,
+                run,
+                config=loaders,
+                strike=[0, 1, "order loaders", signum],
+                order=[0, 14],
+            )
+            for signum in (signal.SIGTERM, signal.SIGINT)
         ),
-        round_of(ALONE, tmp_path / "run", config=loaders),
+        round_of(ALONE, run, config=loaders),
     )
     assert error_of(killed) == "killed"
-    for found, signum, step in zip(stopped, orders, (6, 8), strict=True):
-        name = signal.Signals(signum).name
-        message = f"stopped by {name} after step {step}; run the same command to resume"
+    for found, step in zip(stopped, (11, 18), strict=True):
+        message = f"stopped by SIGTERM after step {step}; run the same command to resume"
         assert error_of(found) == f"Interrupted: {message}"
     assert values(last) == values(alone)
-    assert read_log(tmp_path / "run") == read_log(tmp_path / "alone")
+    assert read_log(run) == read_log(tmp_path / "alone")
 
 
 def test_two_runs_in_one_folder_are_one_too_many(tmp_path: Path) -> None:

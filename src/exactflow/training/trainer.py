@@ -293,7 +293,7 @@ class _Run:
     ) -> NonFiniteError:
         """What to raise for a step that is not finite, with the model as it was before it."""
         path = self.dir / f"nonfinite_step_{step:06d}.pt"
-        self.group.on_main(lambda: self._keep_batch(path, step))
+        kept = self.group.on_main(lambda: self._keep_batch(path, step))
         _restore_buffers(self.model, buffers)
         self.spread.finish(None)
         model = self.spread.home.train()
@@ -309,14 +309,17 @@ class _Run:
         if which is not None and self.group.count > 1:
             report = f"In process {which} of {self.group.count}: {report}"
         return NonFiniteError(
-            f"step {step} is not finite ({found}) and was not applied. {report}\n"
-            f"The batch is kept in {path}."
+            f"step {step} is not finite ({found}) and was not applied. {report}\nThe batch {kept}."
         )
 
-    def _keep_batch(self, path: Path, step: int) -> None:
-        """Write the batch of all processes."""
+    def _keep_batch(self, path: Path, step: int) -> str:
+        """Write the batch of all processes; says where, or why that failed, which matters less."""
         batch = next(self._batches(step - 1, 0, 1))
-        save_batch(path, batch.images, batch.labels, step, self.config.seed)
+        try:
+            save_batch(path, batch.images, batch.labels, step, self.config.seed)
+        except OSError as error:
+            return f"is not kept: {error}"
+        return f"is kept in {path}"
 
     def _is_due(self, interval: int) -> bool:
         """Whether something happens now that happens every `interval` steps and at the end."""
