@@ -2,10 +2,10 @@
 
     python ranks.py
 
-reads lines, each a JSON list of rounds, carries these out one after the other, and prints a line
-with what became of each round's processes. A round names a `job` of this file, how many processes
-do it (`count`), its `options`, and `node`, how many of them torchrun would have started on one
-machine.
+reads lines, each a JSON list of rounds, carries them out one after the other, and answers with a
+line, a JSON list of what became of each round's processes. A round names a `job` of this file, how
+many processes do it (`count`), its `options`, and `node`, how many of them torchrun would have
+started on one machine.
 """
 
 import json
@@ -16,12 +16,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint  # before processes are forked: it takes seconds
 
+import faults
 from exactflow import registry
 from exactflow.core.config import override
 from exactflow.core.processes import joined
@@ -65,6 +67,8 @@ def carry_out(
         child = os.fork()
         if child == 0:
             os.close(heard)
+            # Else what this process forks, and may leave behind, would keep the pipe open.
+            os.register_at_fork(after_in_child=partial(os.close, told))
             if count > 1:
                 place = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank % (node or count)}
                 place |= {"LOCAL_WORLD_SIZE": node or count, "MASTER_PORT": port}
@@ -104,13 +108,15 @@ def train(
     kill: tuple[int, int] | None = None,
     order: tuple[int, int] | None = None,
     poison: tuple[int, int] | None = None,
+    strike: tuple[int, int, str, Any] | None = None,
     toy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train the toy; (rank, micro-batch) says where SIGKILL, SIGTERM or a NaN strikes.
+    """Train the toy; (rank, micro-batch) says where SIGKILL, SIGTERM, a NaN or a fault strikes.
 
     Micro-batches are counted from the start of this session, in training alone.
     """
     rank, plain, taken = int(os.environ.get("RANK", "0")), Toy.loss, [0]
+    undo: list[faults.Undo] = []
 
     def loss(self: Toy, *args: Any, **kwargs: Any) -> torch.Tensor:
         taken[0] += self.training
@@ -119,6 +125,8 @@ def train(
             os.kill(os.getpid(), signal.SIGKILL)
         if here == order:
             os.kill(os.getpid(), signal.SIGTERM)
+        if strike is not None and here == list(strike[:2]):
+            undo.append(faults.FAULTS[strike[2]](strike[3]))
         found = plain(self, *args, **kwargs)
         broken = poison is not None and rank == poison[0] and taken[0] >= poison[1]
         return found * float("nan") if broken else found
@@ -130,9 +138,26 @@ def train(
     Toy.loss = loss  # pyright: ignore[reportAttributeAccessIssue]
     model = make_toy(ToyConfig(**{"num_classes": 3, "volume_preserving": True, **(toy or {})}))
     made = override(EVERYTHING, config)
-    result = fit(model, make_data(classes=3), made, folder, every={5: weight}, progress=False)
+    try:
+        result = fit(model, make_data(classes=3), made, folder, every={5: weight}, progress=False)
+    finally:
+        for act in undo:
+            act()
     sums = {name: value.double().sum().item() for name, value in model.state_dict().items()}
     return {"step": result.step, "sums": sums}
+
+
+def beset(folder: str, config: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+    """Train the toy; at step 15 and at the end, another process begins the same training."""
+    said = []
+
+    def begin(told: Progress) -> dict[str, float]:
+        said.append(carry_out("train", 1, {"folder": folder, "config": config}))
+        return {}
+
+    made, model = override(EVERYTHING, config), make_toy(ToyConfig(3, volume_preserving=True))
+    fit(model, make_data(classes=3), made, folder, every={15: begin}, progress=False)
+    return said
 
 
 def family(folder: str, preset: str, changes: Mapping[str, Any]) -> list[float]:
@@ -204,6 +229,7 @@ def refuse(what: str) -> None:
 
 JOBS: dict[str, Callable[..., Any]] = {
     "train": train,
+    "beset": beset,
     "family": family,
     "verbs": verbs,
     "comparison": comparison,
@@ -213,9 +239,11 @@ JOBS: dict[str, Callable[..., Any]] = {
 
 def main() -> None:
     torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed
     for line in sys.stdin:
-        told = [carry_out(**described) for described in json.loads(line)]
-        print(json.dumps(told), flush=True)
+        answers.write(json.dumps([carry_out(**rounds) for rounds in json.loads(line)]) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":

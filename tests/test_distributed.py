@@ -3,15 +3,17 @@
 Processes are real (tests/ranks.py forks them) and talk over gloo.
 """
 
+import atexit
 import json
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -45,36 +47,35 @@ NO_DROPOUT = {"dropout": 0.0}
 
 
 @cache
-def forker() -> subprocess.Popen[str]:
-    """tests/ranks.py, which lives as long as the tests."""
+def answering(under: tuple[str, ...]) -> tuple[subprocess.Popen[str], IO[bytes]]:
+    """tests/ranks.py, which takes seconds to start, and what it and its processes say on stderr."""
     path = [str(Path(str(exactflow.__file__)).parents[1]), os.environ.get("PYTHONPATH", "")]
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(Path(ranks.__file__))],
+    said = tempfile.TemporaryFile()  # noqa: SIM115 - until the end of all tests
+    process = subprocess.Popen(
+        [*under, sys.executable, str(Path(ranks.__file__))],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=said,
         text=True,
     )
+    atexit.register(process.kill)
+    return process, said
 
 
-def carry_out(*rounds: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """Each round's processes, see tests/ranks.py."""
-    process = forker()
+def carry_out(*rounds: dict[str, Any], under: Sequence[str] = ()) -> list[list[dict[str, Any]]]:
+    """Each round's processes, see tests/ranks.py; started by the command `under`, if any."""
+    process, said = answering(tuple(under))
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(json.dumps(rounds) + "\n")
     process.stdin.flush()
-    line = process.stdout.readline()
-    if not line:  # it has failed, which stderr tells
-        forker.cache_clear()
-        pytest.fail(f"tests/ranks.py ended with {process.wait()}")
-    return json.loads(line)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _end_of_the_forker() -> Iterator[None]:
-    yield
-    forker().communicate()
+    answer = process.stdout.readline()
+    if not answer:
+        answering.cache_clear()
+        said.seek(0)
+        raise AssertionError(said.read().decode()[-3000:])
+    return json.loads(answer)
 
 
 def round_of(way: dict[str, Any], folder: Path, **options: Any) -> dict[str, Any]:

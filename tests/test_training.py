@@ -1,6 +1,5 @@
 """The laws of training: what is applied, what is never applied, and that a kill changes nothing."""
 
-import errno
 import json
 import math
 import os
@@ -28,7 +27,6 @@ import training_worker
 from exactflow.core.model import NonFiniteError
 from exactflow.data.augmentation import Augmentation
 from exactflow.training import Interrupted, Progress, TrainConfig, fit, trainer
-from exactflow.training import checkpoint as disk
 from exactflow.training.optim import MovingAverage, Schedule
 from training_worker import EVERYTHING, PLAIN, Toy, ToyConfig, make_data, make_toy, train
 
@@ -666,27 +664,7 @@ def test_an_unconditional_model_ignores_labels(tmp_path: Path) -> None:
     fit(make_toy(), data, replace(PLAIN, steps=3), tmp_path, progress=False)
 
 
-def test_a_full_disk_is_told_and_earlier_checkpoints_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = disk.write_atomically
-
-    def write(path: Path, content: bytes) -> None:
-        if path.name == "optimizer.pt" and "step_00000004" in path.parent.name:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        plain(path, content)
-
-    config = replace(PLAIN, checkpoint_every=2)
-    with monkeypatch.context() as patched:
-        patched.setattr(disk, "write_atomically", write)
-        pattern = r"optimizer.pt: No space left on device; the previous .*step_00000002 is intact"
-        with pytest.raises(OSError, match=pattern):
-            run(tmp_path, config)
-    assert names(tmp_path) == ["step_00000002"]
-    run(tmp_path, config)
-
-
 def test_a_run_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"could not write .*file/run/metrics.jsonl: Not a directory"):
+    with pytest.raises(OSError, match=r"could not write .*file/run: Not a directory"):
         run(tmp_path / "file" / "run")

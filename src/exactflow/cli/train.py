@@ -28,6 +28,7 @@ from exactflow.paths.path_model import PathModel
 from exactflow.sampling.sample import sample
 from exactflow.training import FitResult, Interrupted, Progress, fit
 from exactflow.training.fitting import fit_closed_form
+from exactflow.training.folder import held
 from exactflow.training.log import LOG_FILE
 
 LOSS_BATCH = 250
@@ -109,8 +110,8 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
 
 
 def _write_config(folder: Path, text: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CONFIG_FILE, text.encode())
+    with held(folder):
+        write_atomically(folder / CONFIG_FILE, text.encode())
 
 
 def show(trained: Trained, folder: Path) -> None:

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @final
 class ProcessLostError(RuntimeError):
-    """Another process of the group ended or failed, so that this one cannot go on."""
+    """Another process ended or failed, so that this one cannot go on."""
 
 
 @final

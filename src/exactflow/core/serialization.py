@@ -4,7 +4,8 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,31 @@ PLAN_FILE = "plan.json"  # how to invert this model fast here; of no use to othe
 FORMAT_VERSION = 1
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file or leave what was there: a temporary name, fsync, then a rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+@contextmanager
+def explained_write(path: Path) -> Iterator[None]:
+    """Turn an OSError inside into one that says what could not be written."""
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file or leave what was there: a temporary name, fsync, then a rename.
+
+    Raises:
+        OSError: it could not be written, and why; named by `path`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with explained_write(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

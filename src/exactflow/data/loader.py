@@ -7,9 +7,15 @@ are the same for 1 x 8 and 2 x 4, for any number of workers, and after any resum
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
+from multiprocessing import active_children
+from multiprocessing.connection import wait
+from threading import Thread, current_thread, main_thread
 from typing import final
 
 import numpy as np
@@ -17,9 +23,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from exactflow.core.processes import ProcessLostError
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation, AugmentedEpoch
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.streaming import StreamedImages
+
+_HAS_SIGCHLD = sys.platform != "win32"
 
 
 @final
@@ -71,6 +80,7 @@ def training_batches(
 
     Raises:
         ValueError: at once, if an argument is out of its range.
+        ProcessLostError: on the way, if one of the processes ended.
     """
     if not 1 <= batch_size <= len(dataset):
         raise ValueError(
@@ -160,11 +170,55 @@ def _gather_all(
         sampler=requests,
         batch_size=None,  # a request is a whole batch
         num_workers=num_workers,
+        worker_init_fn=_heed_parent_alone,
         # The loader draws a seed for its workers; from the global generator it would make the
         # noise of training depend on num_workers.
         generator=torch.Generator(),
     )
-    return iter(loader)
+    return _from_workers(loader)
+
+
+def _from_workers(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """The batches of processes; raises ProcessLostError when one of these has ended."""
+    others, in_main_thread = active_children(), current_thread() is main_thread()
+    heard = signal.getsignal(signal.SIGCHLD) if in_main_thread and _HAS_SIGCHLD else None
+    batches = iter(loader)
+    if heard is not None:
+        # PyTorch would raise wherever it hears of an end, in the midst of anything; it also finds
+        # out while it waits for a batch.
+        signal.signal(signal.SIGCHLD, heard)
+    workers = {p.sentinel: p for p in active_children() if p not in others}
+    try:
+        yield from batches
+    except (RuntimeError, OSError, EOFError) as error:
+        ended = [workers[s] for s in wait(list(workers), timeout=1.0) if isinstance(s, int)]
+        if not ended:
+            raise
+        code = ended[0].exitcode or 0
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        raise ProcessLostError(
+            f"process {ended[0].pid}, which loads images, was ended {how}, as when memory runs "
+            "out; run the same command to go on from what is saved, with fewer num_workers if "
+            "need be"
+        ) from error
+
+
+def _heed_parent_alone(worker: int) -> None:
+    """Let this process outlive orders to stop that all processes of a job get.
+
+    The one that trains has a step to end, and to save; it ends this one when it needs it no more.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # where a signal tells its sender
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    if sys.platform == "linux":
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
 
 
 @final

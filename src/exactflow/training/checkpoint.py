@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
-from exactflow.core.serialization import write_atomically
+from exactflow.core.serialization import explained_write, write_atomically
 from exactflow.data.augmentation import Augmentation
 from exactflow.data.datasets import ImageDataset
 from exactflow.training.optim import TrainConfig
@@ -47,6 +47,9 @@ _FREE_FIELDS = frozenset(
         *("log_every", "checkpoint_every", "keep_checkpoints"),
     }
 )
+
+# A folder without its files is damaged; any other OSError says nothing about what is in them.
+_ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 _NAME = re.compile(r"step_\d{8,}")
 
@@ -195,14 +198,12 @@ class Checkpoints:
 
     @contextmanager
     def undone(self, step: int) -> Iterator[None]:
-        """An OSError inside removes what was begun, and says what is left."""
+        """An OSError inside removes what was begun."""
         try:
             yield
-        except OSError as error:
+        except OSError:
             shutil.rmtree(self._partial(step), ignore_errors=True)
-            previous = self._names()[-1:]
-            safe = f"; the previous checkpoint {previous[0]} is intact" if previous else ""
-            raise OSError(error.errno, f"{error.strerror}{safe}") from error
+            raise
 
     def _partial(self, step: int) -> Path:
         return self._folder / f".{self.folder_of(step).name}.partial"
@@ -212,13 +213,16 @@ class Checkpoints:
 
         Damaged ones are set aside as `step_*.damaged` with a warning that says what is wrong;
         leftovers of an interrupted save are removed.
+
+        Raises:
+            OSError: a file is there and cannot be read, which another day it may.
         """
         for leftover in self._folder.glob(".step_*.partial"):
             shutil.rmtree(leftover)
         for folder in reversed(self._names()):
             try:
                 return _verified(folder)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (*_ABSENT, ValueError, KeyError, TypeError) as error:
                 aside = folder.with_name(f"{folder.name}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
@@ -262,19 +266,9 @@ def optimizer_bytes(state: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-@contextmanager
-def explained_write(path: Path) -> Iterator[None]:
-    """Turn an OSError inside into one that says what could not be written."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, f"could not write {path}: {error.strerror}") from error
-
-
 def _write(path: Path, content: bytes) -> str:
     """Write and sync a file; its SHA-256."""
-    with explained_write(path):
-        write_atomically(path, content)
+    write_atomically(path, content)
     return hashlib.sha256(content).hexdigest()
 
 

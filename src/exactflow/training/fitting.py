@@ -7,7 +7,7 @@ finished one returns at once.
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import final
 
@@ -22,6 +22,7 @@ from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.loader import evaluation_batches
 from exactflow.training import checkpoint as disk
+from exactflow.training.folder import held
 from exactflow.training.log import MetricsLog
 from exactflow.training.optim import TrainConfig
 from exactflow.training.progress import Callback, FitResult, Progress
@@ -58,7 +59,7 @@ def fit_closed_form(
 
     Raises:
         ValueError: model, data and configuration do not fit together, or `run_dir` holds another
-            run.
+            run, or another process trains in it.
         OSError: a file could not be written.
     """
     check_compatible(model, dataset)
@@ -85,7 +86,9 @@ def fit_closed_form(
         weights = {disk.MODEL_FILE: lambda: disk.tensor_bytes(model.state_dict())}
         return checkpoints.save(state, identity, weights)
 
-    with joined() as group:
+    with ExitStack() as stack:
+        group = stack.enter_context(joined())
+        group.on_main(lambda: stack.enter_context(held(folder)))
         found = group.on_main(checkpoints.newest) or group.on_main(fitted)
         found.require(identity)
         model.load_state_dict(found.tensors(disk.MODEL_FILE))

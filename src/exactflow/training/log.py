@@ -4,12 +4,12 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, final
 
 from exactflow.core.processes import ALONE, Processes
-from exactflow.core.serialization import write_atomically
-from exactflow.training.checkpoint import explained_write
+from exactflow.core.serialization import explained_write, write_atomically
 
 LOG_FILE = "metrics.jsonl"
 
@@ -48,9 +48,15 @@ class MetricsLog:
         self.last = {k: v if math.isfinite(v) else str(float(v)) for k, v in line.items()}
         if self._file is None:
             return
-        with explained_write(self._path):
-            self._file.write(json.dumps(self.last).encode() + b"\n")
-            self._file.flush()
+        try:
+            with explained_write(self._path):
+                self._file.write(json.dumps(self.last).encode() + b"\n")
+                self._file.flush()
+        except OSError:
+            file, self._file = self._file, None
+            with suppress(OSError):  # it tries once more
+                file.close()
+            raise
         if self._board is not None:
             for name, value in line.items():
                 self._board.add_scalar(name, value, line["step"])
@@ -64,7 +70,8 @@ class MetricsLog:
     def close(self) -> None:
         """Close the files."""
         if self._file is not None:
-            self._file.close()
+            with explained_write(self._path):
+                self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -73,11 +80,12 @@ class MetricsLog:
         with explained_write(self._path):
             run_dir.mkdir(parents=True, exist_ok=True)
             lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
-            kept = [line for line in lines if _line_counts(line, step)]
-            if kept != lines:
-                write_atomically(self._path, b"".join(kept))
-            self._board = _open_tensorboard(run_dir, step) if tensorboard else None
+        kept = [line for line in lines if _line_counts(line, step)]
+        if kept != lines:
+            write_atomically(self._path, b"".join(kept))
+        with explained_write(self._path):
             self._file = self._path.open("ab")
+        self._board = _open_tensorboard(run_dir, step) if tensorboard else None
         return json.loads(kept[-1]) if kept else {}
 
 

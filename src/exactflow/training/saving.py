@@ -7,8 +7,9 @@ the checkpoint gets its name.
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -89,6 +90,17 @@ class Saver:
             self.last = self._group.on_main(
                 lambda: self._checkpoints.commit(state, identity, hashes)
             )
+
+    @contextmanager
+    def vouching(self) -> Iterator[None]:
+        """An OSError inside, of a file that could not be written, also says what is safe."""
+        try:
+            yield
+        except OSError as error:
+            if self.last is None or error.filename is not None:  # which has the last word
+                raise
+            safe = f"the previous checkpoint {self.last.folder} is intact, the same command goes on"
+            raise OSError(error.errno, f"{error.strerror}; {safe}") from error
 
     def close(self) -> None:
         """Let go of the thread; this process alone."""

@@ -25,6 +25,7 @@ from exactflow.nn import batch as shared
 from exactflow.training import checkpoint as disk
 from exactflow.training.diagnosis import diagnose, save_batch
 from exactflow.training.distributed import Spread
+from exactflow.training.folder import held
 from exactflow.training.log import MetricsLog
 from exactflow.training.optim import MovingAverage, TrainConfig, make_optimizer, recomputed
 from exactflow.training.progress import Callback, FitResult, Progress
@@ -71,9 +72,9 @@ def fit(
 
     Raises:
         ValueError: model, data and configuration do not fit together, or `run_dir` holds a
-            checkpoint of another run.
+            checkpoint of another run, or another process trains in it.
         NonFiniteError: the loss or a gradient is not finite; the step was not applied.
-        ProcessLostError: another process ended.
+        ProcessLostError: another process, or one that loads images, ended.
         Interrupted: SIGTERM or SIGINT came; the state is saved.
         OSError: a file could not be written.
     """
@@ -82,6 +83,7 @@ def fit(
     with ExitStack() as stack:
         group = stack.enter_context(joined())
         stack.enter_context(group.explained_loss())
+        group.on_main(lambda: stack.enter_context(held(Path(run_dir))))
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         run = _Run(model, dataset, config, Path(run_dir), augmentation, every or {}, group)
         stack.enter_context(closing(run.saver))
@@ -93,7 +95,8 @@ def fit(
         display = Display(run.schedule.total, run.state.step, progress and group.is_main)
         stack.enter_context(closing(display))
         stop = stack.enter_context(stop_requests())
-        return run.to_end(log, display, stop)
+        with run.saver.vouching():
+            return run.to_end(log, display, stop)
 
 
 def check_compatible(model: GenerativeModel, dataset: ImageDataset) -> None:
@@ -162,6 +165,9 @@ class _Run:
         batches = self._prepare() if self.state.step < self.schedule.total else iter(())
         if log.last_step == self.state.step:
             self.state = self.state.logged()
+            # The line was written after the checkpoint.
+            done = self.state.step_seconds
+            self.clock = Clock(max(self.state.seconds, log.last.get("seconds", 0.0)), done)
         self._report(log)  # what an interruption left unsaid
         self._hear(stop)
         while self.state.step < self.schedule.total and self.signum is None:
@@ -289,7 +295,7 @@ class _Run:
     ) -> NonFiniteError:
         """What to raise for a step that is not finite, with the model as it was before it."""
         path = self.dir / f"nonfinite_step_{step:06d}.pt"
-        self.group.on_main(lambda: self._keep_batch(path, step))
+        kept = self.group.on_main(lambda: self._keep_batch(path, step))
         _restore_buffers(self.model, buffers)
         self.spread.finish(None)
         model = self.spread.home.train()
@@ -305,14 +311,17 @@ class _Run:
         if which is not None and self.group.count > 1:
             report = f"In process {which} of {self.group.count}: {report}"
         return NonFiniteError(
-            f"step {step} is not finite ({found}) and was not applied. {report}\n"
-            f"The batch is kept in {path}."
+            f"step {step} is not finite ({found}) and was not applied. {report}\nThe batch {kept}."
         )
 
-    def _keep_batch(self, path: Path, step: int) -> None:
-        """Write the batch of all processes."""
+    def _keep_batch(self, path: Path, step: int) -> str:
+        """Write the batch of all processes; says where, or why that failed, which matters less."""
         batch = next(self._batches(step - 1, 0, 1))
-        save_batch(path, batch.images, batch.labels, step, self.config.seed)
+        try:
+            save_batch(path, batch.images, batch.labels, step, self.config.seed)
+        except OSError as error:
+            return f"is not kept: {error}"
+        return f"is kept in {path}"
 
     def _is_due(self, interval: int) -> bool:
         """Whether something happens now that happens every `interval` steps and at the end."""

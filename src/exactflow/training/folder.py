@@ -1,0 +1,50 @@
+"""The folder of a run, held against other runs while one trains in it."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from exactflow.core.serialization import explained_write
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK_FILE = ".lock"
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold the folder, made if absent; the kernel lets go of it when this process ends, however.
+
+    Where the file system has no locks, it is not held.
+
+    Raises:
+        ValueError: another process holds it.
+        OSError: nothing can be written there.
+    """
+    path = folder / LOCK_FILE
+    with explained_write(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a+")
+    with stream:
+        try:
+            # A lock of the process: of `flock`'s, workers forked meanwhile would have a part.
+            if fcntl is not None:
+                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            stream.seek(0)
+            raise ValueError(
+                f"{folder}: expected a folder in which nobody trains, found one in which "
+                f"{stream.read() or 'another process'} does; wait for its end, or choose another"
+            ) from None
+        except OSError:  # no locks here
+            pass
+        with suppress(OSError):
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+            stream.flush()
+        yield
