@@ -190,7 +190,7 @@ def _from_workers(loader: DataLoader[Batch]) -> Iterator[Batch]:
     workers = {p.sentinel: p for p in active_children() if p not in others}
     try:
         yield from batches
-    except (RuntimeError, OSError, EOFError) as error:
+    except Exception as error:
         ended = [workers[s] for s in wait(list(workers), timeout=1.0) if isinstance(s, int)]
         if not ended:
             raise
