@@ -60,9 +60,8 @@ def run(command: Train) -> None:
 def train(settings: Settings, folder: Path, device: str) -> Trained:
     """Carry out or resume a run in `folder`; leaves it with model/, config.yaml, metrics.jsonl."""
     group = current()
-    group.on_main(lambda: load(settings.data, "train") and None)  # decoded and kept
-    training = load(settings.data, "train")
-    validation = load(settings.data, "validation")
+    training = group.main_first(lambda: load(settings.data, "train"))
+    validation = group.main_first(lambda: load(settings.data, "validation"))
     settings = settings.fitted(training)
     model = settings.build().to(pick_device(device))
     text = yaml.safe_dump(settings.describe(), sort_keys=False)

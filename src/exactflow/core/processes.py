@@ -85,6 +85,12 @@ class Processes:
             torch.distributed.broadcast_object_list(told, src=0)
         return _outcome(told[0])
 
+    def main_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns in each process: the others find what the main one has kept."""
+        found: list[T] = []
+        self.on_main(lambda: found.append(work()))
+        return found[0] if found else work()
+
     def share(self, work: Callable[[], T]) -> list[T]:
         """What each process's `work` returns; the first error of any of them is raised by all."""
         return [_outcome(told) for told in self.gather(_attempt(work))]

@@ -58,9 +58,7 @@ def compare(
     if extractor is None:
         extractor = pixels()
         if training.labels is not None:
-            features = folder / "features"
-            group.on_main(lambda: classifier(training, features) and None)  # trained and kept
-            extractor = classifier(training, features)
+            extractor = group.main_first(lambda: classifier(training, folder / "features"))
     if isinstance(models, Mapping):
         named = cast("Mapping[str, GenerativeModel]", models)
         models = (Contender(name, model.eval()) for name, model in named.items())

@@ -79,51 +79,30 @@ def sample(
         raise ValueError(f"expected on_nonfinite 'raise' or 'omit', got {on_nonfinite!r}")
     labels = expand_label(model, label, n)
     group = current()
+    if group.count > 1:
 
-    def draw(rows: range) -> Samples:
-        mine = None if labels is None else labels[rows.start : rows.stop]
-        return _sample(
-            model,
-            len(rows),
-            mine,
-            seed + rows.start,
-            solver,
-            guidance,
-            steps=steps,
-            tolerance=tolerance,
-            denoise=denoise,
-            temperature=temperature,
-            batch_size=batch_size,
-            trace=trace,
-            profile=profile,
-            on_nonfinite=on_nonfinite,
-            progress=progress and group.is_main,
-        )
+        def draw(rows: range) -> Samples:
+            return sample(
+                model,
+                len(rows),
+                None if labels is None else labels[rows.start : rows.stop],
+                seed + rows.start,
+                solver,
+                guidance,
+                steps=steps,
+                tolerance=tolerance,
+                denoise=denoise,
+                temperature=temperature,
+                batch_size=batch_size,
+                trace=trace,
+                profile=profile,
+                on_nonfinite=on_nonfinite,
+                progress=progress and group.is_main,
+            )
 
-    shared = min(n, group.count)
-    shares = [Processes(rank, shared).rows(n) for rank in range(shared)]
-    return together(group.spread(shares, draw))
-
-
-def _sample(
-    model: GenerativeModel,
-    n: int,
-    labels: Int[Tensor, " n"] | None,
-    seed: int,
-    solver: str | Solver | Sequence[Solver],
-    guidance: float | Guidance,
-    *,
-    steps: int | None,
-    tolerance: float | None,
-    denoise: bool | None,
-    temperature: float,
-    batch_size: int,
-    trace: bool,
-    profile: bool,
-    on_nonfinite: Literal["raise", "omit"],
-    progress: bool,
-) -> Samples:
-    """The share of one process."""
+        shared = min(n, group.count)
+        shares = [Processes(rank, shared).rows(n) for rank in range(shared)]
+        return together(group.spread(shares, draw))
     began = time.perf_counter()
     if isinstance(model, PathModel):
         _refuse(denoise=denoise, trace=trace, profile=profile, temperature=temperature != 1)

@@ -7,7 +7,7 @@ read by any number of processes and either way of training.
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -79,22 +79,21 @@ class RunTensors:
 
         keys = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
         tensors = {name: value for name, value in self.named().items() if name in keys}
-        states: list[dict[str, Tensor]] = []
-        for name, parameter in self._parameters():
-            state = {}
-            for key in _optimizer_keys(keys, name):
-                described = keys[f"optimizer.{key}.{name}"]
-                assert isinstance(described, dcp.metadata.TensorStorageMetadata)
-                alike = described.size == parameter.shape
-                state[key] = (
-                    torch.zeros_like(parameter, requires_grad=False)
-                    if alike
-                    else torch.zeros(described.size, dtype=described.properties.dtype)
-                )
-                tensors[f"optimizer.{key}.{name}"] = state[key]
-            states.append(state)
+        parameters = dict(self._parameters())
+        states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+        for entry, described in keys.items():
+            if not entry.startswith("optimizer."):
+                continue
+            _, key, name = entry.split(".", 2)
+            assert isinstance(described, dcp.metadata.TensorStorageMetadata)
+            alike = described.size == parameters[name].shape
+            tensors[entry] = states[name][key] = (
+                torch.zeros_like(parameters[name], requires_grad=False)
+                if alike
+                else torch.zeros(described.size, dtype=described.properties.dtype)
+            )
         dcp.load(tensors, checkpoint_id=folder)
-        self._set_optimizer(iter(states))
+        self._set_optimizer(iter(states.values()))
 
     @torch.no_grad()
     def _copy(self, targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
@@ -125,9 +124,3 @@ class RunTensors:
 
 def _same(value: Tensor, pattern: Tensor) -> Tensor:
     return value
-
-
-def _optimizer_keys(keys: Mapping[str, Any], name: str) -> list[str]:
-    ends = [key for key in keys if key.startswith("optimizer.") and key.endswith(f".{name}")]
-    found = [key.removeprefix("optimizer.").removesuffix(f".{name}") for key in ends]
-    return [key for key in found if "." not in key]
