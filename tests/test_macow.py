@@ -523,7 +523,7 @@ def test_solvers_invert_a_model(solver: Solver) -> None:
     close(model.decode(z, solver=inversion), x, 1e-9)
     parts = masked_convolutions(model.flow)
     assert len(inversion.records) == len(parts)
-    assert all(float(r.residual.max()) < 1e-10 for r in inversion.records)
+    assert not any(bool(record.repaired.any()) for record in inversion.records)
     close(model.decode(z), model.decode(z, solver=solver), 1e-9)
 
 

@@ -68,6 +68,7 @@ def _write(command: Sample, model: GenerativeModel, drawn: Samples) -> None:
         "seconds": drawn.seconds,
         "certificate": drawn.certificate.tolist() if drawn.iterations else None,
         "repairs": drawn.repairs,
+        "beyond_tolerance": drawn.beyond_tolerance,
         "failures": drawn.failures,
     }
     write_atomically(out / "samples.json", (json.dumps(cost, indent=2) + "\n").encode())
@@ -83,6 +84,11 @@ def _summary(drawn: Samples, out: Path) -> str:
             else f"{drawn.evaluations or 1} passes"
         )
         + (f", {sum(drawn.repairs)} repairs" if any(drawn.repairs) else "")
+        + (
+            f", {len(drawn.beyond_tolerance)} beyond the tolerance"
+            if drawn.beyond_tolerance
+            else ""
+        )
         + f": {out / 'samples.png'}"
     )
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from exactflow.core import images as grey
 from exactflow.core.prior import Prior
 from exactflow.core.serialization import write_model
-from exactflow.core.transform import Solver
+from exactflow.core.transform import AutoregressiveTransform, Solver
 
 
 class NonFiniteError(ArithmeticError):
@@ -359,6 +359,12 @@ def evaluating(model: GenerativeModel) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def autoregressive_parts(flow: Flow) -> list[AutoregressiveTransform]:
+    """The parts of a flow that a solver is asked to invert; a dequantiser's are never inverted."""
+    parts = (part for stage in flow.stages for part in stage.modules())
+    return [part for part in parts if isinstance(part, AutoregressiveTransform)]
 
 
 def log_density(

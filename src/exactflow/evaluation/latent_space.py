@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
-from exactflow.core.model import Flow, NonFiniteError, evaluating
+from exactflow.core.model import Flow, NonFiniteError, autoregressive_parts, evaluating
 from exactflow.evaluation.batches import batches
+from exactflow.sampling.certificate import Certificate
 from exactflow.sampling.inversion import Inversion
 from exactflow.sampling.latent import reconstruct
 from exactflow.sampling.planner import planned_solvers
@@ -47,7 +48,7 @@ class Edit:
 
     Attributes:
         x: decoded images in [-1, 1], by strength and image.
-        certificate: backward error of each inversion, as of `Samples`; NaN where no part of the
+        certificate: max |encode(x) - z| of each image, as of `Samples`; NaN where no part of the
             flow is autoregressive.
     """
 
@@ -123,8 +124,8 @@ def move(
 ) -> Edit:
     """Decode z + s * direction for every strength s, without labels.
 
-    The inverse is certified, and repaired where its certificate asks for it: the solvers are those
-    that `sample` uses.
+    The inverse is certified, and repaired where a solver left too much undone: the solvers are
+    those that `sample` uses.
 
     Args:
         model: a flow.
@@ -144,6 +145,7 @@ def move(
     images, certificates = [], []
     with evaluating(model):
         solvers = planned_solvers(model, len(latents), None)
+        certificate = Certificate(model) if autoregressive_parts(model) else None
         for strength in strengths:
             inversion = Inversion(solvers, range(len(latents)), on_nonfinite="omit")
             z = (latents + strength * direction).to(model.device)
@@ -156,5 +158,6 @@ def move(
                     "overflow there; smaller strengths stay closer to its images"
                 )
             images.append(x.cpu())
-            certificates.append(inversion.residual.cpu())
+            residual = torch.full((len(z),), torch.nan)
+            certificates.append(residual if certificate is None else certificate(x, z).cpu())
     return Edit(torch.stack(images), torch.stack(certificates))

@@ -1,14 +1,21 @@
-"""How exact an inverse is: the backward error of every token, which one pass gives for free.
+"""How exact an inverse is: of one block as its network evaluates it, and of the whole in float64.
 
 For u_t = F(u)_t = v_t exp(a_t(u_<t)) + m_t(u_<t), the map forward gives f(u) - v =
-(u - F(u)) exp(-a) exactly: u is the inverse of a latent that far from the given one.
+(u - F(u)) exp(-a) exactly: u is the inverse of a latent that far from the given one. Errors of a
+block grow in the blocks after it, and the network's own rounding does not show in its own
+arithmetic: what an image is worth is said by encoding it in float64.
 """
 
+import copy
+from typing import final
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from exactflow.core.model import Flow, autoregressive_parts
 from exactflow.core.transform import AutoregressiveTransform
+from exactflow.sampling.guidance import Guidance, GuidedTransform
 
 # Backward error of a block that counts as exact, by the network's dtype: what remains when parallel
 # and sequential kernels round differently, with a margin.
@@ -52,15 +59,64 @@ def solved(
     return (close | (moved <= ROUNDING * tolerance * (1 + u.abs()))).all(-1)
 
 
-def certify(
+@torch.no_grad()
+def backward_error(
     transform: AutoregressiveTransform,
     u: Float[Tensor, "batch tokens dim"],
     v: Float[Tensor, "batch tokens dim"],
     label: Tensor | None,
-    tolerance: float,
-) -> tuple[Float[Tensor, " batch"], Bool[Tensor, " batch"]]:
-    """max |f(u) - v| of each sample, and whether all its tokens are `solved`: one pass."""
-    shift, log_scale = transform.affine(u, label)
-    residual = ((u - shift) * torch.exp(-log_scale) - v).abs().amax((1, 2))
-    image = torch.addcmul(shift, v, log_scale.exp())
-    return residual, solved(u, image, log_scale, tolerance).all(1) & residual.isfinite()
+) -> Float[Tensor, " batch"]:
+    """max |f(u) - v| of each sample, by one pass of the network in its own arithmetic.
+
+    The map itself is evaluated in float64, so that what is left is the solver's: it says how well
+    the block's equation is solved as this network evaluates it, not how well it evaluates.
+    """
+    shift, log_scale = (parameter.double() for parameter in transform.affine(u, label))
+    return ((u - shift) * torch.exp(-log_scale) - v).abs().amax((1, 2))
+
+
+@final
+class Certificate:
+    """What images really encode to, in float64, held against the latents they were decoded from.
+
+    The whole model is evaluated in float64, network included, from the images as they are
+    returned: rounding of the decoding, of the images, and of all blocks on the way counts.
+
+    Args:
+        model: a flow with autoregressive parts; copied, which takes twice its memory or more.
+        guidance: what the images were decoded with: the guided blocks are encoded with then.
+        null_label: see `GuidedTransform`.
+
+    Example:
+        >>> certificate = Certificate(model)
+        >>> residual = certificate(model.decode(z), z)  # one number per image
+    """
+
+    def __init__(
+        self, model: Flow, guidance: Guidance | None = None, null_label: int | None = None
+    ) -> None:
+        exact = copy.deepcopy(model)
+        # mps has no float64; the CPU always does
+        self._device = torch.device("cpu") if model.device.type == "mps" else model.device
+        self._model = exact.to(self._device, torch.float64).eval()
+        for part in autoregressive_parts(self._model) if guidance is not None else ():
+            part.forward = GuidedTransform(copy.copy(part), guidance, null_label).forward
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        z: Float[Tensor, "batch *latent"],
+        label: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, " batch"]:
+        """max |encode(x) - z| of each image, NaN or infinite where that is; on the images' device.
+
+        Args:
+            x: images in [-1, 1], as they were decoded.
+            z: the latents they were decoded from.
+            label: class of each.
+        """
+        label = None if label is None else label.to(self._device)
+        with torch.autocast(self._device.type, enabled=False):
+            found, _ = self._model.encode(x.to(self._device, torch.float64), label)
+        return (found - z.to(self._device)).abs().flatten(1).amax(1).float().to(x.device)

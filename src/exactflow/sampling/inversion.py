@@ -1,6 +1,5 @@
 """Inverting a flow block by block, with what it cost and how exact it came out."""
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor
 from exactflow.core.model import NonFiniteError
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.sampling.autoregressive import Sequential
-from exactflow.sampling.certificate import WHILE_SOLVING, certify, solved, tolerance_of
+from exactflow.sampling.certificate import WHILE_SOLVING, backward_error, solved, tolerance_of
 from exactflow.sampling.guidance import Guidance, GuidedTransform
 
 
@@ -45,20 +44,17 @@ class BlockRecord:
     """What inverting one block took and gave.
 
     Attributes:
-        evaluations: network passes, whatever their width; repairs included, the certificate's not.
+        evaluations: network passes, whatever their width; repairs included, checks not.
         tokens: tokens evaluated, summed over passes, per sample.
-        seconds: wall-clock, certificate included.
-        residual: max |f(u) - v| of each sample over the block's tokens, from one parallel pass:
-            u is the exact inverse of a latent that far from the given one.
-        repaired: which samples were inverted again, token by token, since their residual was too
-            large.
+        seconds: wall-clock, repairs included.
+        repaired: which samples were inverted again, token by token, since the solver had left their
+            backward error above the tolerance.
         passes: every evaluation; empty unless they were observed.
     """
 
     evaluations: int
     tokens: int
     seconds: float
-    residual: Float[Tensor, " batch"]
     repaired: Bool[Tensor, " batch"]
     passes: tuple[Pass, ...]
 
@@ -123,7 +119,7 @@ class CountedTransform(AutoregressiveTransform):
 
 @final
 class Inversion:
-    """A solver that guides, certifies, repairs, watches for non-finite values and keeps records.
+    """A solver that guides, repairs, watches for non-finite values and keeps records.
 
     Args:
         solvers: what does the work: one for every block in generation order, or one for all.
@@ -131,8 +127,8 @@ class Inversion:
         guidance: None for none.
         null_label: see `GuidedTransform`.
         on_nonfinite: "raise" NonFiniteError, or "omit": mark the sample in `failures` and go on.
-        tolerance: backward error above which a sample is inverted again, token by token; None: by
-            the network's dtype.
+        tolerance: backward error of a block above which a sample is inverted again, token by
+            token; None: by the network's dtype. Of solvers that are not exact by construction.
         observe: keep a record of every pass.
     """
 
@@ -178,31 +174,23 @@ class Inversion:
         tolerance = tolerance_of(system, self.tolerance)
         counted = CountedTransform(system, z if self.observe else None, WHILE_SOLVING * tolerance)
         u = solver(counted, z, label)
-        residual, fine = certify(system, u, z, label, tolerance)
-        repaired = ~fine
-        if _is_reference(solver):  # to do the same once more would repair nothing
-            repaired = torch.zeros_like(fine)
-        if bool(repaired.any()):
-            residual = _repair(counted, u, residual, z, label, repaired, tolerance)
+        repaired = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+        if not _is_exact(solver):
+            residual = backward_error(system, u, z, label)
+            repaired = ~(residual <= tolerance)  # also where it is not finite
+            if bool(repaired.any()):
+                _repair(counted, u, residual, z, label, repaired)
         self.watch(u, f"block {index + 1} in generation order")
         self.records.append(
             BlockRecord(
                 counted.evaluations,
                 counted.tokens,
                 time.perf_counter() - began,
-                residual,
                 repaired,
                 tuple(counted.passes),
             )
         )
         return u
-
-    @property
-    def residual(self) -> Float[Tensor, " batch"]:
-        """Largest residual of each sample over the blocks so far; NaN where there was none."""
-        if not self.records:
-            return torch.full((len(self.seeds),), math.nan)
-        return torch.stack([record.residual for record in self.records]).amax(0)
 
     def watch(self, result: Float[Tensor, "batch *shape"], place: str) -> None:
         """Record or raise the first non-finite entry of every sample that has one.
@@ -225,9 +213,9 @@ class Inversion:
             )
 
 
-def _is_reference(solver: Solver) -> bool:
-    """Whether it is the reference inverse itself, in the network's own arithmetic."""
-    return isinstance(solver, Sequential) and solver.decoding == Decoding()
+def _is_exact(solver: Solver) -> bool:
+    """Whether it computes every token from its final prefix in the network's own dtype."""
+    return isinstance(solver, Sequential) and solver.decoding.dtype is None
 
 
 def _repair(
@@ -237,15 +225,13 @@ def _repair(
     z: Tensor,
     label: Tensor | None,
     rows: Tensor,
-    tolerance: float,
-) -> Tensor:
-    """Put the reference inverse of these samples into `u`; their new residuals.
+) -> None:
+    """Put the reference inverse of these samples into `u`.
 
     Where rounding leaves the reference further off than what is there, that stays.
     """
     part = None if label is None else label[rows]
     again = transform.inverse(z[rows], part)
-    after, _ = certify(transform.transform, again, z[rows], part, tolerance)
+    after = backward_error(transform.transform, again, z[rows], part)
     better = ~(after > residual[rows])  # also where either is not finite: the reference decides
     u[rows] = torch.where(better[:, None, None], again, u[rows])
-    return residual.masked_scatter(rows, torch.where(better, after, residual[rows]))

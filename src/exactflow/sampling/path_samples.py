@@ -169,6 +169,7 @@ def _samples(
         seconds=time.perf_counter() - began,
         certificate=torch.full((len(x),), torch.nan),
         repairs=(),
+        beyond_tolerance=(),
         failures={},
         trace=None,
         passes=None,

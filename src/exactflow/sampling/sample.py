@@ -1,5 +1,6 @@
 """Samples of a model: sample k belongs to seed k, and carries its cost and its certificate."""
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Literal
@@ -9,12 +10,13 @@ from jaxtyping import Int
 from rich.progress import track
 from torch import Tensor
 
-from exactflow.core.model import Flow, GenerativeModel, evaluating
+from exactflow.core.model import Flow, GenerativeModel, autoregressive_parts, evaluating
 from exactflow.core.processes import Processes, current
 from exactflow.core.random import generator, normal_rows
 from exactflow.core.transform import Solver
 from exactflow.paths.path_model import PathModel
 from exactflow.sampling.autoregressive import named_solvers
+from exactflow.sampling.certificate import Certificate, tolerance_of
 from exactflow.sampling.denoise import score_denoise
 from exactflow.sampling.guidance import Guidance
 from exactflow.sampling.inversion import Inversion
@@ -56,8 +58,9 @@ def sample(
         guidance: scale of the published rule with its linear ramp, or a `Guidance`; on a path, of
             classifier-free guidance.
         steps: of a solver on a path; None: its usual number.
-        tolerance: backward error of a block that counts as exact; None: what rounding leaves of
-            the network's dtype; 0: named solvers compute every token from its final prefix.
+        tolerance: backward error that counts as exact, of a block for solvers and repairs, of the
+            whole for `Samples.beyond_tolerance`; None: what rounding leaves of the network's dtype;
+            0: named solvers compute every token from its final prefix.
         denoise: one step of score denoising; None: for models trained with Gaussian noise.
         temperature: factor on the prior's standard deviation.
         batch_size: samples decoded together.
@@ -125,28 +128,36 @@ def sample(
 
     batches = []
     starts = range(0, n, batch_size)
+    parts = autoregressive_parts(model)
+    null_label = model.null_label if model.num_classes else None
     with evaluating(model):
+        certificate = Certificate(model, rule, null_label) if parts else None
         for first in track(starts, "sampling", transient=True) if progress else starts:
             seeds = range(seed + first, seed + min(first + batch_size, n))
             inversion = Inversion(
                 solvers,
                 seeds,
                 guidance=rule,
-                null_label=model.null_label if model.num_classes else None,
+                null_label=null_label,
                 on_nonfinite=on_nonfinite,
                 tolerance=tolerance or None,  # 0 is more than any certificate can say
                 observe=profile and first == 0,
             )
             chunk = None if labels is None else labels[first : first + len(seeds)]
-            images = _draw(model, inversion, chunk, temperature)
+            z = _latents(model, seeds, temperature)
+            images = list(model.trajectory(z, chunk, solver=inversion))
             inversion.watch(images[-1], "the image")
+            residual = torch.full((len(z),), torch.nan, device=z.device)
+            if certificate is not None:
+                residual = certificate(images[-1], z, chunk)
             if not trace:
                 images = images[-1:]
             if denoise:
                 images.append(score_denoise(model, images[-1], chunk))
                 inversion.watch(images[-1], "score denoising")
-            batches.append((inversion, torch.stack(images)))
-    return _gather(model, batches, labels, trace, profile, began)
+            batches.append((inversion, residual, torch.stack(images)))
+    limit = tolerance_of(parts[0], tolerance or None) if parts else math.inf
+    return _gather(model, batches, labels, limit, trace, profile, began)
 
 
 def _refuse(**options: object) -> None:
@@ -163,32 +174,31 @@ def _named(model: Flow, name: str, rows: int, tolerance: float | None) -> Solver
     return named_solvers(name, number_of_blocks(model), tolerance)
 
 
-def _draw(
-    model: Flow, inversion: Inversion, label: Tensor | None, temperature: float
-) -> list[Tensor]:
-    """Latent to image, one batch."""
-    noise = normal_rows(model.prior.shape, [generator(s, "sample") for s in inversion.seeds])
+def _latents(model: Flow, seeds: Sequence[int], temperature: float) -> Tensor:
+    """The latent of every seed."""
+    noise = normal_rows(model.prior.shape, [generator(seed, "sample") for seed in seeds])
     noise = noise.to(torch.promote_types(model.dtype, torch.float32)).to(model.device)
-    z = model.prior.from_noise(noise * temperature)  # about the prior's mean
-    return list(model.trajectory(z, label, solver=inversion))
+    return model.prior.from_noise(noise * temperature)  # about the prior's mean
 
 
 def _gather(
     model: Flow,
-    batches: list[tuple[Inversion, Tensor]],
+    batches: list[tuple[Inversion, Tensor, Tensor]],
     labels: Tensor | None,
+    limit: float,
     trace: bool,
     profile: bool,
     began: float,
 ) -> Samples:
     """Put the batches together, without the samples that failed."""
-    inversions = [inversion for inversion, _ in batches]
+    inversions = [inversion for inversion, _, _ in batches]
     seeds = [seed for inversion in inversions for seed in inversion.seeds]
     failures = {seed: where for i in inversions for seed, where in i.failures.items()}
     kept = [row for row, seed in enumerate(seeds) if seed not in failures]
-    steps = torch.cat([images for _, images in batches], dim=1)[:, kept]
+    steps = torch.cat([images for _, _, images in batches], dim=1)[:, kept]
     records = [inversion.records for inversion in inversions]
-    residual = torch.cat([inversion.residual for inversion in inversions])
+    certificate = torch.cat([residual for _, residual, _ in batches])[kept]
+    beyond = (~(certificate <= limit)).tolist() if math.isfinite(limit) else [False] * len(kept)
     return Samples(
         x=steps[-1],
         images=model.to_grey_levels(steps[-1]),
@@ -197,7 +207,8 @@ def _gather(
         evaluations=sum(sum(r.evaluations for r in rs) if rs else 1 for rs in records),
         iterations=tuple(max(r.evaluations for r in block) for block in zip(*records, strict=True)),
         seconds=time.perf_counter() - began,
-        certificate=residual[kept],
+        certificate=certificate,
+        beyond_tolerance=tuple(seeds[row] for row, far in zip(kept, beyond, strict=True) if far),
         repairs=tuple(
             sum(int(r.repaired.sum()) for r in block) for block in zip(*records, strict=True)
         ),

@@ -27,11 +27,14 @@ class Samples:
         iterations: passes of each autoregressive block in generation order, largest over batches;
             none for a flow without such blocks, and for models that are no flows.
         seconds: wall-clock of everything.
-        certificate: max |f(u) - v| of each sample over all blocks and tokens: how far the latents
-            that these images really encode to, block by block, lie from those drawn; NaN where no
-            block is autoregressive, and where a solver of differential equations made them.
+        certificate: max |encode(x) - z| of each sample, the model evaluated in float64 and x
+            before denoising: how far the latent that this image really encodes to lies from the
+            one drawn; NaN where no part of the model is autoregressive, and where a solver of
+            differential equations made it.
         repairs: samples of each block in generation order that were inverted again, token by
-            token, since the solver left them too far off.
+            token, since the solver left their backward error above the tolerance.
+        beyond_tolerance: seeds of the samples whose certificate exceeds the tolerance all the same,
+            which is then the rounding of the model's own dtype.
         failures: seed -> place, of samples left out because they were not finite.
         trace: the latent laid out as an image, the result of each block in generation order, and
             the denoised image if there is one: (steps, n, C, H, W); None unless asked for.
@@ -47,6 +50,7 @@ class Samples:
     seconds: float
     certificate: Float[Tensor, " n"]
     repairs: tuple[int, ...]
+    beyond_tolerance: tuple[int, ...]
     failures: dict[int, str]
     trace: Float[Tensor, "steps n channels height width"] | None
     passes: tuple[tuple[Pass, ...], ...] | None
@@ -70,6 +74,7 @@ def together(parts: Sequence[Samples]) -> Samples:
         seconds=max(part.seconds for part in parts),
         certificate=torch.cat([part.certificate.to(device) for part in parts]),
         repairs=tuple(map(sum, zip(*(part.repairs for part in parts), strict=True))),
+        beyond_tolerance=tuple(seed for part in parts for seed in part.beyond_tolerance),
         failures={seed: where for part in parts for seed, where in part.failures.items()},
         trace=torch.cat(traces, dim=1) if traces else None,
         passes=first.passes,
