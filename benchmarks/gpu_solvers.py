@@ -83,8 +83,8 @@ class FirstTokens:
         with torch.inference_mode():
             cache = transform.new_cache(x, self.decoding)
             for t in range(self.stop):
-                shift, log_scale = transform.affine(x[:, : t + 1], label, cache, start=t)
-                torch.addcmul(shift, z[:, t : t + 1], log_scale.exp(), out=x[:, t : t + 1])
+                theta = transform.conditioner(x[:, : t + 1], label, cache, start=t)
+                x[:, t : t + 1] = transform.conditional.inverse(z[:, t : t + 1], theta)
         return x
 
 

@@ -7,6 +7,7 @@ from exactflow.core.model import Flow
 from exactflow.flows.tarflow import TarFlow, TarFlowConfig
 
 SMALL = {"width": 64, "blocks": 2, "layers_per_block": 1}
+BOUNDED = {"scale": "softplus", "soft_clip": 4.0, "final_norm": True, "start_token": True}
 
 CONFIGS: dict[str, TarFlowConfig] = {
     "rgb": TarFlowConfig((3, 4, 4), patch_size=2, **SMALL),
@@ -21,6 +22,25 @@ CONFIGS: dict[str, TarFlowConfig] = {
         (1, 4, 4), patch_size=2, scale="softplus", soft_clip=4.0, final_norm=True, **SMALL
     ),
     "two heads, deep": TarFlowConfig((1, 4, 4), 2, width=128, blocks=3, layers_per_block=2),
+    "start token": TarFlowConfig((1, 4, 4), patch_size=2, start_token=True, **SMALL),
+    "triangular": TarFlowConfig(
+        (1, 4, 4), patch_size=2, conditional=("affine", "triangular"), start_token=True, **SMALL
+    ),
+    "mixture": TarFlowConfig(
+        (1, 4, 4), patch_size=2, conditional=("affine", "mixture"), **BOUNDED, **SMALL
+    ),
+    "mixture alone, one token": TarFlowConfig(
+        (1, 2, 2), patch_size=2, conditional=("mixture",), components=2, **BOUNDED, **SMALL
+    ),
+    "mixture, triangular": TarFlowConfig(
+        (3, 2, 4),
+        patch_size=2,
+        conditional=("affine", "mixture", "triangular"),
+        components=3,
+        num_classes=3,
+        **BOUNDED,
+        **SMALL,
+    ),
     "gaussian noise": TarFlowConfig((1, 4, 4), patch_size=2, noise_std=0.1, **SMALL),
 }
 

@@ -55,7 +55,7 @@ def found_in_float64(model: Flow, drawn: Samples, guidance: Guidance | None = No
             system = block
             if guidance is not None:
                 system = GuidedTransform(block, guidance, model.null_label)
-            shift, log_scale = system.affine(u, drawn.label)
+            log_scale, shift = system.conditioner(u, drawn.label).chunk(2, -1)
             tokens = block.arrange((u - shift) * torch.exp(-log_scale))
     return (tokens - z).abs().amax((1, 2))
 

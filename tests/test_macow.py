@@ -133,8 +133,7 @@ def masked_convolution(
 ) -> MaskedConvolution:
     """One with disturbed weights, in float64."""
     torch.manual_seed(3)
-    lines = size[0] if orientation in "AB" else size[1]
-    conv = MaskedConvolution(2, lines, (2, 3), orientation)
+    conv = MaskedConvolution(2, size, (2, 3), orientation)
     with torch.no_grad():
         for parameter in conv.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -280,7 +279,7 @@ def test_published_masked_convolutions() -> None:
         kernel = tuple(kernel if order in "AB" else kernel[::-1])
         conv = MaskedConvolution(
             variant["in_channels"],
-            5 if order in "AB" else 7,
+            (5, 7),
             kernel,
             order,
             additive=not variant["scale"],
@@ -373,7 +372,7 @@ def test_parameter_counts_of_parts() -> None:
         widths = {3: 324, 12: 4_752, 48: 74_304, 96: 296_064, 100: 160_800, 192: 591_360}
         widths[300] = 1_231_024
         for channels, parameters in widths.items():
-            assert count(MaskedConvolution(channels, 4, (2, 3), "A")) == parameters
+            assert count(MaskedConvolution(channels, (4, 4), (2, 3), "A")) == parameters
         plan = StepPlan((8, 8), 512, (2, 3), False, 0)
         step = Step(plan, 12)
         assert [count(unit) for unit in step.units] == [19_056, 19_056]
@@ -468,8 +467,8 @@ def test_parameters_see_the_lines_before_and_nothing_else(orientation: Orientati
 def test_parameters_of_tokens_are_strictly_triangular(orientation: Orientation) -> None:
     conv = masked_convolution(orientation, (4, 6))
     x = conv.arrange(torch.randn(1, 2, 4, 6, dtype=torch.float64))
-    jacobian = torch.autograd.functional.jacobian(lambda u: torch.stack(conv.affine(u)), x)
-    seen = jacobian.abs().amax((0, 1, 3, 4, 6))
+    jacobian = torch.autograd.functional.jacobian(conv.conditioner, x)
+    seen = jacobian.abs().amax((0, 2, 3, 5))
     band = torch.ones_like(seen).tril(-1).triu(-2)
     assert torch.equal(seen > 0, band > 0)
 
@@ -479,14 +478,14 @@ def test_parameters_of_tokens_are_strictly_triangular(orientation: Orientation) 
 def test_cached_parameters_equal_uncached_ones(orientation: Orientation, window: int) -> None:
     conv = masked_convolution(orientation, (5, 7))
     x = conv.arrange(torch.randn(3, 2, 5, 7, dtype=torch.float64))
-    expected = torch.stack(conv.affine(x))
+    expected = conv.conditioner(x)
     cache = conv.new_cache(x)
     for start in range(0, conv.num_tokens, window):
         stop = min(start + window, conv.num_tokens)
         seen = x[:, :stop].clone()
         seen[:, -1] = float("nan")  # the last token must not be read
-        got = torch.stack(conv.affine(seen, None, cache, start))
-        close(got, expected[:, :, start:stop], 1e-13)
+        got = conv.conditioner(seen, None, cache, start)
+        close(got, expected[:, start:stop], 1e-13)
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
@@ -571,7 +570,7 @@ def test_as_many_jacobi_iterations_as_lines_are_exact(orientation: Orientation) 
 
 def test_jacobi_takes_fewer_passes_than_there_are_lines() -> None:
     torch.manual_seed(0)
-    conv = MaskedConvolution(3, 32, (2, 3), "A").double()
+    conv = MaskedConvolution(3, (32, 32), (2, 3), "A").double()
     tokens = torch.randn(2, 32, 3 * 32, dtype=torch.float64)
     z, _ = conv(tokens)
     inversion = Inversion(Jacobi(), range(2))

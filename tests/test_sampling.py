@@ -62,8 +62,9 @@ def test_samples_encode_to_the_latents_drawn(name: str) -> None:
     assert bool((drawn.certificate < 1e-9).all())
     assert drawn.images.dtype == torch.uint8
     tokens = model.prior.shape[0]
-    assert drawn.iterations == (tokens - 1,) * len(model.stages)
-    assert drawn.evaluations == (tokens - 1) * len(model.stages)
+    passes = tokens - (not model.config.start_token)
+    assert drawn.iterations == (passes,) * len(model.stages)
+    assert drawn.evaluations == passes * len(model.stages)
 
 
 def test_guidance_zero_is_bitwise_the_plain_sampler() -> None:
@@ -87,8 +88,8 @@ def test_guided_sampling_equals_two_separate_branches(rule: str, schedule: str) 
     u = torch.zeros_like(v)
     last = block.num_tokens - 1
     for t in range(block.num_tokens):
-        m_c, a_c = (p[:, t] for p in block.affine(u, label))
-        m_u, a_u = (p[:, t] for p in block.affine(u, null))
+        a_c, m_c = block.conditioner(u, label)[:, t].chunk(2, -1)
+        a_u, m_u = block.conditioner(u, null)[:, t].chunk(2, -1)
         w = 1.5 * t / last if schedule == "linear" else 1.5
         if rule == "extrapolate":
             m, a = m_c + w * (m_c - m_u), a_c + w * (a_c - a_u)
@@ -107,7 +108,8 @@ def test_gaussian_score_guidance_is_the_normalised_product() -> None:
     guided = GuidedTransform(only_block(make("rgb")), Guidance(w, "gaussian-score", "constant"), 0)
     m_c, m_u = torch.tensor([[[0.3, -1.0]]]), torch.tensor([[[0.9, 0.5]]])
     s_c, s_u = torch.tensor([[[0.5, 1.0]]]), torch.tensor([[[1.5, 1.0]]])
-    shift, log_scale = guided._combine(m_c, m_u, s_c.log(), s_u.log(), 0)
+    theta, theta_u = torch.cat([s_c.log(), m_c], -1), torch.cat([s_u.log(), m_u], -1)
+    log_scale, shift = guided._combine(theta, theta_u, 0).chunk(2, -1)
     precision = (1 + w) / s_c**2 - w / s_u**2
     mean = ((1 + w) * m_c / s_c**2 - w * m_u / s_u**2) / precision
     torch.testing.assert_close(log_scale.exp(), precision.rsqrt())
@@ -122,10 +124,10 @@ def test_unconditional_guidance_by_attention_temperature() -> None:
     assert float(guided.certificate.max()) < 1e-9
     block = only_block(model)
     x = torch.randn(2, *model.prior.shape, dtype=torch.float64)
-    hot = block.affine(x, temperature=torch.tensor([1.0, 0.5], dtype=torch.float64))
-    cold = block.affine(x)
-    torch.testing.assert_close(hot[0][0], cold[0][0])
-    assert not torch.allclose(hot[0][1], cold[0][1])
+    hot = block.conditioner(x, temperature=torch.tensor([1.0, 0.5], dtype=torch.float64))
+    cold = block.conditioner(x)
+    torch.testing.assert_close(hot[0], cold[0])
+    assert not torch.allclose(hot[1], cold[1])
 
 
 def test_temperature_of_attention_divides_the_logits() -> None:
@@ -133,13 +135,13 @@ def test_temperature_of_attention_divides_the_logits() -> None:
     model = make("rgb")
     x = torch.randn(1, *model.prior.shape, dtype=torch.float64)
     block = only_block(model)
-    got = block.affine(x, temperature=torch.tensor([0.5], dtype=torch.float64))[0]
+    got = block.conditioner(x, temperature=torch.tensor([0.5], dtype=torch.float64))
     with torch.no_grad():
         for layer in block.layers:
             width = layer.qkv.weight.shape[1]
             layer.qkv.weight[:width] *= 2
             layer.qkv.bias[:width] *= 2
-    torch.testing.assert_close(got, block.affine(x)[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(got, block.conditioner(x), rtol=0, atol=1e-12)
 
 
 def test_score_denoising_of_a_gaussian_is_its_closed_form() -> None:
@@ -217,7 +219,7 @@ def test_evaluations_are_the_transforms_own_count() -> None:
     model = make("rgb")
     calls = []
     block = only_block(model)
-    original = type(block).affine
+    original = type(block).conditioner
 
     def counting(self, *args, **kwargs):  # the model's own method, counted from outside
         calls.append(1)
@@ -226,10 +228,10 @@ def test_evaluations_are_the_transforms_own_count() -> None:
     inversion = Inversion(Sequential(), [0])
     z = torch.randn(1, *model.prior.shape, dtype=torch.float64)
     try:
-        type(block).affine = counting
+        type(block).conditioner = counting
         inversion(block, z, None)
     finally:
-        type(block).affine = original
+        type(block).conditioner = original
     tokens = block.num_tokens
     # the first token needs no network
     assert inversion.records[0].evaluations == tokens - 1 == len(calls) - 1

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from exactflow.core.conditional import Affine
 from exactflow.core.model import Flow, NonFiniteError
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.data import DataConfig, load
@@ -205,7 +206,7 @@ def test_a_segment_sees_the_final_values_of_those_before_it() -> None:
     u = GaussSeidelJacobi(lengths, iterations=1, tolerance=0)(block, v, None)
     by_hand = v.clone()
     for begin, end in ((0, 2), (2, 5), (5, 9)):
-        shift, log_scale = block.affine(by_hand)
+        log_scale, shift = block.conditioner(by_hand).chunk(2, -1)
         by_hand[:, begin:end] = (v * log_scale.exp() + shift)[:, begin:end]
     torch.testing.assert_close(u, by_hand, rtol=0, atol=1e-12)
 
@@ -332,14 +333,15 @@ def test_certificate_is_the_identity_of_backward_and_forward() -> None:
     model = make("conditional")
     block, label = transforms(model)[1], some_labels(model)
     u, v = some_latents(model, 3), some_latents(model, 3, seed=9)
-    shift, log_scale = block.affine(u, label)
+    log_scale, shift = block.conditioner(u, label).chunk(2, -1)
     image = v * log_scale.exp() + shift
     residual = ((u - image) * (-log_scale).exp()).abs().amax((1, 2))
     torch.testing.assert_close(backward_error(block, u, v, label), residual)
     # and solved holds the same quantity to the tolerance
     one = torch.tensor([[[1.0]]])
     for error, expected in ((0.9e-3, True), (1.1e-3, False), (math.nan, False)):
-        assert bool(solved(one + error, one, one * 0, 1e-3)) is expected
+        identity = torch.zeros(1, 1, 2)
+        assert bool(solved(Affine(1), one + error, one, one, identity, 1e-3)) is expected
 
 
 def observed(

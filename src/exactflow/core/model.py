@@ -52,11 +52,14 @@ class ParameterRule:
         pattern: regular expression that matches the whole of their names.
         rate: factor of the learning rate.
         decay: whether weights decay.
+        matrices: how many matrices inside of a layer each of these weights stacks, which Muon makes
+            orthogonal steps of; 0: none.
     """
 
     pattern: str
     rate: float = 1.0
     decay: bool = True
+    matrices: int = 0
 
 
 class GenerativeModel(nn.Module, ABC):

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from exactflow.core.conditional import Conditional
+
 
 class Transform(nn.Module, ABC):
     """An invertible map of one sample, applied to a batch."""
@@ -50,24 +52,32 @@ class Decoding:
 
 
 class AutoregressiveTransform(Transform):
-    """z_t = (x_t - shift_t(x_<t)) exp(-log_scale_t(x_<t)) over tokens t = 0 .. num_tokens - 1.
+    """z_t = g(x_t; theta_t(x_<t)) over tokens t = 0 .. num_tokens - 1, in generation order.
 
-    Tokens stand in generation order. `affine` is all that an inverse may know of the model; the
-    triangular structure (Papamakarios et al., MAF, arXiv 1705.07057, eq. 4) does the rest.
+    The conditioner, which gives theta, and the conditional g are all that an inverse may know of
+    the model; the triangular structure (Papamakarios et al., MAF, arXiv 1705.07057, eq. 4) does the
+    rest.
+
+    Attributes:
+        num_tokens: how many tokens there are.
+        conditional: g.
+        predicts_first: whether theta_0 is the network's too; else it is a constant.
     """
 
     num_tokens: int
+    conditional: Conditional
+    predicts_first: bool = False
 
     @abstractmethod
-    def affine(
+    def conditioner(
         self,
         x: Float[Tensor, "batch stop dim"],
         label: Int[Tensor, " batch"] | None = None,
         cache: Any = None,
         start: int = 0,
         temperature: Float[Tensor, " batch"] | None = None,
-    ) -> tuple[Float[Tensor, "batch window dim"], Float[Tensor, "batch window dim"]]:
-        """Parameters (shift, log_scale) of the tokens start .. stop - 1.
+    ) -> Float[Tensor, "batch window size"]:
+        """theta of the tokens start .. stop - 1.
 
         Token t's parameters are a function of x[:, :t] alone; x[:, stop - 1] is never read. With a
         cache, the result is valid until its next use.
@@ -97,8 +107,7 @@ class AutoregressiveTransform(Transform):
         label: Int[Tensor, " batch"] | None = None,
     ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, " batch"]]:
         """All tokens at once: one evaluation of the network."""
-        shift, log_scale = self.affine(x, label)
-        return (x - shift) * torch.exp(-log_scale), -log_scale.flatten(1).sum(1)
+        return self.conditional.forward(x, self.conditioner(x, label))
 
     @torch.no_grad()
     def inverse(
@@ -112,8 +121,8 @@ class AutoregressiveTransform(Transform):
         with torch.inference_mode():  # a third of a small model's time is autograd's bookkeeping
             cache = self.new_cache(x, decoding)
             for t in range(self.num_tokens):
-                shift, log_scale = self.affine(x[:, : t + 1], label, cache, start=t)
-                torch.addcmul(shift, z[:, t : t + 1], log_scale.exp(), out=x[:, t : t + 1])
+                theta = self.conditioner(x[:, : t + 1], label, cache, start=t)
+                x[:, t : t + 1] = self.conditional.inverse(z[:, t : t + 1], theta)
         return x
 
 

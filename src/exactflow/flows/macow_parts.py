@@ -86,17 +86,16 @@ class Unit(nn.Module):
 
     def __init__(self, plan: StepPlan, channels: int) -> None:
         super().__init__()
-        height, width = plan.size
 
-        def conv(orientation: Orientation, lines: int) -> MaskedConvolution:
+        def conv(orientation: Orientation) -> MaskedConvolution:
             return MaskedConvolution(
-                channels, lines, plan.kernel, orientation, plan.additive, plan.context
+                channels, plan.size, plan.kernel, orientation, plan.additive, plan.context
             )
 
         self.parts = nn.ModuleList(
             [
-                *(ActNorm(channels), conv("A", height), conv("B", height)),
-                *(ActNorm(channels), conv("C", width), conv("D", width)),
+                *(ActNorm(channels), conv("A"), conv("B")),
+                *(ActNorm(channels), conv("C"), conv("D")),
             ]
         )
 

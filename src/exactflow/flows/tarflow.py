@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core import images as grey
-from exactflow.core.model import Flow
+from exactflow.core.conditional import Affine, Chain, Conditional, LogisticMixture, Triangular
+from exactflow.core.model import Flow, ParameterRule
 from exactflow.core.prior import DiagonalGaussian
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.nn import batch
@@ -25,7 +26,8 @@ from exactflow.nn.decoding import DecodingCache
 
 EMBEDDING_STD = 0.01  # initial spread of position and class embeddings
 VARIANCE_MOMENTUM = 0.1  # weight of a new batch in the volume-preserving prior's variance
-SOFTPLUS_OFFSET = 0.541324854612918  # softplus(offset) = 1: raw output 0 is the identity
+PARTS = ("affine", "triangular", "mixture")
+Part = Literal["affine", "triangular", "mixture"]
 
 
 @final
@@ -47,6 +49,9 @@ class TarFlowConfig:
     scale: Literal["exp", "softplus"] = "exp"  # softplus: STARFlow (arXiv 2506.06276)
     soft_clip: float = 0.0  # c > 0: raw outputs r become c tanh(r / c), STARFlow uses 4
     final_norm: bool = False  # RMSNorm before the output map, STARFlow
+    conditional: tuple[Part, ...] = ("affine",)  # maps of a token, from data to latent
+    components: int = 4  # K of a mixture
+    start_token: bool = False  # token 0 moves too, by what a learned token before it says
 
     def __post_init__(self) -> None:
         """Raise ValueError for what cannot be built."""
@@ -72,6 +77,18 @@ class TarFlowConfig:
             )
         if self.scale not in ("exp", "softplus"):
             raise ValueError(f"expected scale 'exp' or 'softplus', got {self.scale!r}")
+        unknown = [part for part in self.conditional if part not in PARTS]
+        if unknown or not self.conditional or self.components < 1:
+            raise ValueError(
+                f"expected a conditional of parts {' | '.join(PARTS)} and components >= 1, "
+                f"got {list(self.conditional)} and {self.components}"
+            )
+        if self.conditional != ("affine",) and (self.volume_preserving or not self.start_token):
+            raise ValueError(
+                f"expected start_token=True and volume_preserving=False for the conditional "
+                f"{list(self.conditional)}: only an affine map leaves token 0 alone or has shifts "
+                "only"
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -83,10 +100,23 @@ class TarFlowConfig:
         """d = C P^2."""
         return self.image_shape[0] * self.patch_size**2
 
+    def make_conditional(self) -> Conditional:
+        """What a block does to one token."""
+        dim = self.token_dim
+        known = {
+            "affine": Affine(dim, self.scale),
+            "triangular": Triangular(dim),
+            "mixture": LogisticMixture(dim, self.components),
+        }
+        parts = tuple(known[part] for part in self.conditional)
+        return parts[0] if len(parts) == 1 else Chain(parts)
+
 
 @final
 class TarFlowBlock(AutoregressiveTransform):
-    """One block in generation order: token t moves by what precedes it, token 0 not at all.
+    """One block in generation order: token t moves by what precedes it.
+
+    Token 0 does not move at all, unless there is a start token.
 
     Args:
         config: the model's configuration.
@@ -97,7 +127,8 @@ class TarFlowBlock(AutoregressiveTransform):
         super().__init__()
         self.config = config
         self.reverse = reverse
-        self.num_tokens = config.num_tokens
+        self.num_tokens, self.predicts_first = config.num_tokens, config.start_token
+        self.conditional = config.make_conditional()
         channels, dim = config.width, config.token_dim
         self.input = nn.Linear(dim, channels)
         self.position = nn.Parameter(torch.randn(self.num_tokens, channels) * EMBEDDING_STD)
@@ -109,8 +140,15 @@ class TarFlowBlock(AutoregressiveTransform):
             TransformerLayer(channels, config.head_dim) for _ in range(config.layers_per_block)
         )
         self.norm = nn.RMSNorm(channels) if config.final_norm else None
-        self.output = nn.Linear(channels, dim if config.volume_preserving else 2 * dim)
+        size = dim if config.volume_preserving else self.conditional.size
+        self.output = nn.Linear(channels, size)
         nn.init.zeros_(self.output.weight)  # the bias keeps its default: near, not at, identity
+        self.start_token = None
+        if config.start_token:
+            self.start_token = nn.Parameter(torch.randn(dim) * EMBEDDING_STD)
+            if not config.volume_preserving:
+                with torch.no_grad():
+                    self.output.bias.copy_(self.conditional.start)
 
     def arrange(
         self, tokens: Float[Tensor, "batch tokens dim"]
@@ -131,36 +169,46 @@ class TarFlowBlock(AutoregressiveTransform):
             self.output.weight,
             self.output.bias,
         )
-        head_dim, tokens = self.config.head_dim, self.num_tokens - 1
+        head_dim, tokens = self.config.head_dim, self.num_tokens - (not self.predicts_first)
         return DecodingCache(network, head_dim, len(x), tokens, how.dtype, how.step, how.memory)
 
-    def affine(
+    def conditioner(
         self,
         x: Float[Tensor, "batch stop dim"],
         label: Int[Tensor, " batch"] | None = None,
         cache: DecodingCache | None = None,
         start: int = 0,
         temperature: Float[Tensor, " batch"] | None = None,
-    ) -> tuple[Float[Tensor, "batch window dim"], Float[Tensor, "batch window dim"]]:
-        """See `AutoregressiveTransform.affine`; the output at token t parametrises token t + 1."""
-        if x.shape[1] == 1:  # token 0 has nothing before it
-            return torch.zeros_like(x), torch.zeros_like(x)
-        first, window = max(start - 1, 0), x.shape[1] - 1 - max(start - 1, 0)
-        if cache is None:
-            # The last position is evaluated in vain: N suits fast kernels better than N - 1.
-            window += 1
-            h = self.input(x.to(self.input.weight.dtype)) + self._condition(label)[:, :window]
+    ) -> Float[Tensor, "batch window size"]:
+        """See `AutoregressiveTransform.conditioner`.
+
+        The network's output at a token parametrises the next one, at the start token the first.
+        """
+        stop = x.shape[1]
+        if self.start_token is not None:  # position t holds token t - 1
+            token = self.start_token.to(x.dtype)
+            if cache is None:
+                read = torch.cat([token.expand(len(x), 1, -1), x[:, :-1]], dim=1)
+            else:
+                read = cache.behind(token, x, start)
+            first, missing = start, 0
+        else:  # position t holds token t; the last one is evaluated where there is no cache
+            read, first, missing = x if cache is None else x[:, :-1], max(start - 1, 0), 1
+        if stop == missing:  # token 0 has nothing before it
+            return self._theta(x.new_zeros(len(x), 1, self.output.out_features))
+        if cache is None:  # N positions suit fast kernels better than N - 1
+            h = self.input(read.to(self.input.weight.dtype)) + self._condition(label)[:, :stop]
             h = h.flatten(0, 1)
             for layer in self.layers:
                 h = layer(h, len(x), temperature)
             raw = self.output(h if self.norm is None else self.norm(h))
         else:
             cache.condition(lambda: self._condition(label))
-            raw = cache(x, first, temperature)
-        raw = raw.to(x.dtype).view(len(x), window, -1)
-        if start == 0:  # no change of token 0; the raw output 0 stands for it
-            raw = F.pad(raw, (0, 0, 1, x.shape[1] - 1 - window))
-        return self._shift_and_log_scale(raw)
+            raw = cache(read, first, temperature)
+        raw = raw.to(x.dtype).view(len(x), read.shape[1] - first, -1)
+        if start == 0 and missing:  # no change of token 0; the raw output 0 stands for it
+            raw = F.pad(raw, (0, 0, 1, stop - 1 - raw.shape[1]))
+        return self._theta(raw)
 
     def _condition(self, label: Tensor | None) -> Float[Tensor, "batch_or_1 tokens channels"]:
         """Position embedding in generation order plus the class vector, the mean when dropped."""
@@ -173,16 +221,13 @@ class TarFlowBlock(AutoregressiveTransform):
         table = torch.cat([self.class_embedding, dropped])
         return position + table[label][:, None]
 
-    def _shift_and_log_scale(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Shift and log-scale, in the dtype of the tokens, which is never below float32."""
+    def _theta(self, raw: Tensor) -> Tensor:
+        """Of raw outputs, in the dtype of the tokens, which is never below float32."""
         if self.config.soft_clip:
             raw = self.config.soft_clip * torch.tanh(raw / self.config.soft_clip)
-        if self.config.volume_preserving:
-            return raw, torch.zeros_like(raw)
-        log_scale, shift = raw.chunk(2, dim=-1)
-        if self.config.scale == "softplus":
-            log_scale = F.softplus(log_scale + SOFTPLUS_OFFSET).log()
-        return shift, log_scale
+        if self.config.volume_preserving:  # shifts only
+            return torch.cat([torch.zeros_like(raw), raw], dim=-1)
+        return self.conditional.constrain(raw)
 
 
 @final
@@ -194,6 +239,10 @@ class TarFlow(Flow):
 
     kind: ClassVar[str] = "tarflow"
     exact: ClassVar[bool] = True
+    parameter_rules: ClassVar[tuple[ParameterRule, ...]] = (
+        ParameterRule(r"blocks\.\d+\.layers\.\d+\.qkv\.weight", matrices=3),
+        ParameterRule(r"blocks\.\d+\.layers\.\d+\.(proj|expand|contract)\.weight", matrices=1),
+    )
 
     def __init__(self, config: TarFlowConfig) -> None:
         super().__init__()

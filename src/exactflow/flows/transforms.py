@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core.composition import ElementaryTransform, Retraced, ReversibleTransform
+from exactflow.core.conditional import Affine
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Transform
 from exactflow.nn.masked_convolution import DataDependent, Kernel, MaskedNetwork, standardize
 from exactflow.nn.precision import full_precision
@@ -246,7 +247,7 @@ class MaskedConvolution(AutoregressiveTransform):
 
     Args:
         channels: of the image.
-        lines: number of tokens.
+        size: height and width of the image, which say how many lines there are, and how long.
         kernel: lines before that are seen, and places across.
         orientation: order of the lines.
         additive: s = 1.
@@ -256,23 +257,24 @@ class MaskedConvolution(AutoregressiveTransform):
     def __init__(
         self,
         channels: int,
-        lines: int,
+        size: tuple[int, int],
         kernel: tuple[int, int],
         orientation: Orientation,
         additive: bool = False,
         context: int = 0,
     ) -> None:
         super().__init__()
-        self.channels, self.num_tokens, self.seen = channels, lines, kernel[0]
+        self.num_tokens, across = size if orientation in "AB" else size[::-1]
+        self.channels, self.seen = channels, kernel[0]
+        self.conditional = Affine(channels * across)
         self.orientation: Orientation = orientation
         self.additive = additive
         hidden = 4 * channels if channels <= 96 else min(2 * channels, 512)
         outputs = channels if additive else 2 * channels
-        (seen, across), margin = kernel, kernel[1] // 2
-        size, padding = (seen, across), (0, margin)
+        window, padding = kernel, (0, kernel[1] // 2)
         if orientation in "CD":
-            size, padding = (across, seen), (margin, 0)
-        self.network = MaskedNetwork(channels, hidden, outputs, size, padding, context)
+            window, padding = window[::-1], padding[::-1]
+        self.network = MaskedNetwork(channels, hidden, outputs, window, padding, context)
 
     def arrange(
         self, x: Float[Tensor, "batch channels height width"]
@@ -307,25 +309,25 @@ class MaskedConvolution(AutoregressiveTransform):
     ) -> tuple[Kernel, Kernel]:
         """See `AutoregressiveTransform.new_cache`: the weights, normalised once.
 
-        What a line needs of those before it are the lines themselves, which `affine` is given.
+        What a line needs of those before it are the lines themselves, which `conditioner` is given.
         """
         how = decoding or Decoding()
         if how.step != "eager":
             raise ValueError(f"masked convolutions have no {how.step!r} step: expected 'eager'")
         return self.network.frozen(how.dtype)
 
-    def affine(
+    def conditioner(
         self,
         x: Float[Tensor, "batch stop dim"],
         label: Int[Tensor, " batch"] | None = None,
         cache: tuple[Kernel, Kernel] | None = None,
         start: int = 0,
         temperature: Float[Tensor, " batch"] | None = None,
-    ) -> tuple[Float[Tensor, "batch window dim"], Float[Tensor, "batch window dim"]]:
-        """See `AutoregressiveTransform.affine`: shift = -mu / s and log_scale = -ln s."""
+    ) -> Float[Tensor, "batch window size"]:
+        """See `AutoregressiveTransform.conditioner`: log-scale -ln s and shift -mu / s."""
         before = self.restore(x[:, max(start - self.seen, 0) : -1])
         mu, log_s = self._move(before, (max(self.seen - start, 0), 0), None, cache)
-        return self.arrange(-mu * torch.exp(-log_s)), self.arrange(-log_s)
+        return torch.cat([self.arrange(-log_s), self.arrange(-mu * torch.exp(-log_s))], dim=-1)
 
     def _move(
         self,

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from exactflow.core import images as grey
+from exactflow.core.conditional import Affine
 from exactflow.core.model import FittedFlow, Preset, log_density
 from exactflow.core.prior import DiagonalGaussian
 from exactflow.core.random import generator, uniform_rows
@@ -67,6 +68,7 @@ class TriangularWhitening(AutoregressiveTransform):
     def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.num_tokens = tokens = layout.tokens
+        self.conditional = Affine(layout.positions)
         self.mean = nn.Parameter(torch.zeros(tokens, layout.positions))
         self.log_scale = nn.Parameter(torch.zeros(tokens, layout.groups))
         self.below = None  # the entries of A below its diagonal, row after row
@@ -95,15 +97,15 @@ class TriangularWhitening(AutoregressiveTransform):
             raise ValueError(f"whitening has no other way of decoding than its own, got {how}")
         return self._prediction(0, self.num_tokens, x.dtype)
 
-    def affine(
+    def conditioner(
         self,
         x: Float[Tensor, "batch stop positions"],
         label: Int[Tensor, " batch"] | None = None,
         cache: Tensor | None = None,
         start: int = 0,
         temperature: Float[Tensor, " batch"] | None = None,
-    ) -> tuple[Float[Tensor, "batch window positions"], Float[Tensor, "batch window positions"]]:
-        """See `AutoregressiveTransform.affine`. Raises ValueError for a temperature."""
+    ) -> Float[Tensor, "batch window size"]:
+        """See `AutoregressiveTransform.conditioner`. Raises ValueError for a temperature."""
         if temperature is not None:
             raise ValueError("whitening has no attention: it takes no attention temperature")
         stop = x.shape[1]
@@ -115,7 +117,7 @@ class TriangularWhitening(AutoregressiveTransform):
             known = x[:, : stop - 1] - mean[: stop - 1]
             shift = shift - apply_linear(weight[:, :, : stop - 1], known)
         log_scale = self.log_scale[start:stop].to(x.dtype)
-        return shift.contiguous(), log_scale.expand(len(x), -1, x.shape[2])
+        return torch.cat([log_scale.expand_as(shift), shift], dim=-1)
 
     def substitute(
         self, z: Float[Tensor, "batch tokens positions"]

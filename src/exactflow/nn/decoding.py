@@ -52,6 +52,7 @@ class DecodingCache:
             raise ValueError(f"expected step 'eager' under autocast, got {step!r}")
         self._batch, self._head_dim, self._tokens = batch, head_dim, tokens
         self._condition: Tensor | None = None
+        self._inputs: Tensor | None = None
         self._dtype = dtype or network.output.dtype
         inside = torch.get_autocast_dtype(device.type) if self._autocast else self._dtype
         heads = network.output.shape[1] // head_dim
@@ -90,24 +91,37 @@ class DecodingCache:
             self._condition = make().detach()[:, : self._tokens].to(self._dtype)
 
     @torch.no_grad()
+    def behind(
+        self, token: Float[Tensor, " dim"], x: Float[Tensor, "batch stop dim"], start: int
+    ) -> Float[Tensor, "batch stop dim"]:
+        """The inputs token, x_0 .. x_(stop - 2); those before x_(start - 1) are there already."""
+        if self._inputs is None:
+            self._inputs = x.new_empty(len(x), self._tokens, x.shape[2])
+            self._inputs[:, 0] = token
+        first = max(start, 1)
+        self._inputs[:, first : x.shape[1]] = x[:, first - 1 : -1]
+        return self._inputs[:, : x.shape[1]]
+
+    @torch.no_grad()
     def __call__(
         self,
         x: Float[Tensor, "batch stop dim"],
         first: int,
         temperature: Float[Tensor, " batch"] | None,
     ) -> Float[Tensor, "batch window out"]:
-        """The network at positions first .. stop - 2; x[:, stop - 1] is not read.
+        """The network at positions first .. stop - 1, of the inputs x from position 0 on.
 
-        The result is valid until the next call.
+        Of those before `first` nothing but their number is used, except with step "graph". The
+        result is valid until the next call.
         """
         assert self._condition is not None
-        window = x.shape[1] - 1 - first
+        window = x.shape[1] - first
         if isinstance(self._one, GraphedPasses):
             return self._one(x, self._condition, first, temperature)
         if window == 1 and self._one is not None:
             here = self._condition[:, first]
             return self._one(x[:, first], here, first, temperature)[:, None]
-        read = x[:, first:-1].to(self._dtype)
+        read = x[:, first:].to(self._dtype)
         net = self._network
         h = F.linear(read, net.input, net.input_bias)
         h = (h + self._condition[:, first : first + window]).flatten(0, 1)

@@ -36,8 +36,8 @@ class GraphedPasses:
         first: int,
         temperature: Float[Tensor, " batch"] | None,
     ) -> Float[Tensor, "batch window out"]:
-        """The network at positions first .. stop - 2; the result is valid until the next call."""
-        tokens, window = condition.shape[1], x.shape[1] - 1 - first
+        """The network at positions first .. stop - 1; the result is valid until the next call."""
+        tokens, window = condition.shape[1], x.shape[1] - first
         size = min(_power_of_two(window), tokens)
         begin = min(first, tokens - size)  # at the end, what is there already is computed again
         keys = min(max(_power_of_two(begin + size), FEWEST_KEYS), self._caches[0].shape[3])
@@ -49,7 +49,7 @@ class GraphedPasses:
         if key not in self._passes:
             build = (self._network, self._caches, static, size, keys, temperature is not None)
             self._passes[key] = StaticPass(*build, self._pool)
-        raw = self._passes[key](x[:, begin:-1], begin, temperature)
+        raw = self._passes[key](x[:, begin:], begin, temperature)
         return raw[:, first - begin : first - begin + window]
 
 

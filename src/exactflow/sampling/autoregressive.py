@@ -1,7 +1,7 @@
 """Inverting one autoregressive transform: token by token, all at once, and in between.
 
 A block is u = F(u) with F strictly triangular (fixed-point form of MAF's eq. 4, arXiv 1705.07057).
-Every solver here sees `AutoregressiveTransform.affine` and nothing else of the model.
+Every solver here sees the conditioner and the conditional and nothing else of the model.
 """
 
 from collections.abc import Sequence
@@ -73,8 +73,8 @@ class Jacobi:
         active = torch.arange(len(z), device=z.device)
         for iteration in range(self.iterations or z.shape[1]):
             old, v = u[active], z[active]
-            new, log_scale = _image(transform, old, v, None if label is None else label[active])
-            done = solved(old, new, log_scale, tolerance).all(1)
+            new, theta = _image(transform, old, v, None if label is None else label[active])
+            done = solved(transform.conditional, old, new, v, theta, tolerance).all(1)
             u[active] = torch.where(done[:, None, None], old, _tame(new, v, iteration + 1))
             active = active[~done]
             if not len(active):
@@ -124,11 +124,11 @@ class GaussSeidelJacobi:
         stale = 0  # first token that has changed since the cache took it up
         for begin, end in pairwise(self._bounds(z.shape[1])):
             for iteration in range(self.iterations or end - begin):
-                new, log_scale = _image(transform, u[:, :end], z[:, :end], label, cache, stale)
-                old = u[:, begin:end]
-                new, log_scale = new[:, begin - stale :], log_scale[:, begin - stale :]
-                done = solved(old, new, log_scale, tolerance).all(1)
-                guess = _tame(new, z[:, begin:end], iteration + 1)
+                new, theta = _image(transform, u[:, :end], z[:, :end], label, cache, stale)
+                old, v = u[:, begin:end], z[:, begin:end]
+                new, theta = new[:, begin - stale :], theta[:, begin - stale :]
+                done = solved(transform.conditional, old, new, v, theta, tolerance).all(1)
+                guess = _tame(new, v, iteration + 1)
                 u[:, begin:end] = torch.where(done[:, None, None], old, guess)
                 stale = end if bool(done.all()) else begin
                 if stale == end:
@@ -195,9 +195,10 @@ class Adaptive:
                 ahead = min(int(self.lookahead * gained), self.window or tokens)
                 high = min(low + ahead, tokens)
                 old, v = u[:, low:high], z[:, low:high]
-                new, log_scale = _image(transform, u[:, :high], v, label, cache, low)
+                new, theta = _image(transform, u[:, :high], v, label, cache, low)
                 here, known = place[low:high], prefix[:, None]
-                fine = solved(old, new, log_scale, tolerance) | (here < known)
+                done = solved(transform.conditional, old, new, v, theta, tolerance)
+                fine = done | (here < known)
                 joins = fine.cumprod(1).bool()
                 computed = low + joins.sum(1, keepdim=True)  # the one behind: final as computed
                 guess = torch.where((here > computed)[..., None], _tame(new, v), new)
@@ -248,9 +249,9 @@ def _image(
     cache: object = None,
     start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """F(u) of the tokens from `start` on, whose latents are the last of `v`; and the log-scale."""
-    shift, log_scale = transform.affine(u, label, cache, start)
-    return torch.addcmul(shift, v[:, -shift.shape[1] :], log_scale.exp()), log_scale
+    """F(u) of the tokens from `start` on, whose latents are the last of `v`; and their theta."""
+    theta = transform.conditioner(u, label, cache, start)
+    return transform.conditional.inverse(v[:, -theta.shape[1] :], theta), theta
 
 
 def _tame(guess: Tensor, v: Tensor, known: int = 0) -> Tensor:

@@ -1,9 +1,9 @@
 """How exact an inverse is: of one block as its network evaluates it, and of the whole in float64.
 
-For u_t = F(u)_t = v_t exp(a_t(u_<t)) + m_t(u_<t), the map forward gives f(u) - v =
-(u - F(u)) exp(-a) exactly: u is the inverse of a latent that far from the given one. Errors of a
-block grow in the blocks after it, and the network's own rounding does not show in its own
-arithmetic: what an image is worth is said by encoding it in float64.
+For any guess u of the inverse of v, the map forward gives f(u) - v: u is the exact inverse of a
+latent that far from the given one. Errors of a block grow in the blocks after it, and the network's
+own rounding does not show in its own arithmetic: what an image is worth is said by encoding it in
+float64.
 """
 
 import copy
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from exactflow.core.conditional import Conditional
 from exactflow.core.model import Flow, autoregressive_parts
 from exactflow.core.transform import AutoregressiveTransform
 from exactflow.sampling.guidance import Guidance, GuidedTransform
@@ -43,19 +44,21 @@ def tolerance_of(transform: AutoregressiveTransform, tolerance: float | None = N
 
 
 def solved(
+    conditional: Conditional,
     u: Float[Tensor, "batch window dim"],
     image: Float[Tensor, "batch window dim"],
-    log_scale: Float[Tensor, "batch window dim"],
+    v: Float[Tensor, "batch window dim"],
+    theta: Float[Tensor, "batch window size"],
     tolerance: float,
 ) -> Bool[Tensor, "batch window"]:
-    """Whether each token is its own image under F, up to the tolerance.
+    """Whether each token u is its own image, F(u), up to the tolerance.
 
-    |u - F(u)| exp(-a), the distance of latents, is held to the tolerance; where exp(-a) is so
-    large that rounding alone exceeds it, the distance of the tokens themselves, relative to
+    The distance of latents, |g(u; theta) - v|, is held to the tolerance; where g is so steep that
+    rounding alone exceeds it, the distance of the tokens themselves, |u - F(u)| relative to
     1 + |u|, to less than a third of it. What is not finite is not solved.
     """
     moved = (u - image).abs()
-    close = moved * torch.exp(-log_scale) <= tolerance
+    close = (conditional.forward(u, theta)[0] - v).abs() <= tolerance
     return (close | (moved <= ROUNDING * tolerance * (1 + u.abs()))).all(-1)
 
 
@@ -71,8 +74,8 @@ def backward_error(
     The map itself is evaluated in float64, so that what is left is the solver's: it says how well
     the block's equation is solved as this network evaluates it, not how well it evaluates.
     """
-    shift, log_scale = (parameter.double() for parameter in transform.affine(u, label))
-    return ((u - shift) * torch.exp(-log_scale) - v).abs().amax((1, 2))
+    theta = transform.conditioner(u, label).double()
+    return (transform.conditional.forward(u.double(), theta)[0] - v).abs().amax((1, 2))
 
 
 @final

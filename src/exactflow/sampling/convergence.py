@@ -1,7 +1,7 @@
 """How well Jacobi iteration inverts each block: two published metrics, and what really happens.
 
 Accelerate TarFlow Sampling with GS-Jacobi Iteration, arXiv 2505.12849. A block's inverse is the
-fixed point of F(u)_t = shift_t(u_<t) + v_t exp(log_scale_t(u_<t)), and u <- F(u) settles at least
+fixed point of F(u)_t = g^-1(v_t; theta_t(u_<t)), and u <- F(u) settles at least
 one token more with every iteration. Images whose u is known tell beforehand how soon it settles.
 """
 
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exactflow.core.conditional import Affine
 from exactflow.core.model import Flow, NonFiniteError
 from exactflow.core.transform import AutoregressiveTransform
 
@@ -59,7 +60,8 @@ class BlockConvergence:
         igm_zeros: the same for the guess v_0 in the first token and zeros behind it.
         crm_parts: |mean exp(-log_scale(u)) u|, |W_s| and |W_u|, where W_s and W_u are the rows of
             the block's last linear map that give log-scale and shift. |W_s| is 0 for a
-            volume-preserving block, which has shifts only. None where no such map is found.
+            volume-preserving block, which has shifts only. None where no such map is found, and for
+            conditionals that are not affine.
         jacobi: the profile.
     """
 
@@ -166,14 +168,15 @@ def _step(
     transform: AutoregressiveTransform, guess: Tensor, v: Tensor, label: Tensor | None
 ) -> Float[Tensor, "batch tokens dim"]:
     """F(guess): one Jacobi iteration, one evaluation of the network."""
-    shift, log_scale = transform.affine(guess, label)
-    return torch.addcmul(shift, v, log_scale.exp())
+    return transform.conditional.inverse(v, transform.conditioner(guess, label))
 
 
 def _crm_parts(
     transform: AutoregressiveTransform, u: Tensor, label: Tensor | None, norm: Norm
 ) -> tuple[float, float, float] | None:
     """See `BlockConvergence`; the last linear map is the last one registered that fits."""
+    if not isinstance(transform.conditional, Affine):
+        return None
     dim = u.shape[-1]
     fitting = [
         part.weight
@@ -183,7 +186,8 @@ def _crm_parts(
     if not fitting:
         return None
     *log_scale_rows, shift_rows = fitting[-1].split(dim)
-    scaled = (transform.affine(u, label)[1].neg().exp() * u).mean(0)
+    log_scale = transform.conditioner(u, label)[..., :dim]
+    scaled = (log_scale.neg().exp() * u).mean(0)
     of_log_scale = _norm(log_scale_rows[0], norm) if log_scale_rows else 0.0
     return _norm(scaled, norm), of_log_scale, _norm(shift_rows, norm)
 

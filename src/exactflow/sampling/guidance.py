@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from exactflow.core.conditional import Affine
 from exactflow.core.transform import AutoregressiveTransform, Decoding
 
 
@@ -20,9 +21,9 @@ class Guidance:
 
     Attributes:
         scale: w; 0 leaves the model as it is.
-        rule: "extrapolate" shifts and log-scales linearly (TarFlow, arXiv 2412.06329, section 3.5),
-            or multiply the Gaussians p_c^(1+w) / p_u^w, "gaussian-score" (STARFlow,
-            arXiv 2506.06276).
+        rule: "extrapolate" parameters linearly (TarFlow, arXiv 2412.06329, section 3.5, of shifts
+            and log-scales), or multiply the Gaussians p_c^(1+w) / p_u^w of affine conditionals,
+            "gaussian-score" (STARFlow, arXiv 2506.06276).
         schedule: "linear" uses w t / (N - 1) for token t, "constant" w for all.
         temperature: attention temperature of the unconditional branch; what an unconditional
             model is guided by.
@@ -74,10 +75,17 @@ class GuidedTransform(AutoregressiveTransform):
         self, transform: AutoregressiveTransform, guidance: Guidance, null_label: int | None
     ) -> None:
         super().__init__()
+        if guidance.rule == "gaussian-score" and not isinstance(transform.conditional, Affine):
+            raise ValueError(
+                "guidance rule 'gaussian-score' multiplies Gaussians: it needs affine "
+                f"conditionals, got {transform.conditional}; use 'extrapolate'"
+            )
         self.transform = transform
         self.guidance = guidance
         self.null_label = null_label
         self.num_tokens = transform.num_tokens
+        self.conditional = transform.conditional
+        self.predicts_first = transform.predicts_first
 
     def new_cache(
         self, x: Float[Tensor, "batch tokens dim"], decoding: Decoding | None = None
@@ -86,15 +94,15 @@ class GuidedTransform(AutoregressiveTransform):
         tokens = torch.zeros_like(x).repeat(2, 1, 1)
         return GuidedCache(tokens, self.transform.new_cache(tokens, decoding))
 
-    def affine(
+    def conditioner(
         self,
         x: Float[Tensor, "batch stop dim"],
         label: Int[Tensor, " batch"] | None = None,
         cache: GuidedCache | None = None,
         start: int = 0,
         temperature: Float[Tensor, " batch"] | None = None,
-    ) -> tuple[Float[Tensor, "batch window dim"], Float[Tensor, "batch window dim"]]:
-        """See `AutoregressiveTransform.affine`; a temperature given here is the conditional's."""
+    ) -> Float[Tensor, "batch window size"]:
+        """See `AutoregressiveTransform.conditioner`; a temperature is the conditional branch's."""
         batch, stop = x.shape[:2]
         if cache is None:
             pair, branches, inner = x.repeat(2, 1, 1), self._branches(x, label, temperature), None
@@ -103,9 +111,8 @@ class GuidedTransform(AutoregressiveTransform):
             first = max(start - 1, 0)
             pair.unflatten(0, (2, batch))[:, :, first:] = x[:, first:]
             branches = cache.branches = cache.branches or self._branches(x, label, temperature)
-        shift, log_scale = self.transform.affine(pair, branches[0], inner, start, branches[1])
-        (m, m_u), (a, a_u) = shift.chunk(2), log_scale.chunk(2)
-        return self._combine(m, m_u, a, a_u, start)
+        both = self.transform.conditioner(pair, branches[0], inner, start, branches[1])
+        return self._combine(*both.chunk(2), start)
 
     def _branches(
         self, x: Tensor, label: Tensor | None, temperature: Tensor | None
@@ -119,17 +126,17 @@ class GuidedTransform(AutoregressiveTransform):
         other = torch.full_like(conditional, self.guidance.temperature)
         return label, torch.cat([conditional, other])
 
-    def _combine(
-        self, shift: Tensor, shift_u: Tensor, log_scale: Tensor, log_scale_u: Tensor, start: int
-    ) -> tuple[Tensor, Tensor]:
+    def _combine(self, theta: Tensor, theta_u: Tensor, start: int) -> Tensor:
         w: float | Tensor = self.guidance.scale
         if self.guidance.schedule == "linear" and self.num_tokens > 1:
-            stop = start + shift.shape[1]
-            place = torch.arange(start, stop, device=shift.device, dtype=shift.dtype)
+            stop = start + theta.shape[1]
+            place = torch.arange(start, stop, device=theta.device, dtype=theta.dtype)
             w = (self.guidance.scale / (self.num_tokens - 1)) * place[:, None]
         if self.guidance.rule == "extrapolate":
-            return shift + w * (shift - shift_u), log_scale + w * (log_scale - log_scale_u)
+            return self.conditional.extrapolate(theta, theta_u, w)
+        (log_scale, shift), (log_scale_u, shift_u) = theta.chunk(2, -1), theta_u.chunk(2, -1)
         # s = min(sigma_c / sigma_u, 1)^2 keeps the precision positive for every w
         s = torch.exp(2 * (log_scale - log_scale_u).clamp(max=0))
         precision = 1 + w - w * s  # of the product, in units of the conditional's
-        return ((1 + w) * shift - w * s * shift_u) / precision, log_scale - 0.5 * precision.log()
+        mean = ((1 + w) * shift - w * s * shift_u) / precision
+        return torch.cat([log_scale - 0.5 * precision.log(), mean], dim=-1)

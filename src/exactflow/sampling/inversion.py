@@ -78,6 +78,8 @@ class CountedTransform(AutoregressiveTransform):
         super().__init__()
         self.transform = transform
         self.num_tokens = transform.num_tokens
+        self.conditional = transform.conditional
+        self.predicts_first = transform.predicts_first
         self.evaluations = 0
         self.tokens = 0
         self.passes: list[Pass] = []
@@ -89,30 +91,32 @@ class CountedTransform(AutoregressiveTransform):
         """See `AutoregressiveTransform.new_cache`."""
         return self.transform.new_cache(x, decoding)
 
-    def affine(
+    def conditioner(
         self,
         x: Float[Tensor, "batch stop dim"],
         label: Int[Tensor, " batch"] | None = None,
         cache: Any = None,
         start: int = 0,
         temperature: Float[Tensor, " batch"] | None = None,
-    ) -> tuple[Float[Tensor, "batch window dim"], Float[Tensor, "batch window dim"]]:
-        """See `AutoregressiveTransform.affine`; the first token alone costs no evaluation."""
-        read = x.shape[1] - 1 - max(start - 1, 0)
+    ) -> Float[Tensor, "batch window size"]:
+        """See `AutoregressiveTransform.conditioner`; a constant theta_0 costs no evaluation."""
+        read = x.shape[1] - start if self.predicts_first else x.shape[1] - 1 - max(start - 1, 0)
         self.evaluations += read > 0
         self.tokens += read
-        shift, log_scale = self.transform.affine(x, label, cache, start, temperature)
+        theta = self.transform.conditioner(x, label, cache, start, temperature)
         if self._v is not None:
-            self._observe(self._v, x, shift, log_scale, start)
-        return shift, log_scale
+            self._observe(self._v, x, theta, start)
+        return theta
 
-    def _observe(self, v: Tensor, x: Tensor, shift: Tensor, log_scale: Tensor, start: int) -> None:
+    def _observe(self, v: Tensor, x: Tensor, theta: Tensor, start: int) -> None:
         stop = x.shape[1]
         if len(x) < len(v):
             self.passes.append(Pass(start, stop, len(x), None, stop))
             return
-        image = torch.addcmul(shift, v[:, start:stop], log_scale.exp())
-        leading = solved(x[:, start:], image, log_scale, self._tolerance).cumprod(1).sum(1)
+        u, target = x[:, start:], v[:, start:stop]
+        image = self.conditional.inverse(target, theta)
+        fine = solved(self.conditional, u, image, target, theta, self._tolerance)
+        leading = fine.cumprod(1).sum(1)
         known = (start + leading + 1).clamp(max=stop)
         self.passes.append(Pass(start, stop, len(x), int(known.min()), int(known.max())))
 

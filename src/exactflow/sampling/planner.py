@@ -206,7 +206,7 @@ class _Probe:
         tokens, found = self.transform.num_tokens, {}
         with torch.inference_mode():
             cache = self.transform.new_cache(self.v, Decoding(memory=self.memory))
-            self.transform.affine(self.reference, self.label, cache)
+            self.transform.conditioner(self.reference, self.label, cache)
             size = 1
             while size < 2 * tokens:
                 size = min(size, tokens)
@@ -216,7 +216,7 @@ class _Probe:
                 for _ in range(3):
                     _synchronize(self.v.device)
                     began = time.perf_counter()
-                    self.transform.affine(seen, self.label, cache, start)
+                    self.transform.conditioner(seen, self.label, cache, start)
                     _synchronize(self.v.device)
                     took.append(time.perf_counter() - began)
                 found[size] = min(took)

@@ -110,13 +110,18 @@ class Checkpoint:
         """The optimizer's state dict, on the CPU."""
         return torch.load(self.folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
 
-    def require(self, identity: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming each difference, unless this is a run of that identity."""
-        names = sorted({*self.identity, *identity})
+    def require(self, identity: Mapping[str, Any], later: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming each difference, unless this is a run of that identity.
+
+        Args:
+            identity: what is asked for, see `identity`.
+            later: what held of fields before they existed: their defaults, see `defaults`.
+        """
+        own = {**later, **self.identity}
         differences = [
-            f"  {name}: {self.identity.get(name)!r} in the checkpoint, {identity.get(name)!r} asked"
-            for name in names
-            if self.identity.get(name) != identity.get(name)
+            f"  {name}: {own.get(name)!r} in the checkpoint, {identity.get(name)!r} asked"
+            for name in sorted({*own, *identity})
+            if own.get(name) != identity.get(name)
         ]
         if differences:
             raise ValueError(
@@ -252,6 +257,17 @@ def identity(
         **{f"training.{name}": value for name, value in training.items()},
     }
     return json.loads(json.dumps(fields))
+
+
+def defaults(model: GenerativeModel, config: TrainConfig) -> dict[str, Any]:
+    """The defaults of the model's and the training's fields, named as `identity` names them."""
+    found = {}
+    for section, instance in (("model", model.config), ("training", config)):
+        for field in dataclasses.fields(instance):
+            free = section == "training" and field.name in _FREE_FIELDS
+            if field.default is not dataclasses.MISSING and not free:
+                found[f"{section}.{field.name}"] = field.default
+    return json.loads(json.dumps(found))
 
 
 def tensor_bytes(state: Mapping[str, Tensor]) -> bytes:

@@ -1,7 +1,7 @@
 """Why a step is not finite: the batch is run once more, stage by stage, and kept for later."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,20 +48,21 @@ class StageReport:
     Attributes:
         name: its place and its class.
         latent: its first floating-point output.
-        log_scale: of an autoregressive transform; None for every other stage.
+        theta: parameters of an autoregressive transform's conditional, by their names; none for
+            every other stage.
         finite_input: whether all it was given was finite.
         finite_output: whether all it returned was.
     """
 
     name: str
     latent: Range
-    log_scale: Range | None
+    theta: Mapping[str, Range]
     finite_input: bool
     finite_output: bool
 
     def __str__(self) -> str:
-        scale = "" if self.log_scale is None else f", log_scale {self.log_scale}"
-        return f"{self.name}: latent {self.latent}{scale}"
+        theta = "".join(f", {name} {values}" for name, values in self.theta.items())
+        return f"{self.name}: latent {self.latent}{theta}"
 
 
 def diagnose(model: GenerativeModel, rerun: Callable[[int], Tensor], parts: int) -> str | None:
@@ -131,14 +132,15 @@ def _observer(name: str, reports: list[StageReport]) -> Callable[..., None]:
         given, returned = _floats((*args, *kwargs.values())), _floats(output)
         if not returned:
             return
-        log_scale = None
+        theta = {}
         if isinstance(stage, AutoregressiveTransform):
-            log_scale = Range.of(stage.affine(*args, **kwargs)[1])
+            named = stage.conditional.named(stage.conditioner(*args, **kwargs))
+            theta = {name: Range.of(values) for name, values in named.items()}
         reports.append(
             StageReport(
                 name=f"{name} ({type(stage).__name__})",
                 latent=Range.of(returned[0]),
-                log_scale=log_scale,
+                theta=theta,
                 finite_input=all(bool(t.isfinite().all()) for t in given),
                 finite_output=all(bool(t.isfinite().all()) for t in returned),
             )

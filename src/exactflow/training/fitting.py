@@ -90,7 +90,7 @@ def fit_closed_form(
         group = stack.enter_context(joined())
         group.on_main(lambda: stack.enter_context(held(folder)))
         found = group.on_main(checkpoints.newest) or group.on_main(fitted)
-        found.require(identity)
+        found.require(identity, disk.defaults(model, config))
         model.load_state_dict(found.tensors(disk.MODEL_FILE))
         model.eval()
         state = found.state

@@ -1,7 +1,7 @@
 """How weights move: the configuration, the learning rate, the optimizer, the moving average."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from exactflow.core.model import GenerativeModel
+from exactflow.training.muon import Muon
 
 DECAYS = ("cosine", "linear", "exponential")
 PARALLEL = ("auto", "ddp", "fsdp", "hsdp")
 WARMUPS = ("ratio", "power", "none")
-OPTIMIZERS = ("adamw", "adamax")
+OPTIMIZERS = ("adamw", "adamax", "muon")
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 
@@ -29,8 +30,11 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches per optimizer step, to save memory; divides batch_size
     epochs: float = 100.0  # passes over the data
     steps: int | None = None  # optimizer steps; given, it replaces epochs
-    optimizer: Literal["adamw", "adamax"] = "adamw"  # adamw without weight_decay is Adam
+    optimizer: Literal["adamw", "adamax", "muon"] = (
+        "adamw"  # without weight_decay Adam; muon: for layers' matrices, adamw for the rest
+    )
     learning_rate: float = 1e-4  # peak, reached at the end of the warm-up
+    muon_learning_rate: float = 0.02  # peak of muon's part, which rises and falls with the other
     min_learning_rate: float = 1e-6  # what the rate falls to
     decay: Literal["cosine", "linear", "exponential"] = "cosine"  # how it falls
     decay_factor: float = 1.0  # of the exponential, at every optimizer step; 1: constant
@@ -72,6 +76,7 @@ class TrainConfig:
                 f"0 .. learning_rate={self.learning_rate}",
             ),
             "optimizer": (self.optimizer in OPTIMIZERS, " or ".join(map(repr, OPTIMIZERS))),
+            "muon_learning_rate": (0 < self.muon_learning_rate < math.inf, "a positive number"),
             "decay": (self.decay in DECAYS, " or ".join(map(repr, DECAYS))),
             "ema_warmup": (self.ema_warmup in WARMUPS, " or ".join(map(repr, WARMUPS))),
             "ema_power": (self.ema_power > 0, "a positive number"),
@@ -191,11 +196,14 @@ def make_optimizer(model: GenerativeModel, config: TrainConfig) -> torch.optim.O
     Every group of parameters has a "rate", the factor that the model's rules give its learning
     rate.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool, int], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rule = model.rule_of(name)
-            groups.setdefault((rule.rate, rule.decay), []).append(parameter)
+            matrices, rate = rule.matrices if config.optimizer == "muon" else 0, rule.rate
+            if matrices:
+                rate *= config.muon_learning_rate / config.learning_rate
+            groups.setdefault((rate, rule.decay, matrices), []).append(parameter)
     described = [
         {
             "params": parameters,
@@ -203,8 +211,10 @@ def make_optimizer(model: GenerativeModel, config: TrainConfig) -> torch.optim.O
             "lr": rate * config.learning_rate,
             "weight_decay": config.weight_decay if decay else 0.0,
         }
-        for (rate, decay), parameters in groups.items()
+        for (rate, decay, _), parameters in groups.items()
     ]
+    if config.optimizer == "muon":
+        return _muon(model, described, [matrices for _, _, matrices in groups], config)
     if config.optimizer == "adamax":
         return torch.optim.Adamax(described, config.learning_rate, config.betas)
     devices = {p.device.type for parameters in groups.values() for p in parameters}
@@ -215,6 +225,28 @@ def make_optimizer(model: GenerativeModel, config: TrainConfig) -> torch.optim.O
         weight_decay=config.weight_decay,
         fused=devices <= _FUSED_DEVICES,
     )
+
+
+def _muon(
+    model: GenerativeModel,
+    groups: list[dict[str, Any]],
+    matrices: Sequence[int],
+    config: TrainConfig,
+) -> Muon:
+    """Muon over the groups. Raises ValueError for a model it is not made for, or one in parts."""
+    from torch.distributed.tensor import DTensor  # takes a while to import
+
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            "optimizer 'muon' needs whole matrices: expected parallel 'ddp', got parts"
+        )
+    if not any(matrices):
+        raise ValueError(
+            "optimizer 'muon' needs a model that says which of its weights are matrices inside of "
+            f"layers, as TarFlow does; {model.kind} does not: expected 'adamw' or 'adamax'"
+        )
+    stacked = [{**group, "matrices": m} for group, m in zip(groups, matrices, strict=True)]
+    return Muon(stacked, config.betas)
 
 
 @contextmanager

@@ -143,7 +143,7 @@ class _Run:
         if found is None:
             _initialize(model, dataset, config.seed)
         else:
-            found.require(self.identity)
+            found.require(self.identity, disk.defaults(model, config))
         self.spread = Spread(model, config, group)
         self.model = self.spread.trained
         self.optimizer = make_optimizer(self.model, config)
