@@ -47,15 +47,14 @@ def test_wrong_values_are_named(changes: dict, message: str) -> None:
         override(Toy(), changes)
 
 
-def test_words_are_yaml_values() -> None:
+def test_words_mean_what_their_fields_hold() -> None:
     words = ["training.learning_rate=1e-3", "model.image_shape=[1, 8, 8]", "data.flip=true"]
-    assert parse_words(words) == {
-        "training": {"learning_rate": 1e-3},
-        "model": {"image_shape": [1, 8, 8]},
-        "data": {"flip": True},
-    }
+    settings = resolve("tarflow-digits", [*words, "data.limit=null"], None)
+    assert settings.training.learning_rate == 1e-3
+    assert settings.model.image_shape == (1, 8, 8)
+    assert settings.data.flip is True
+    assert settings.data.limit is None
     assert parse_words(["data.source=a=b"]) == {"data": {"source": "a=b"}}
-    assert parse_words(["data.limit=null"]) == {"data": {"limit": None}}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +63,6 @@ def test_words_are_yaml_values() -> None:
         ("steps=3", "SECTION.FIELD=VALUE"),
         ("trainig.steps=3", "did you mean 'training'"),
         ("training.steps", "SECTION.FIELD=VALUE"),
-        ("model.width=[1", "not a YAML value"),
     ],
 )
 def test_words_that_mean_nothing(word: str, message: str) -> None:
@@ -115,6 +113,8 @@ def test_a_resolved_configuration_resolves_to_itself(tmp_path: Path) -> None:
         ("tarflow-tiny", None, "- a\n- b", "expected a mapping"),
         ("tarflow-tiny", None, "a: [", "not YAML"),
         ("tarflow-tiny", "run.samples=0", None, "run.samples"),
+        ("tarflow-tiny", "model.width=[1", None, r"width: expected int, got '\[1'"),
+        ("tarflow-tiny", "model.image_shape=[1", None, r"image_shape=\[1 is not YAML"),
     ],
 )
 def test_settings_that_cannot_be(

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from exactflow.cli.arguments import Convert
 from exactflow.cli.settings import parse_words
+from exactflow.core.config import checked
 from exactflow.hub.convert import convert
 
 OPTIONS = ("channels", "height", "width", "levels", "noise_std")
@@ -19,6 +20,7 @@ def run(command: Convert) -> None:
     twice = hints.keys() & words.keys()
     if twice:
         raise ValueError(f"{min(twice)} is given twice, as an option and as a setting")
+    hints |= checked(Convert, {name: words.pop(name) for name in OPTIONS if name in words})
     model = convert(command.checkpoint, preset=command.preset, **hints, **words)
     card = {"source": f"converted from {command.checkpoint.name}"}
     model.save_pretrained(command.out, card=card)

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-import yaml
 from torch import Tensor
 
 from exactflow import registry
 from exactflow.core.config import checked, override, suggestion
 from exactflow.core.model import Flow, GenerativeModel
 from exactflow.core.random import derive_seed
+from exactflow.core.typed_text import Typed, read_yaml_file
 from exactflow.data import DataConfig, ImageDataset, Split, load
 from exactflow.hub.pretrained import from_pretrained
 from exactflow.training import TrainConfig
@@ -84,6 +84,7 @@ def resolve(
     preset_name = preset_name or changes.get("preset")
     if not isinstance(preset_name, str):
         raise ValueError(f"expected a preset: {', '.join(registry.names())}")
+    preset_name = str(preset_name)  # plain text, not what a file's reader marked as typed
     preset = registry.preset(preset_name)
     merge(changes, parse_words(words))
     if "source" not in {**preset.data, **changes.get("data", {})}:
@@ -104,22 +105,25 @@ def resolve(
 
 def read_file(path: Path) -> dict[str, Any]:
     """A YAML file's sections. Raises ValueError for anything else, naming file and key."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    content = read_yaml_file(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a mapping with {', '.join(('preset', *SECTIONS))}")
     for name, section in content.items():
         if name not in ("preset", *SECTIONS):
             raise ValueError(f"{path}: unknown section {name!r}{suggestion(str(name), SECTIONS)}")
+        if name == "preset" and not isinstance(section, str):
+            raise ValueError(f"{path}: expected a preset's name, got {section!r}")
         if name != "preset" and not isinstance(section, dict):
             raise ValueError(f"{path}: expected a mapping under {name!r}, got {section!r}")
     return content
 
 
 def parse_words(words: Sequence[str], sections: Sequence[str] = SECTIONS) -> dict[str, Any]:
-    """`section.field=value` words; values are read as YAML. Raises ValueError for other words."""
+    """`section.field=value` words; its field will say what a value means.
+
+    Raises:
+        ValueError: for other words.
+    """
     changes: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
@@ -127,7 +131,7 @@ def parse_words(words: Sequence[str], sections: Sequence[str] = SECTIONS) -> dic
         if not equals or not dot or section not in sections:
             near = suggestion(section, sections)
             raise ValueError(f"expected SECTION.FIELD=VALUE, got {word!r}{near}")
-        changes.setdefault(section, {})[name] = _value(text)
+        changes.setdefault(section, {})[name] = Typed(text)
     return changes
 
 
@@ -204,19 +208,6 @@ def pick_device(name: str) -> torch.device:
 
 def _made(config: type, fields: Mapping[str, Any]) -> Any:
     return config(**checked(config, fields))
-
-
-def _value(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{text!r} is not a YAML value: {error}") from error
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML reads 1e-3, without a point, as text
-        except ValueError:
-            return value
-    return value
 
 
 def _plain(value: Any) -> Any:
