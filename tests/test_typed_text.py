@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,7 +107,7 @@ def test_what_is_written_is_read(text: str, maybe: str | None, rate: float, on: 
     assert found == replace(Fields(), text=text, maybe=maybe, rate=rate, on=on, shape=(1, 2))
 
 
-BOMB = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c in zip("abc", "bcd"))
+BOMB = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c in pairwise("abcd"))
 
 
 @pytest.mark.parametrize(

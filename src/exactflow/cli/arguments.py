@@ -1,8 +1,6 @@
 """What can be typed. Nothing here imports torch: `--help` answers at once."""
 
-import re
-import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, final
 
@@ -12,7 +10,6 @@ from exactflow.cli.argument_types import Device, Settings
 from exactflow.cli.data_arguments import Index, Prepare
 from exactflow.cli.latent_arguments import Attributes, Classify, Outliers, Restore
 
-_SETTING = re.compile(r"[\w.]+=")
 Solver = Literal[
     "auto",
     "sequential",
@@ -326,25 +323,3 @@ _VERBS = {
 }
 
 SHARED = (Train, Sample, Evaluate, Compare)  # what the processes of torchrun can work on together
-
-
-def main() -> None:
-    """Run one command; exits with 0, 1 (an error, in one message), 2 (usage) or 128 + signal."""
-    words = sys.argv[1:]
-    settings = tuple(word for word in words if _SETTING.match(word))
-    command = tyro.extras.subcommand_cli_from_dict(
-        {verb: kind for verb, (kind, _) in _VERBS.items()},
-        prog="exactflow",
-        description="Image models with a likelihood you can trust.",
-        args=[word for word in words if word not in settings],
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    if settings:
-        if "settings" not in {field.name for field in fields(command)}:
-            print(f"error: this command takes no settings, got {settings[0]}", file=sys.stderr)
-            sys.exit(2)
-        command = replace(command, settings=settings)
-    module = next(home for kind, home in _VERBS.values() if isinstance(command, kind))
-    from exactflow.cli.running import carry_out  # imports torch
-
-    carry_out(command, module, shared=isinstance(command, SHARED))

@@ -4,11 +4,11 @@ import sys
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from exactflow.cli.latent_arguments import Attributes
 from exactflow.cli.settings import data_of, load_flow, some
+from exactflow.cli.terminal import say
 from exactflow.core.config import suggestion
 from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data import ImageDataset, load
@@ -68,7 +68,7 @@ def run(command: Attributes) -> None:
     picture = image_table(sheet, model.levels, names, columns, title)
     write_atomically(command.out / "attributes.png", picture)
     write_json(command.out / "attributes.json", summary)
-    Console().print(
+    say(
         f"{len(images)} images moved towards {held_out.class_names[attribute]!r}, a direction of "
         f"length {summary['direction_norm']:.2f} from {len(training)} training images; "
         f"decode(encode(x)) is off by {float(error.largest.max()):.1e} at most, "

@@ -3,12 +3,12 @@
 import sys
 import time
 
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from exactflow.cli.latent_arguments import Classify
 from exactflow.cli.settings import data_of, load_model, some
+from exactflow.cli.terminal import say
 from exactflow.core.model import GenerativeModel
 from exactflow.core.serialization import write_atomically, write_json
 from exactflow.data import ImageDataset
@@ -70,8 +70,8 @@ def run(command: Classify) -> None:
         table.add_column(name, justify="right" if name else "left")
     for name, key in ROWS.items():
         table.add_row(name, *(f"{c.describe()[key]:.4f}" for c in found.values()))
-    Console().print(table)
-    Console().print(
+    say(table)
+    say(
         f"temperature from {len(validation)} validation images; "
         f"{summary['images_per_second']:.1f} images/s: {command.out}"
     )

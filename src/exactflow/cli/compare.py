@@ -4,12 +4,13 @@ import sys
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from exactflow.cli.arguments import Compare
 from exactflow.cli.contenders import Contenders
-from exactflow.cli.settings import parse_words, pick_device
+from exactflow.cli.settings import pick_device
+from exactflow.cli.terminal import note, say
+from exactflow.cli.words import parse_words
 from exactflow.core.config import override
 from exactflow.data import DataConfig, load
 from exactflow.evaluation.compare import compare
@@ -44,12 +45,12 @@ def run(command: Compare) -> None:
             progress=sys.stderr.isatty(),
         )
     except Interrupted as stop:
-        print(f"{stop}; the same command continues", file=sys.stderr)
+        note(f"{stop}; the same command continues")
         sys.exit(stop.exit_code)
     show(report, command.out)
     if report.failures:
         for name, reason in report.failures.items():
-            print(f"error: {name}: {reason}", file=sys.stderr)
+            note(f"error: {name}: {reason}")
         sys.exit(1)
 
 
@@ -67,6 +68,5 @@ def show(report: Report, folder: Path) -> None:
         table.add_column(name, justify="right" if index else "left")
     for row in found.rows:
         table.add_row(*row)
-    console = Console()
-    console.print(table)
-    console.print(f"open {folder / 'report.html'}")
+    say(table)
+    say(f"open {folder / 'report.html'}")

@@ -11,6 +11,7 @@ import yaml
 
 from exactflow import registry
 from exactflow.cli.settings import Settings, load_model, resolve
+from exactflow.cli.terminal import note
 from exactflow.cli.train import CONFIG_FILE, read_metrics
 from exactflow.core.config import override
 from exactflow.core.model import FittedFlow, GenerativeModel, NonFiniteError
@@ -79,7 +80,7 @@ class Contenders:
             Interrupted: SIGTERM or SIGINT came; the state is saved.
         """
         for number, (shown, name) in enumerate(self._names.items(), 1):
-            print(f"{shown} ({number} of {len(self._names)})", file=sys.stderr, flush=True)
+            note(f"{shown} ({number} of {len(self._names)})")
             try:
                 yield self._trained(name) if name in registry.names() else self._saved(shown, name)
             except NonFiniteError as error:

@@ -2,10 +2,9 @@
 
 from dataclasses import asdict
 
-from rich.console import Console
-
 from exactflow.cli.arguments import Convert
-from exactflow.cli.settings import parse_words
+from exactflow.cli.terminal import say
+from exactflow.cli.words import parse_words
 from exactflow.core.config import checked
 from exactflow.hub.convert import convert
 
@@ -24,7 +23,7 @@ def run(command: Convert) -> None:
     model = convert(command.checkpoint, preset=command.preset, **hints, **words)
     card = {"source": f"converted from {command.checkpoint.name}"}
     model.save_pretrained(command.out, card=card)
-    Console().print(
+    say(
         f"{model.kind} for images {model.event_shape}, {model.num_parameters:,} parameters: "
         f"{command.out}"
     )

@@ -5,11 +5,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from exactflow.cli.arguments import Demo
 from exactflow.cli.settings import resolve
+from exactflow.cli.terminal import say
 from exactflow.cli.train import Trained, read_metrics, train
 from exactflow.core.serialization import write_atomically
 from exactflow.data import load
@@ -41,9 +41,8 @@ def run(command: Demo) -> None:
         table.add_column(name, justify="left" if name == "model" else "right")
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    console.print(table)
-    console.print(f"{time.perf_counter() - began:.0f} s in all; open {command.out / 'report.html'}")
+    say(table)
+    say(f"{time.perf_counter() - began:.0f} s in all; open {command.out / 'report.html'}")
 
 
 def _rows(scored: Evaluation, floor: Mapping[str, Baseline]) -> list[list[str]]:

@@ -3,11 +3,11 @@
 import json
 
 import torch
-from rich.console import Console
 from safetensors.torch import save
 
 from exactflow.cli.arguments import Encode
 from exactflow.cli.settings import data_of, first_images, load_flow
+from exactflow.cli.terminal import say
 from exactflow.core.serialization import write_atomically
 from exactflow.data import load
 from exactflow.evaluation import pictures
@@ -45,7 +45,7 @@ def run(command: Encode) -> None:
         "log_abs_det": result.log_abs_det.tolist(),
     }
     write_atomically(out / "encode.json", (json.dumps(summary, indent=2) + "\n").encode())
-    Console().print(
+    say(
         f"{len(images)} images encoded and decoded: largest error "
         f"{float(result.error.max()):.1e} in [-1, 1], {wrong} grey levels differ: {out}"
     )

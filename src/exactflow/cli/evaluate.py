@@ -5,12 +5,13 @@ import sys
 import time
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from exactflow.cli.arguments import Evaluate
-from exactflow.cli.settings import data_of, load_model, parse_words
+from exactflow.cli.settings import data_of, load_model
+from exactflow.cli.terminal import say
 from exactflow.cli.train import baseline_rows, likelihood_row
+from exactflow.cli.words import parse_words
 from exactflow.core.model import GenerativeModel
 from exactflow.core.processes import current
 from exactflow.core.serialization import write_atomically
@@ -53,7 +54,7 @@ def run(command: Evaluate) -> None:
         table.add_row("trained on", trained_on)
     table.add_row("preprocessing", dataset.preprocessing)
     table.add_row("fingerprint", dataset.fingerprint[:16])
-    Console().print(table)
+    say(table)
     if command.out is not None:
         command.out.parent.mkdir(parents=True, exist_ok=True)
         result["baselines"] = described(floor)

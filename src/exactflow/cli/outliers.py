@@ -3,11 +3,11 @@
 import sys
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from exactflow.cli.latent_arguments import Outliers
 from exactflow.cli.settings import data_of, load_model, some
+from exactflow.cli.terminal import say
 from exactflow.core.serialization import write_atomically, write_json
 from exactflow.data import ImageDataset
 from exactflow.evaluation.bits_per_dim import check_fits
@@ -76,8 +76,8 @@ def run(command: Outliers) -> None:
         table.add_column(name, justify="left" if name == "score" else "right")
     for name in SCORES:
         table.add_row(name, f"{areas[name]:.3f}", *(f"{mean:.3f}" for mean in means[name]))
-    Console().print(table)
-    Console().print(
+    say(table)
+    say(
         f"{len(inside)} images inside, {len(outside)} outside; 0.5 is chance, less means that the "
         f"score takes them the wrong way round: {command.out}"
     )

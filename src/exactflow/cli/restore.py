@@ -5,11 +5,11 @@ import sys
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from exactflow.cli.latent_arguments import Restore
 from exactflow.cli.settings import data_of, first_images, load_model
+from exactflow.cli.terminal import say
 from exactflow.core.model import Flow
 from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data import load
@@ -39,7 +39,7 @@ def run(command: Restore) -> None:
     command.out.mkdir(parents=True, exist_ok=True)
     write_json(command.out / f"{command.task}.json", summary)
     write_atomically(command.out / f"{command.task}.png", picture)
-    Console().print(f"{sentence}: {command.out / command.task}.png")
+    say(f"{sentence}: {command.out / command.task}.png")
 
 
 def _inpaint(

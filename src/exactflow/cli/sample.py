@@ -4,10 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from exactflow.cli.arguments import Sample
 from exactflow.cli.settings import load_model
+from exactflow.cli.terminal import say
 from exactflow.core.model import Flow, GenerativeModel
 from exactflow.core.processes import current
 from exactflow.core.serialization import write_atomically
@@ -41,13 +40,12 @@ def run(command: Sample) -> None:
         on_nonfinite=command.on_nonfinite,
         progress=sys.stderr.isatty(),
     )
-    console = Console()
     for seed, where in drawn.failures.items():
-        console.print(f"left out: the sample with seed {seed} became non-finite in {where}")
+        say(f"left out: the sample with seed {seed} became non-finite in {where}")
     if not drawn.seeds:
         raise ArithmeticError(f"none of {command.n} samples is finite")
     current().on_main(lambda: _write(command, model, drawn))
-    console.print(_summary(drawn, command.out))
+    say(_summary(drawn, command.out))
 
 
 def _write(command: Sample, model: GenerativeModel, drawn: Samples) -> None:

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from exactflow import registry
-from exactflow.core.config import checked, override, suggestion
+from exactflow.cli.words import SECTIONS, merge, parse_words, read_file
+from exactflow.core.config import checked, override
 from exactflow.core.model import Flow, GenerativeModel
 from exactflow.core.random import derive_seed
-from exactflow.core.typed_text import Typed, read_yaml_file
 from exactflow.data import DataConfig, ImageDataset, Split, load
 from exactflow.hub.pretrained import from_pretrained
 from exactflow.training import TrainConfig
-
-SECTIONS = ("model", "training", "data", "run")
 
 
 @final
@@ -101,44 +99,6 @@ def resolve(
         override(RunConfig(), changes.get("run", {})),
         frozenset(changes.get("model", {})),
     )
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """A YAML file's sections. Raises ValueError for anything else, naming file and key."""
-    content = read_yaml_file(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a mapping with {', '.join(('preset', *SECTIONS))}")
-    for name, section in content.items():
-        if name not in ("preset", *SECTIONS):
-            raise ValueError(f"{path}: unknown section {name!r}{suggestion(str(name), SECTIONS)}")
-        if name == "preset" and not isinstance(section, str):
-            raise ValueError(f"{path}: expected a preset's name, got {section!r}")
-        if name != "preset" and not isinstance(section, dict):
-            raise ValueError(f"{path}: expected a mapping under {name!r}, got {section!r}")
-    return content
-
-
-def parse_words(words: Sequence[str], sections: Sequence[str] = SECTIONS) -> dict[str, Any]:
-    """`section.field=value` words; its field will say what a value means.
-
-    Raises:
-        ValueError: for other words.
-    """
-    changes: dict[str, Any] = {}
-    for word in words:
-        key, equals, text = word.partition("=")
-        section, dot, name = key.partition(".")
-        if not equals or not dot or section not in sections:
-            near = suggestion(section, sections)
-            raise ValueError(f"expected SECTION.FIELD=VALUE, got {word!r}{near}")
-        changes.setdefault(section, {})[name] = Typed(text)
-    return changes
-
-
-def merge(base: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Put the sections of `changes` over those of `base`, field by field."""
-    for section, fields in changes.items():
-        base[section] = {**base.get(section, {}), **fields}
 
 
 def data_of(location: str, words: Sequence[str]) -> DataConfig:

@@ -9,11 +9,11 @@ from typing import Any, final
 
 import torch
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from exactflow.cli.arguments import Train
 from exactflow.cli.settings import Settings, pick_device, resolve
+from exactflow.cli.terminal import note, say
 from exactflow.core.model import FittedFlow, GenerativeModel
 from exactflow.core.processes import current
 from exactflow.core.random import generator
@@ -84,7 +84,7 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
         else:
             result = fit(model, training, settings.training, folder, **options)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        note(str(stop))
         sys.exit(stop.exit_code)
     evaluation = None
     scores: dict[str, Any] = dict(watch.loss(model))
@@ -127,7 +127,7 @@ def show(trained: Trained, folder: Path) -> None:
         table.add_row(*likelihood_row(trained.validation, "validation"))
         table.add_row("kind", trained.validation.likelihood.kind)
     table.add_row("model", str(folder / "model"))
-    Console().print(table)
+    say(table)
 
 
 def likelihood_row(evaluation: Evaluation, split: str) -> tuple[str, str]:

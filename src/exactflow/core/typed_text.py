@@ -62,6 +62,8 @@ def read_yaml_file(path: Path) -> Any:
     """
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: expected a YAML file, found a folder or a device")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such settings file")
     with path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
