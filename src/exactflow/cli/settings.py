@@ -55,6 +55,10 @@ class Settings:
         sections = {name: _plain(asdict(getattr(self, name))) for name in SECTIONS}
         return {"preset": self.preset, **sections}
 
+    def text(self) -> str:
+        """The content of a run's config.yaml."""
+        return yaml.safe_dump(self.describe(), sort_keys=False)
+
     def fitted(self, dataset: ImageDataset) -> "Settings":
         """With the model's image shape, levels and classes taken from the data unless given."""
         facts = {"image_shape": dataset.event_shape, "levels": dataset.levels}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -17,7 +16,6 @@ from exactflow.cli.settings import Settings, pick_device, resolve
 from exactflow.core.model import FittedFlow, GenerativeModel
 from exactflow.core.processes import current
 from exactflow.core.random import generator
-from exactflow.core.serialization import write_atomically
 from exactflow.data import ImageDataset, load
 from exactflow.evaluation import pictures
 from exactflow.evaluation.baselines import Baseline
@@ -28,7 +26,6 @@ from exactflow.paths.path_model import PathModel
 from exactflow.sampling.sample import sample
 from exactflow.training import FitResult, Interrupted, Progress, fit
 from exactflow.training.fitting import fit_closed_form
-from exactflow.training.folder import held
 from exactflow.training.log import LOG_FILE
 
 LOSS_BATCH = 250
@@ -64,8 +61,6 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
     validation = group.main_first(lambda: load(settings.data, "validation"))
     settings = settings.fitted(training)
     model = settings.build().to(pick_device(device))
-    text = yaml.safe_dump(settings.describe(), sort_keys=False)
-    group.on_main(lambda: _write_config(folder, text))
     watch = _Watch(settings, model, validation, folder)
     run_config = settings.run
     every = {run_config.sample_every: watch.draw}
@@ -77,6 +72,7 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
         "augmentation": settings.data.augmentation,
         "every": every,
         "tensorboard": run_config.tensorboard,
+        "record": {CONFIG_FILE: settings.text().encode()},
     }
     try:
         if isinstance(model, FittedFlow):
@@ -106,11 +102,6 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
     }
     group.on_main(lambda: model.save_pretrained(folder / "model", card=card))
     return Trained(settings, model, training, result, evaluation)
-
-
-def _write_config(folder: Path, text: str) -> None:
-    with held(folder):
-        write_atomically(folder / CONFIG_FILE, text.encode())
 
 
 def show(trained: Trained, folder: Path) -> None:

@@ -25,7 +25,7 @@ from exactflow.nn import batch as shared
 from exactflow.training import checkpoint as disk
 from exactflow.training.diagnosis import diagnose, save_batch
 from exactflow.training.distributed import Spread
-from exactflow.training.folder import held
+from exactflow.training.folder import held, write_record
 from exactflow.training.log import MetricsLog
 from exactflow.training.optim import MovingAverage, TrainConfig, make_optimizer, recomputed
 from exactflow.training.progress import Callback, FitResult, Progress
@@ -50,6 +50,7 @@ def fit(
     augmentation: Augmentation = NO_AUGMENTATION,
     every: Mapping[int, Callback] | None = None,
     tensorboard: bool = False,
+    record: Mapping[str, bytes] | None = None,
     progress: bool = True,
 ) -> FitResult:
     """Train `model` where it is (device, dtype), or resume its training in `run_dir`.
@@ -68,6 +69,7 @@ def fit(
         every: callbacks by the number of steps between calls; each is also called at the end.
             The numbers that they return are logged.
         tensorboard: log to `run_dir/tensorboard` too.
+        record: files of `run_dir` that describe the run, by name; a refused run writes none.
         progress: show progress on stderr.
 
     Raises:
@@ -86,6 +88,7 @@ def fit(
         group.on_main(lambda: stack.enter_context(held(Path(run_dir))))
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         run = _Run(model, dataset, config, Path(run_dir), augmentation, every or {}, group)
+        group.on_main(lambda: write_record(run.dir, record or {}))
         stack.enter_context(closing(run.saver))
         trained = run.spread.trained
         stack.enter_context(recomputed(trained.stages, config.activation_checkpointing))
