@@ -25,7 +25,7 @@ from exactflow.evaluation.latent_space import (
 def run(command: Attributes) -> None:
     """Learn the direction from training images, move held-out ones, write pictures and numbers."""
     model = load_flow(command.model, command.device)
-    data = data_of(command.model, command.settings)
+    data = data_of(model, command.settings)
     held_out = load(data, command.split)
     training = some(data, "train", command.learn_from)
     for dataset in (held_out, training):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from exactflow.cli.latent_arguments import Classify
 from exactflow.cli.settings import data_of, load_model, some
+from exactflow.cli.trained_on import trained_on
 from exactflow.core.model import GenerativeModel
 from exactflow.core.serialization import write_atomically, write_json
 from exactflow.data import ImageDataset
@@ -36,10 +37,11 @@ def run(command: Classify) -> None:
     check_conditional(model)
     prior = command.prior or None
     log_prior(prior, model.num_classes)  # an error before anything is scored
-    data = data_of(command.model, command.settings)
+    data = data_of(model, command.settings)
     held_out = some(data, command.split, command.n)
     validation = some(data, "validation", command.calibrate_on)
     (images, truth), (others, seen) = (_labelled(model, s) for s in (held_out, validation))
+    others = trained_on(model, data, held_out)
     began = time.perf_counter()
     nats = _scores(command, model, images)
     seconds = time.perf_counter() - began
@@ -51,6 +53,7 @@ def run(command: Classify) -> None:
     summary = {
         "model": command.model,
         "data": held_out.describe(),
+        **({"trained on": others} if others else {}),
         "calibrated_on": validation.describe(),
         "k": command.k,
         "seed": command.seed,
@@ -71,6 +74,8 @@ def run(command: Classify) -> None:
     for name, key in ROWS.items():
         table.add_row(name, *(f"{c.describe()[key]:.4f}" for c in found.values()))
     Console().print(table)
+    if others:
+        Console().print(f"the model was trained on {others}")
     Console().print(
         f"temperature from {len(validation)} validation images; "
         f"{summary['images_per_second']:.1f} images/s: {command.out}"

@@ -9,8 +9,8 @@ from typing import Any, final
 import torch
 
 from exactflow import registry
-from exactflow.cli.settings import Settings, load_model, resolve
-from exactflow.cli.train import CONFIG_FILE, read_metrics
+from exactflow.cli.settings import CONFIG_FILE, Settings, load_model, resolve
+from exactflow.cli.train import read_metrics
 from exactflow.core.config import override
 from exactflow.core.model import FittedFlow, GenerativeModel, NonFiniteError
 from exactflow.core.processes import ALONE, current

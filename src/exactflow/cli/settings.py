@@ -13,11 +13,16 @@ from exactflow import registry
 from exactflow.core.config import checked, override, suggestion
 from exactflow.core.model import Flow, GenerativeModel
 from exactflow.core.random import derive_seed
-from exactflow.data import DataConfig, ImageDataset, Split, load
-from exactflow.hub.pretrained import from_pretrained
+from exactflow.data import DataConfig, DataError, ImageDataset, Split, load
+from exactflow.data.config import located
+from exactflow.data.datasets import identify
+from exactflow.data.prepared import open_prepared
+from exactflow.hub.pretrained import from_pretrained, recorded_data
 from exactflow.training import TrainConfig
 
 SECTIONS = ("model", "training", "data", "run")
+CONFIG_FILE = "config.yaml"  # of a run folder
+TYPED = "typed"  # section of config.yaml: paths of the data as they were given
 
 
 @final
@@ -56,8 +61,23 @@ class Settings:
         return {"preset": self.preset, **sections}
 
     def text(self) -> str:
-        """The content of a run's config.yaml."""
-        return yaml.safe_dump(self.describe(), sort_keys=False)
+        """The content of a run's config.yaml: paths of the data as they are found from anywhere.
+
+        What was typed, where that differs, stands in a section of its own; see `read_file`.
+        """
+        content = self.describe()
+        data, prepared = content["data"], open_prepared(self.data.source)
+        paths = ["source", "cache_dir"]
+        if prepared is None:
+            paths.append("validation")
+        else:  # how its source was read; compared with these words as they stand
+            default = DataConfig()
+            words = prepared.identity.words.items()
+            data |= {name: value for name, value in words if data[name] == getattr(default, name)}
+        typed = {name: data[name] for name in paths if data[name] is not None}
+        data |= {name: located(path) for name, path in typed.items()}
+        typed = {name: path for name, path in typed.items() if path != data[name]}
+        return yaml.safe_dump({**content, **({TYPED: typed} if typed else {})}, sort_keys=False)
 
     def fitted(self, dataset: ImageDataset) -> "Settings":
         """With the model's image shape, levels and classes taken from the data unless given."""
@@ -107,7 +127,11 @@ def resolve(
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """A YAML file's sections. Raises ValueError for anything else, naming file and key."""
+    """A YAML file's sections; a path of the data is the recorded one, or as typed if only that is.
+
+    Raises:
+        ValueError: anything else, naming file and key.
+    """
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -115,10 +139,14 @@ def read_file(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a mapping with {', '.join(('preset', *SECTIONS))}")
     for name, section in content.items():
-        if name not in ("preset", *SECTIONS):
+        if name not in ("preset", *SECTIONS, TYPED):
             raise ValueError(f"{path}: unknown section {name!r}{suggestion(str(name), SECTIONS)}")
         if name != "preset" and not isinstance(section, dict):
             raise ValueError(f"{path}: expected a mapping under {name!r}, got {section!r}")
+    for name, typed in content.pop(TYPED, {}).items():
+        recorded = content.get("data", {}).get(name)
+        if not _exists(recorded) and _exists(typed):  # project moved as a whole, say
+            content.setdefault("data", {})[name] = typed
     return content
 
 
@@ -141,24 +169,49 @@ def merge(base: dict[str, Any], changes: Mapping[str, Any]) -> None:
         base[section] = {**base.get(section, {}), **fields}
 
 
-def data_of(location: str, words: Sequence[str]) -> DataConfig:
+def data_of(model: GenerativeModel, words: Sequence[str]) -> DataConfig:
     """The data a saved model was trained on, with changes.
+
+    The same set under another name is read as it was for the training, but for what is changed; of
+    another set nothing of that reading applies.
 
     Raises:
         ValueError: the model does not say, and no data.source is given.
     """
     changes = parse_words(words, ("data",)).get("data", {})
-    path = Path(location)
-    recorded: dict[str, Any] = {}
-    for file in (path / "config.yaml", path.parent / "config.yaml"):
-        if path.is_dir() and file.exists():
-            recorded = read_file(file).get("data", {})
-            break
-    if "source" in changes and changes["source"] != recorded.get("source"):
-        recorded = {}  # another set: nothing of the old one's reading applies
+    home = model.home
+    assert home is not None  # it was loaded
+    files = [folder / CONFIG_FILE for folder in (home, home.parent)]
+    file = next((file for file in files if file.is_file()), None)
+    recorded = {} if file is None else read_file(file).get("data", {})
     if "source" not in {**recorded, **changes}:
-        raise ValueError(f"{location} does not say what it was trained on: give data.source=...")
+        raise ValueError(f"{home} does not say what it was trained on: give data.source=...")
+    if "source" in changes and "source" in recorded:
+        named = {name: changes[name] for name in ("source", "validation") if name in changes}
+        there = located(recorded["source"])
+        if located(named["source"]) != there and not _is_known(model, {**recorded, **named}):
+            recorded = {}  # another set
     return _made(DataConfig, {**recorded, **changes})
+
+
+def _is_known(model: GenerativeModel, fields: Mapping[str, Any]) -> bool:
+    """Whether a model was trained on this set, whatever it is called here."""
+    card = recorded_data(model)
+    if not card:
+        return False
+    try:
+        data = _made(DataConfig, fields)
+        id, version = identify(data)
+        if version != card["version"] or id == card["id"]:
+            return version == card["version"]
+        # a copy under another name, or files that only look like it
+        return load(data, "train").fingerprint == card["fingerprint"]
+    except (DataError, OSError, ImportError):
+        return False
+
+
+def _exists(path: object) -> bool:
+    return isinstance(path, str) and Path(path.removeprefix("hub:")).expanduser().exists()
 
 
 def some(data: DataConfig, split: Split, most: int) -> ImageDataset:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from exactflow.cli.arguments import Train
-from exactflow.cli.settings import Settings, pick_device, resolve
+from exactflow.cli.settings import CONFIG_FILE, Settings, pick_device, resolve
 from exactflow.core.model import FittedFlow, GenerativeModel
 from exactflow.core.processes import current
 from exactflow.core.random import generator
@@ -29,7 +29,6 @@ from exactflow.training.fitting import fit_closed_form
 from exactflow.training.log import LOG_FILE
 
 LOSS_BATCH = 250
-CONFIG_FILE = "config.yaml"
 
 
 @final
