@@ -22,7 +22,7 @@ from exactflow.evaluation.bayes import (
     log_posterior,
     log_prior,
 )
-from exactflow.evaluation.bits_per_dim import check_fits
+from exactflow.evaluation.bits_per_dim import check_fits, with_labels
 
 ROWS = {
     "accuracy": "accuracy",
@@ -66,7 +66,7 @@ def run(command: Classify) -> None:
     command.out.mkdir(parents=True, exist_ok=True)
     write_json(command.out / "classify.json", summary)
     title = f"{held_out.id}, {command.split}: {len(held_out)} images, temperature {temperature:.2f}"
-    picture = classification_plot(found, held_out.class_names, title)
+    picture = classification_plot(found, model.class_names or held_out.class_names, title)
     write_atomically(command.out / "classify.png", picture)
     table = Table(title=title)
     for name in ("", *found):
@@ -96,11 +96,10 @@ def _scores(command: Classify, model: GenerativeModel, images: Tensor) -> Tensor
 def _labelled(model: GenerativeModel, dataset: ImageDataset) -> tuple[Tensor, Tensor]:
     """Images that fit the model, and their labels, which are its classes."""
     check_fits(model, dataset)
-    if dataset.num_classes != model.num_classes:
+    if dataset.labels is not None and dataset.num_classes != model.num_classes:
         raise ValueError(
             f"the model has {model.num_classes} classes, {dataset.id} has {dataset.num_classes}"
         )
-    images, labels = dataset.tensors()
-    if labels is None:
-        raise ValueError(f"expected a conditional model and labels, {dataset.id} has none")
+    images, labels = with_labels(model, dataset)
+    assert labels is not None  # the model is conditional
     return images, labels

@@ -15,6 +15,7 @@ from exactflow.core.config import override
 from exactflow.core.model import FittedFlow, GenerativeModel, NonFiniteError
 from exactflow.core.processes import ALONE, current
 from exactflow.data import DataConfig, ImageDataset
+from exactflow.data.classes import classes_in
 from exactflow.evaluation.bits_per_dim import check_fits
 from exactflow.evaluation.memory import PeakMemory
 from exactflow.evaluation.protocol import Contender, Failure, Protocol, scored, spread
@@ -66,9 +67,12 @@ class Contenders:
         for name in names:  # now, and not after hours of the others' training
             if name in registry.names():
                 with torch.device("meta"):
-                    check_fits(self._settings(name).build(), training)
+                    model = self._settings(name).build()
+                check_fits(model, training)
             else:
-                self._loaded(name)
+                model = self._loaded(name)
+            if model.num_classes:
+                classes_in(model, held_out)
 
     def __iter__(self) -> Iterator[Contender | Failure]:
         """Each one, trained; or why its training failed.

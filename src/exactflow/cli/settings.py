@@ -14,14 +14,17 @@ from exactflow.core.config import checked, override, suggestion
 from exactflow.core.model import Flow, GenerativeModel
 from exactflow.core.random import derive_seed
 from exactflow.data import DataConfig, DataError, ImageDataset, Split, load
+from exactflow.data.classes import class_number, numbered
 from exactflow.data.config import located
 from exactflow.data.datasets import identify
 from exactflow.data.prepared import open_prepared
+from exactflow.evaluation.bits_per_dim import with_labels
 from exactflow.hub.pretrained import from_pretrained, recorded_data
 from exactflow.training import TrainConfig
 
 SECTIONS = ("model", "training", "data", "run")
 CONFIG_FILE = "config.yaml"  # of a run folder
+NULL_LABEL = "null"  # how the dropped label is called, unless a class is
 TYPED = "typed"  # section of config.yaml: paths of the data as they were given
 
 
@@ -223,11 +226,23 @@ def some(data: DataConfig, split: Split, most: int) -> ImageDataset:
 def first_images(
     model: GenerativeModel, dataset: ImageDataset, count: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The first images of a set, and their labels where model and data have classes."""
-    images, label = dataset.tensors(slice(count))
-    if not model.num_classes or label is None:
-        return images, None
-    return images, label.to(model.device)
+    """The first images of a set, and their classes where both model and data have any."""
+    rows = slice(count)
+    if dataset.labels is None:
+        return dataset.tensors(rows)
+    images, label = with_labels(model, dataset, rows)
+    return images, None if label is None else label.to(model.device)
+
+
+def labels_named(model: GenerativeModel, words: Sequence[str]) -> list[int]:
+    """Classes of a model by their names or numbers. Raises ValueError for a word that is none."""
+    if words and not model.num_classes:
+        raise ValueError(f"expected no label for a model without classes, got {words[0]!r}")
+    names = model.class_names or numbered(model.num_classes)
+    null = {} if NULL_LABEL in names else {NULL_LABEL: model.null_label}
+    return [
+        null[word] if word in null else class_number(word, names, "the model") for word in words
+    ]
 
 
 def load_model(location: str, device: str) -> GenerativeModel:

@@ -19,7 +19,7 @@ from exactflow.core.random import generator
 from exactflow.data import ImageDataset, load
 from exactflow.evaluation import pictures
 from exactflow.evaluation.baselines import Baseline
-from exactflow.evaluation.bits_per_dim import Evaluation, evaluate
+from exactflow.evaluation.bits_per_dim import Evaluation, evaluate, with_labels
 from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.paths.chain_model import ChainModel
 from exactflow.paths.path_model import PathModel
@@ -151,8 +151,7 @@ class _Watch:
         self, settings: Settings, model: GenerativeModel, validation: ImageDataset, folder: Path
     ) -> None:
         count = min(settings.run.evaluation_images, len(validation))
-        self.images, labels = validation.tensors(slice(count))
-        self.labels = labels if model.num_classes else None
+        self.images, self.labels = with_labels(model, validation, slice(count))
         self.samples = settings.run.samples
         self.folder = folder
 

@@ -22,12 +22,12 @@ from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.loader import evaluation_batches
 from exactflow.training import checkpoint as disk
+from exactflow.training.compatible import check_compatible
 from exactflow.training.folder import held, write_record
 from exactflow.training.log import MetricsLog
 from exactflow.training.optim import TrainConfig
 from exactflow.training.progress import Callback, FitResult, Progress
 from exactflow.training.reversible import check_reversible
-from exactflow.training.trainer import check_compatible
 
 LOSS_IMAGES = 1000  # training images whose loss the log has
 

@@ -23,6 +23,7 @@ from exactflow.data.datasets import ImageDataset
 from exactflow.data.loader import Batch, training_batches
 from exactflow.nn import batch as shared
 from exactflow.training import checkpoint as disk
+from exactflow.training.compatible import check_compatible
 from exactflow.training.diagnosis import diagnose, save_batch
 from exactflow.training.distributed import Spread
 from exactflow.training.folder import held, write_record
@@ -81,6 +82,7 @@ def fit(
         OSError: a file could not be written.
     """
     check_compatible(model, dataset)
+    model.class_names = dataset.class_names if model.num_classes else ()
     cuda = [model.device] if model.device.type == "cuda" else []
     with ExitStack() as stack:
         group = stack.enter_context(joined())
@@ -100,25 +102,6 @@ def fit(
         stop = stack.enter_context(stop_requests())
         with run.saver.vouching():
             return run.to_end(log, display, stop)
-
-
-def check_compatible(model: GenerativeModel, dataset: ImageDataset) -> None:
-    """Raise ValueError unless `model` can be trained on `dataset`."""
-    if dataset.event_shape != model.event_shape:
-        raise ValueError(
-            f"the model is made for images of shape {model.event_shape} (channels, height, width), "
-            f"the data have {dataset.event_shape}"
-        )
-    if dataset.levels != model.levels:
-        raise ValueError(
-            f"the model is made for {model.levels} grey levels, the data have {dataset.levels}"
-        )
-    if model.num_classes and dataset.labels is None:
-        raise ValueError(f"the model has {model.num_classes} classes, the data have no labels")
-    if model.num_classes and dataset.num_classes != model.num_classes:
-        raise ValueError(
-            f"the model has {model.num_classes} classes, the data have {dataset.num_classes}"
-        )
 
 
 @final
