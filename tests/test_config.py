@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 import yaml
 
+import exactflow
 from exactflow.cli.settings import data_of, parse_words, resolve
 from exactflow.core.config import override
 from exactflow.data import DataConfig, load
@@ -129,5 +130,6 @@ def test_settings_that_cannot_be(
 
 
 def test_a_model_that_does_not_say_its_data_needs_a_source(tmp_path: Path) -> None:
+    exactflow.build("tarflow-tiny", width=16, head_dim=16).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"data\.source"):
-        data_of(str(tmp_path), [])
+        data_of(exactflow.from_pretrained(tmp_path / "model"), [])

@@ -59,8 +59,9 @@ class Sample:
     """Model folder, run folder or hub id."""
     n: Annotated[int, tyro.conf.arg(aliases=["--count"])] = 16
     """Number of samples; --count under torchrun, which would take --n for an option of its own."""
-    label: tuple[int, ...] = ()
-    """One class for all, or one for each sample."""
+    label: tuple[str, ...] = ()
+    """One class for all, or one for each sample: by name, or by number where classes are not called
+    by numbers; "null" is the dropped label of a model with classes."""
     seed: int = 0
     """Seed of the first sample."""
     solver: Solver = "auto"

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-import yaml
 
 from exactflow import registry
-from exactflow.cli.settings import Settings, load_model, resolve
+from exactflow.cli.settings import CONFIG_FILE, Settings, load_model, resolve
 from exactflow.cli.terminal import note
-from exactflow.cli.train import CONFIG_FILE, read_metrics
+from exactflow.cli.train import read_metrics
 from exactflow.core.config import override
 from exactflow.core.model import FittedFlow, GenerativeModel, NonFiniteError
 from exactflow.core.processes import ALONE, current
-from exactflow.core.serialization import write_atomically
 from exactflow.data import DataConfig, ImageDataset
+from exactflow.data.classes import classes_in
 from exactflow.evaluation.bits_per_dim import check_fits
 from exactflow.evaluation.memory import PeakMemory
 from exactflow.evaluation.protocol import Contender, Failure, Protocol, scored, spread
@@ -69,9 +68,12 @@ class Contenders:
         for name in names:  # now, and not after hours of the others' training
             if name in registry.names():
                 with torch.device("meta"):
-                    check_fits(self._settings(name).build(), training)
+                    model = self._settings(name).build()
+                check_fits(model, training)
             else:
-                self._loaded(name)
+                model = self._loaded(name)
+            if model.num_classes:
+                classes_in(model, held_out)
 
     def __iter__(self) -> Iterator[Contender | Failure]:
         """Each one, trained; or why its training failed.
@@ -127,17 +129,16 @@ class Contenders:
         common["progress"] = sys.stderr.isatty()
         if isinstance(model, FittedFlow):
             common["every"] = {1: _Watch(self._held_out, 1, 1)}
+            common["record"] = {CONFIG_FILE: settings.text().encode()}
             result = fit_closed_form(model, self._training, settings.training, folder, **common)
         else:
             settings = replace(settings, training=self._recipe(settings, model, stages))
             config = settings.training
             interval = max(1, FIRST_IMAGES // config.batch_size)
             assert config.steps is not None
+            common["record"] = {CONFIG_FILE: settings.text().encode()}
             common["every"] = {interval: _Watch(self._held_out, interval, config.steps)}
             result = fit(model, self._training, config, folder, **common)
-        text = yaml.safe_dump(settings.describe(), sort_keys=False)
-        group = current()
-        group.on_main(lambda: write_atomically(folder / CONFIG_FILE, text.encode()))
         memory = stages.keep("training-memory", {}, lambda: {"bytes": peak.bytes()})
         facts = {
             "steps": result.step,
@@ -148,7 +149,7 @@ class Contenders:
             "peak_memory": memory["bytes"],
         }
         card = {"training data": self._training.describe(), "cost": facts}
-        group.on_main(lambda: model.save_pretrained(folder / "model", card=card))
+        current().on_main(lambda: model.save_pretrained(folder / "model", card=card))
         lines = [line for line in read_metrics(folder) if "bits_per_dim" in line]
         curve = [{n: line[n] for n in ("step_seconds", "images", "bits_per_dim")} for line in lines]
         return Contender(name, model, {**facts, **_work(model, result.images_seen)}, curve)

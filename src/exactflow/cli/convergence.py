@@ -19,7 +19,7 @@ from exactflow.sampling.convergence import TOLERANCE, BlockConvergence, converge
 def run(command: Convergence) -> None:
     """Print a row for every block in generation order; write the numbers and a picture."""
     model = load_flow(command.model, command.device)
-    dataset = load(data_of(command.model, command.settings), command.split)
+    dataset = load(data_of(model, command.settings), command.split)
     check_fits(model, dataset)
     images, label = first_images(model, dataset, command.n)
     x = model.from_grey_levels(images.to(model.device))

@@ -13,6 +13,7 @@ from exactflow.cli.terminal import say
 from exactflow.cli.train import Trained, read_metrics, train
 from exactflow.core.serialization import write_atomically
 from exactflow.data import load
+from exactflow.data.classes import classes_in
 from exactflow.evaluation import pictures, report
 from exactflow.evaluation.baselines import Baseline, baselines
 from exactflow.evaluation.bits_per_dim import Evaluation, evaluate
@@ -29,8 +30,11 @@ def run(command: Demo) -> None:
     """Train, score beside the baselines, sample, write report.html."""
     began = time.perf_counter()
     settings = resolve(PRESET, (*PACE, *command.settings), None)
+    held_out = load(settings.data, "test")
+    model = settings.fitted(held_out).build()
+    if model.num_classes:
+        classes_in(model, held_out)  # an error before anything is trained
     trained = train(settings, command.out, "cpu")
-    held_out = load(trained.settings.data, "test")
     scored = evaluate(trained.model, held_out)
     floor = baselines(trained.training, held_out)
     drawn = sample(trained.model, 64, trace=True, progress=sys.stderr.isatty())

@@ -18,7 +18,7 @@ from exactflow.sampling.latent import interpolate, reconstruct
 def run(command: Encode) -> None:
     """Write latents, reconstructions with their error, and interpolations."""
     model = load_flow(command.model, command.device)
-    dataset = load(data_of(command.model, command.settings), command.split)
+    dataset = load(data_of(model, command.settings), command.split)
     check_fits(model, dataset)
     images, label = first_images(model, dataset, command.n)
     result = reconstruct(model, images, label)

@@ -11,6 +11,7 @@ from exactflow.cli.arguments import Evaluate
 from exactflow.cli.settings import data_of, load_model
 from exactflow.cli.terminal import say
 from exactflow.cli.train import baseline_rows, likelihood_row
+from exactflow.cli.trained_on import trained_on
 from exactflow.cli.words import parse_words
 from exactflow.core.model import GenerativeModel
 from exactflow.core.processes import current
@@ -24,9 +25,9 @@ from exactflow.hub.pretrained import recorded_data
 def run(command: Evaluate) -> None:
     """Score a split and print the number with everything it depends on, beside the baselines'."""
     model = load_model(command.model, command.device)
-    data = data_of(command.model, command.settings)
+    data = data_of(model, command.settings)
     dataset = load(data, command.split)
-    trained_on = _trained_on(command, model, dataset)
+    others = _trained_on(command, model, data, dataset)
     evaluation = evaluate(
         model,
         dataset,
@@ -50,36 +51,35 @@ def run(command: Evaluate) -> None:
         table.add_row(name, str(result[name]))
     table.add_row("images/s", f"{result['images_per_second']:.1f}")
     table.add_row("data version", dataset.version)
-    if trained_on:
-        table.add_row("trained on", trained_on)
+    if others:
+        table.add_row("trained on", others)
     table.add_row("preprocessing", dataset.preprocessing)
     table.add_row("fingerprint", dataset.fingerprint[:16])
     say(table)
     if command.out is not None:
         command.out.parent.mkdir(parents=True, exist_ok=True)
         result["baselines"] = described(floor)
-        result |= {"trained on": trained_on} if trained_on else {}
+        result |= {"trained on": others} if others else {}
         per_image = {"nats_per_image": evaluation.likelihood.nats.tolist()}
         text = json.dumps({"model": command.model, **result, **per_image}, indent=2)
         out = command.out
         current().on_main(lambda: write_atomically(out, (text + "\n").encode()))
 
 
-def _trained_on(command: Evaluate, model: GenerativeModel, dataset: ImageDataset) -> str:
+def _trained_on(
+    command: Evaluate, model: GenerativeModel, data: DataConfig, dataset: ImageDataset
+) -> str:
     """What the model was trained on, where that is not what it is scored on; else nothing.
 
     Raises:
         ValueError: that is another version of the data, and nobody asked for these by name.
     """
-    recorded = recorded_data(model)
-    if not recorded or (recorded["id"], recorded["version"]) == (dataset.id, dataset.version):
-        return ""
-    known = f"{recorded['id']}, version {recorded['version']}"
+    others = trained_on(model, data, dataset)
     named = "source" in parse_words(command.settings, ("data",)).get("data", {})
-    if named or recorded["version"] == dataset.version:
-        return known
+    if named or recorded_data(model).get("version", dataset.version) == dataset.version:
+        return others
     raise ValueError(
-        f"{command.model} was trained on {known}: expected that, found {dataset.id}, version "
+        f"{command.model} was trained on {others}: expected that, found {dataset.id}, version "
         f"{dataset.version}; name data.source to score another set all the same"
     )
 

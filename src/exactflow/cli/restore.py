@@ -23,7 +23,7 @@ def run(command: Restore) -> None:
     if command.n < 1:
         raise ValueError(f"expected n >= 1, got {command.n}")
     model = exact_flow(load_model(command.model, command.device))
-    dataset = load(data_of(command.model, command.settings), command.split)
+    dataset = load(data_of(model, command.settings), command.split)
     check_fits(model, dataset)
     images, label = first_images(model, dataset, command.n)
     restored = _inpaint if command.task == "inpaint" else _denoise

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from exactflow.cli.arguments import Sample
-from exactflow.cli.settings import load_model
+from exactflow.cli.settings import labels_named, load_model
 from exactflow.cli.terminal import say
 from exactflow.core.model import Flow, GenerativeModel
 from exactflow.core.processes import current
@@ -19,14 +19,15 @@ from exactflow.sampling.sample import Samples, sample
 def run(command: Sample) -> None:
     """Draw samples and write them with their cost."""
     model = load_model(command.model, command.device)
-    if len(command.label) not in (0, 1, command.n):
+    label = labels_named(model, command.label)
+    if len(label) not in (0, 1, command.n):
         raise ValueError(
-            f"expected no label, one, or {command.n} (one per sample), got {len(command.label)}"
+            f"expected no label, one, or {command.n} (one per sample), got {len(label)}"
         )
     drawn = sample(
         model,
         command.n,
-        command.label[0] if len(command.label) == 1 else command.label or None,
+        label[0] if len(label) == 1 else label or None,
         command.seed,
         command.solver,
         _guidance(command) if isinstance(model, Flow) else command.guidance,

@@ -6,16 +6,25 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+import yaml
 from torch import Tensor
 
 from exactflow import registry
-from exactflow.cli.words import SECTIONS, merge, parse_words, read_file
+from exactflow.cli.words import SECTIONS, TYPED, merge, parse_words, read_file
 from exactflow.core.config import checked, override
 from exactflow.core.model import Flow, GenerativeModel
 from exactflow.core.random import derive_seed
-from exactflow.data import DataConfig, ImageDataset, Split, load
-from exactflow.hub.pretrained import from_pretrained
+from exactflow.data import DataConfig, DataError, ImageDataset, Split, load
+from exactflow.data.classes import class_number, numbered
+from exactflow.data.config import located
+from exactflow.data.datasets import identify
+from exactflow.data.prepared import open_prepared
+from exactflow.evaluation.bits_per_dim import with_labels
+from exactflow.hub.pretrained import from_pretrained, recorded_data
 from exactflow.training import TrainConfig
+
+CONFIG_FILE = "config.yaml"  # of a run folder
+NULL_LABEL = "null"  # how the dropped label is called, unless a class is
 
 
 @final
@@ -52,6 +61,25 @@ class Settings:
         """The sections as YAML and JSON hold them."""
         sections = {name: _plain(asdict(getattr(self, name))) for name in SECTIONS}
         return {"preset": self.preset, **sections}
+
+    def text(self) -> str:
+        """The content of a run's config.yaml: paths of the data as they are found from anywhere.
+
+        What was typed, where that differs, stands in a section of its own; see `read_file`.
+        """
+        content = self.describe()
+        data, prepared = content["data"], open_prepared(self.data.source)
+        paths = ["source", "cache_dir"]
+        if prepared is None:
+            paths.append("validation")
+        else:  # how its source was read; compared with these words as they stand
+            default = DataConfig()
+            words = prepared.identity.words.items()
+            data |= {name: value for name, value in words if data[name] == getattr(default, name)}
+        typed = {name: data[name] for name in paths if data[name] is not None}
+        data |= {name: located(path) for name, path in typed.items()}
+        typed = {name: path for name, path in typed.items() if path != data[name]}
+        return yaml.safe_dump({**content, **({TYPED: typed} if typed else {})}, sort_keys=False)
 
     def fitted(self, dataset: ImageDataset) -> "Settings":
         """With the model's image shape, levels and classes taken from the data unless given."""
@@ -101,24 +129,45 @@ def resolve(
     )
 
 
-def data_of(location: str, words: Sequence[str]) -> DataConfig:
+def data_of(model: GenerativeModel, words: Sequence[str]) -> DataConfig:
     """The data a saved model was trained on, with changes.
+
+    The same set under another name is read as it was for the training, but for what is changed; of
+    another set nothing of that reading applies.
 
     Raises:
         ValueError: the model does not say, and no data.source is given.
     """
     changes = parse_words(words, ("data",)).get("data", {})
-    path = Path(location)
-    recorded: dict[str, Any] = {}
-    for file in (path / "config.yaml", path.parent / "config.yaml"):
-        if path.is_dir() and file.exists():
-            recorded = read_file(file).get("data", {})
-            break
-    if "source" in changes and changes["source"] != recorded.get("source"):
-        recorded = {}  # another set: nothing of the old one's reading applies
+    home = model.home
+    assert home is not None  # it was loaded
+    files = [folder / CONFIG_FILE for folder in (home, home.parent)]
+    file = next((file for file in files if file.is_file()), None)
+    recorded = {} if file is None else read_file(file).get("data", {})
     if "source" not in {**recorded, **changes}:
-        raise ValueError(f"{location} does not say what it was trained on: give data.source=...")
+        raise ValueError(f"{home} does not say what it was trained on: give data.source=...")
+    if "source" in changes and "source" in recorded:
+        named = {name: changes[name] for name in ("source", "validation") if name in changes}
+        there = located(recorded["source"])
+        if located(named["source"]) != there and not _is_known(model, {**recorded, **named}):
+            recorded = {}  # another set
     return _made(DataConfig, {**recorded, **changes})
+
+
+def _is_known(model: GenerativeModel, fields: Mapping[str, Any]) -> bool:
+    """Whether a model was trained on this set, whatever it is called here."""
+    card = recorded_data(model)
+    if not card:
+        return False
+    try:
+        data = _made(DataConfig, fields)
+        id, version = identify(data)
+        if version != card["version"] or id == card["id"]:
+            return version == card["version"]
+        # a copy under another name, or files that only look like it
+        return load(data, "train").fingerprint == card["fingerprint"]
+    except (DataError, OSError, ImportError):
+        return False
 
 
 def some(data: DataConfig, split: Split, most: int) -> ImageDataset:
@@ -130,11 +179,23 @@ def some(data: DataConfig, split: Split, most: int) -> ImageDataset:
 def first_images(
     model: GenerativeModel, dataset: ImageDataset, count: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The first images of a set, and their labels where model and data have classes."""
-    images, label = dataset.tensors(slice(count))
-    if not model.num_classes or label is None:
-        return images, None
-    return images, label.to(model.device)
+    """The first images of a set, and their classes where both model and data have any."""
+    rows = slice(count)
+    if dataset.labels is None:
+        return dataset.tensors(rows)
+    images, label = with_labels(model, dataset, rows)
+    return images, None if label is None else label.to(model.device)
+
+
+def labels_named(model: GenerativeModel, words: Sequence[str]) -> list[int]:
+    """Classes of a model by their names or numbers. Raises ValueError for a word that is none."""
+    if words and not model.num_classes:
+        raise ValueError(f"expected no label for a model without classes, got {words[0]!r}")
+    names = model.class_names or numbered(model.num_classes)
+    null = {} if NULL_LABEL in names else {NULL_LABEL: model.null_label}
+    return [
+        null[word] if word in null else class_number(word, names, "the model") for word in words
+    ]
 
 
 def load_model(location: str, device: str) -> GenerativeModel:

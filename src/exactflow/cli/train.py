@@ -8,31 +8,27 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-import yaml
 from rich.table import Table
 
 from exactflow.cli.arguments import Train
-from exactflow.cli.settings import Settings, pick_device, resolve
+from exactflow.cli.settings import CONFIG_FILE, Settings, pick_device, resolve
 from exactflow.cli.terminal import note, say
 from exactflow.core.model import FittedFlow, GenerativeModel
 from exactflow.core.processes import current
 from exactflow.core.random import generator
-from exactflow.core.serialization import write_atomically
 from exactflow.data import ImageDataset, load
 from exactflow.evaluation import pictures
 from exactflow.evaluation.baselines import Baseline
-from exactflow.evaluation.bits_per_dim import Evaluation, evaluate
+from exactflow.evaluation.bits_per_dim import Evaluation, evaluate, with_labels
 from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.paths.chain_model import ChainModel
 from exactflow.paths.path_model import PathModel
 from exactflow.sampling.sample import sample
 from exactflow.training import FitResult, Interrupted, Progress, fit
 from exactflow.training.fitting import fit_closed_form
-from exactflow.training.folder import held
 from exactflow.training.log import LOG_FILE
 
 LOSS_BATCH = 250
-CONFIG_FILE = "config.yaml"
 
 
 @final
@@ -64,8 +60,6 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
     validation = group.main_first(lambda: load(settings.data, "validation"))
     settings = settings.fitted(training)
     model = settings.build().to(pick_device(device))
-    text = yaml.safe_dump(settings.describe(), sort_keys=False)
-    group.on_main(lambda: _write_config(folder, text))
     watch = _Watch(settings, model, validation, folder)
     run_config = settings.run
     every = {run_config.sample_every: watch.draw}
@@ -77,6 +71,7 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
         "augmentation": settings.data.augmentation,
         "every": every,
         "tensorboard": run_config.tensorboard,
+        "record": {CONFIG_FILE: settings.text().encode()},
     }
     try:
         if isinstance(model, FittedFlow):
@@ -106,11 +101,6 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
     }
     group.on_main(lambda: model.save_pretrained(folder / "model", card=card))
     return Trained(settings, model, training, result, evaluation)
-
-
-def _write_config(folder: Path, text: str) -> None:
-    with held(folder):
-        write_atomically(folder / CONFIG_FILE, text.encode())
 
 
 def show(trained: Trained, folder: Path) -> None:
@@ -161,8 +151,7 @@ class _Watch:
         self, settings: Settings, model: GenerativeModel, validation: ImageDataset, folder: Path
     ) -> None:
         count = min(settings.run.evaluation_images, len(validation))
-        self.images, labels = validation.tensors(slice(count))
-        self.labels = labels if model.num_classes else None
+        self.images, self.labels = with_labels(model, validation, slice(count))
         self.samples = settings.run.samples
         self.folder = folder
 

@@ -22,12 +22,12 @@ from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.loader import evaluation_batches
 from exactflow.training import checkpoint as disk
-from exactflow.training.folder import held
+from exactflow.training.compatible import check_compatible
+from exactflow.training.folder import held, write_record
 from exactflow.training.log import MetricsLog
 from exactflow.training.optim import TrainConfig
 from exactflow.training.progress import Callback, FitResult, Progress
 from exactflow.training.reversible import check_reversible
-from exactflow.training.trainer import check_compatible
 
 LOSS_IMAGES = 1000  # training images whose loss the log has
 
@@ -41,6 +41,7 @@ def fit_closed_form(
     augmentation: Augmentation = NO_AUGMENTATION,
     every: Mapping[int, Callback] | None = None,
     tensorboard: bool = False,
+    record: Mapping[str, bytes] | None = None,
     progress: bool = True,
 ) -> FitResult:
     """Fit `model` where it is; afterwards it is in eval mode. Counts as one step.
@@ -55,6 +56,7 @@ def fit_closed_form(
         augmentation: with flips, every image counts twice, as it is and mirrored.
         every: callbacks, all called once, at the end; their numbers are logged.
         tensorboard: log to `run_dir/tensorboard` too.
+        record: files of `run_dir` that describe the run, by name; a refused run writes none.
         progress: show progress on stderr.
 
     Raises:
@@ -91,6 +93,7 @@ def fit_closed_form(
         group.on_main(lambda: stack.enter_context(held(folder)))
         found = group.on_main(checkpoints.newest) or group.on_main(fitted)
         found.require(identity)
+        group.on_main(lambda: write_record(folder, record or {}))
         model.load_state_dict(found.tensors(disk.MODEL_FILE))
         model.eval()
         state = found.state
