@@ -88,10 +88,12 @@ class Sample:
     profile: bool = False
     """Also write inversion.png: what every pass evaluated and settled."""
     on_nonfinite: Literal["raise", "omit"] = "raise"
-    """A NaN or infinity: an error, or left out and counted."""
+    """Samples with a NaN or infinity are left out and named; with "raise" the exit status is 1."""
     batch_size: int = 64
-    out: Path = Path("runs/samples")
-    """Folder for the grid, the single images and samples.json."""
+    out: Path | None = None
+    """Folder for the grid, the single images and samples.json; by default `sampled` in the model's
+    own run folder, which has the samples of the last call. Elsewhere, files of other seeds are
+    refused."""
     device: Device = "auto"
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from exactflow.cli.latent_arguments import Attributes
+from exactflow.cli.places import check_apart
 from exactflow.cli.settings import data_of, load_flow, some
 from exactflow.cli.terminal import say
 from exactflow.core.serialization import finite, write_atomically, write_json
@@ -26,6 +27,7 @@ def run(command: Attributes) -> None:
     """Learn the direction from training images, move held-out ones, write pictures and numbers."""
     model = load_flow(command.model, command.device)
     data = data_of(model, command.settings)
+    check_apart(command.out, data)
     held_out = load(data, command.split)
     training = some(data, "train", command.learn_from)
     for dataset in (held_out, training):

@@ -7,6 +7,7 @@ from rich.table import Table
 from torch import Tensor
 
 from exactflow.cli.latent_arguments import Classify
+from exactflow.cli.places import check_apart
 from exactflow.cli.settings import data_of, load_model, some
 from exactflow.cli.terminal import say
 from exactflow.cli.trained_on import trained_on
@@ -38,6 +39,7 @@ def run(command: Classify) -> None:
     prior = command.prior or None
     log_prior(prior, model.num_classes)  # an error before anything is scored
     data = data_of(model, command.settings)
+    check_apart(command.out, data)
     held_out = some(data, command.split, command.n)
     validation = some(data, "validation", command.calibrate_on)
     (images, truth), (others, seen) = (_labelled(model, s) for s in (held_out, validation))

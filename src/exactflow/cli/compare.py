@@ -8,6 +8,7 @@ from rich.table import Table
 
 from exactflow.cli.arguments import Compare
 from exactflow.cli.contenders import Contenders
+from exactflow.cli.places import check_apart
 from exactflow.cli.settings import pick_device
 from exactflow.cli.terminal import note, say
 from exactflow.cli.words import parse_words
@@ -25,6 +26,7 @@ def run(command: Compare) -> None:
     """Train what is a preset, measure everything, write the report."""
     words = parse_words(command.settings, ("data", "protocol"))
     data = override(DataConfig(command.data), words.get("data", {}))
+    check_apart(command.out, data)
     protocol = override(Protocol(), words.get("protocol", {}))
     budget = Budget.parse(command.budget)
     device = pick_device(command.device)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from rich.table import Table
 
 from exactflow.cli.arguments import Convergence
+from exactflow.cli.places import check_apart
 from exactflow.cli.settings import data_of, first_images, load_flow
 from exactflow.cli.terminal import say
 from exactflow.core.random import generator, normal_rows
@@ -19,7 +20,9 @@ from exactflow.sampling.convergence import TOLERANCE, BlockConvergence, converge
 def run(command: Convergence) -> None:
     """Print a row for every block in generation order; write the numbers and a picture."""
     model = load_flow(command.model, command.device)
-    dataset = load(data_of(model, command.settings), command.split)
+    data = data_of(model, command.settings)
+    check_apart(command.out, data)
+    dataset = load(data, command.split)
     check_fits(model, dataset)
     images, label = first_images(model, dataset, command.n)
     x = model.from_grey_levels(images.to(model.device))

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 from exactflow.cli.arguments import Convert
+from exactflow.cli.places import check_no_run
 from exactflow.cli.terminal import say
 from exactflow.cli.words import parse_words
 from exactflow.core.config import checked
@@ -13,6 +14,7 @@ OPTIONS = ("channels", "height", "width", "levels", "noise_std")
 
 def run(command: Convert) -> None:
     """Write the model of a published checkpoint."""
+    check_no_run(command.out)
     options = {name: value for name, value in asdict(command).items() if name in OPTIONS}
     hints = {name: value for name, value in options.items() if value is not None}
     words = parse_words(command.settings, ("model",)).get("model", {})

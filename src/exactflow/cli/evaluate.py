@@ -1,6 +1,5 @@
 """`exactflow evaluate`."""
 
-import json
 import sys
 import time
 
@@ -15,7 +14,7 @@ from exactflow.cli.trained_on import trained_on
 from exactflow.cli.words import parse_words
 from exactflow.core.model import GenerativeModel
 from exactflow.core.processes import current
-from exactflow.core.serialization import write_atomically
+from exactflow.core.serialization import finite, write_json
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.evaluation.baselines import Baseline, baselines, described, training_images
 from exactflow.evaluation.bits_per_dim import evaluate
@@ -61,9 +60,8 @@ def run(command: Evaluate) -> None:
         result["baselines"] = described(floor)
         result |= {"trained on": others} if others else {}
         per_image = {"nats_per_image": evaluation.likelihood.nats.tolist()}
-        text = json.dumps({"model": command.model, **result, **per_image}, indent=2)
-        out = command.out
-        current().on_main(lambda: write_atomically(out, (text + "\n").encode()))
+        out, content = command.out, finite({"model": command.model, **result, **per_image})
+        current().on_main(lambda: write_json(out, content))
 
 
 def _trained_on(

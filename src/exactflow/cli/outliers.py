@@ -6,6 +6,7 @@ import torch
 from rich.table import Table
 
 from exactflow.cli.latent_arguments import Outliers
+from exactflow.cli.places import check_apart
 from exactflow.cli.settings import data_of, load_model, some
 from exactflow.cli.terminal import say
 from exactflow.cli.trained_on import trained_on
@@ -30,6 +31,7 @@ def run(command: Outliers) -> None:
     """Score both sets; print the area under the curve of every score, write pictures."""
     model = exact_flow(load_model(command.model, command.device))
     data = data_of(model, command.settings)
+    check_apart(command.out, data)
     inside = some(data, "test", command.n)
     training = some(data, "train", command.training)
     for dataset in (inside, training):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from exactflow.cli.latent_arguments import Restore
+from exactflow.cli.places import check_apart
 from exactflow.cli.settings import data_of, first_images, load_model
 from exactflow.cli.terminal import say
 from exactflow.core.model import Flow
@@ -23,7 +24,9 @@ def run(command: Restore) -> None:
     if command.n < 1:
         raise ValueError(f"expected n >= 1, got {command.n}")
     model = exact_flow(load_model(command.model, command.device))
-    dataset = load(data_of(model, command.settings), command.split)
+    data = data_of(model, command.settings)
+    check_apart(command.out, data)
+    dataset = load(data, command.split)
     check_fits(model, dataset)
     images, label = first_images(model, dataset, command.n)
     restored = _inpaint if command.task == "inpaint" else _denoise

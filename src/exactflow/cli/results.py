@@ -11,7 +11,7 @@ from rich.text import Text
 from exactflow.cli.arguments import Results
 from exactflow.cli.terminal import say
 from exactflow.core.config import suggestion
-from exactflow.core.serialization import write_atomically
+from exactflow.core.serialization import finite, write_atomically
 from exactflow.evaluation import published
 from exactflow.evaluation.published import Doubt, Metric, PublishedRow, Section
 
@@ -181,4 +181,5 @@ def _json(dataset: str, tables: Tables, notes: Sequence[str]) -> str:
         for section in sections
         for rank, row in section.rows
     ]
-    return json.dumps({"dataset": dataset, "rows": rows, "notes": list(notes)}, indent=2) + "\n"
+    content = finite({"dataset": dataset, "rows": rows, "notes": list(notes)})
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"

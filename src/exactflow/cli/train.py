@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 
 from exactflow.cli.arguments import Train
+from exactflow.cli.places import check_apart
 from exactflow.cli.settings import CONFIG_FILE, Settings, pick_device, resolve
 from exactflow.cli.terminal import note, say
 from exactflow.core.model import FittedFlow, GenerativeModel
@@ -55,6 +56,7 @@ def run(command: Train) -> None:
 
 def train(settings: Settings, folder: Path, device: str) -> Trained:
     """Carry out or resume a run in `folder`; leaves it with model/, config.yaml, metrics.jsonl."""
+    check_apart(folder, settings.data)
     group = current()
     training = group.main_first(lambda: load(settings.data, "train"))
     validation = group.main_first(lambda: load(settings.data, "validation"))
@@ -189,6 +191,11 @@ class _Watch:
             solver="ddim" if isinstance(model, ChainModel) else "auto",  # soon done
             on_nonfinite="omit",
         )
+        if drawn.failures:
+            note(
+                f"step {progress.step}: {len(drawn.failures)} of {self.samples} samples are not "
+                "finite, and are left out of the grid"
+            )
         if len(drawn.seeds):
             sheet = pictures.grid(drawn.images, model.levels)
             path = self.folder / "samples" / f"step_{progress.step:08d}.png"
