@@ -1,7 +1,5 @@
 """`exactflow attributes`."""
 
-import sys
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -39,13 +37,12 @@ def run(command: Attributes) -> None:
     if not len(images):
         raise ValueError(f"expected images without {command.attribute!r} to change, found none")
 
-    progress = sys.stderr.isatty()
     size = command.batch_size
-    latents = encode_images(model, known, batch_size=size, progress=progress)
+    latents = encode_images(model, known, batch_size=size, progress=True)
     has = labels == attribute
     direction = attribute_direction(latents, has)
     edit = move(model, encode_images(model, images), direction, command.strengths)
-    error = reconstruction_error(model, images, batch_size=size, progress=progress)
+    error = reconstruction_error(model, images, batch_size=size, progress=True)
 
     names = [held_out.class_names[c] for c in classes[others].tolist()]
     drawn = model.to_grey_levels(edit.x).transpose(0, 1)  # by image, then by strength

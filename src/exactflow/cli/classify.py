@@ -1,6 +1,5 @@
 """`exactflow classify`."""
 
-import sys
 import time
 
 from rich.table import Table
@@ -91,7 +90,7 @@ def _scores(command: Classify, model: GenerativeModel, images: Tensor) -> Tensor
         k=command.k,
         seed=command.seed,
         batch_size=command.batch_size,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
 
 

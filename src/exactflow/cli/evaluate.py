@@ -1,6 +1,5 @@
 """`exactflow evaluate`."""
 
-import sys
 import time
 
 import torch
@@ -33,7 +32,7 @@ def run(command: Evaluate) -> None:
         k=command.k,
         seed=command.seed,
         batch_size=command.batch_size,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     result = evaluation.describe()
     floor, remark = {}, "none: noisy densities have no bits/dim"
@@ -91,6 +90,8 @@ def _floor(
         training = training_images(data, held_out)
     except (ValueError, OSError, ImportError) as error:
         return {}, f"none: no training split to fit to ({error})"
-    found = baselines(training, held_out, seed=command.seed, k=command.k, device=device)
+    found = baselines(
+        training, held_out, seed=command.seed, k=command.k, device=device, progress=True
+    )
     seconds = time.perf_counter() - began
     return found, f"fitted to {len(training):,} training images, dequantized, {seconds:.1f} s"

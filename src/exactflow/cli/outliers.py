@@ -1,7 +1,5 @@
 """`exactflow outliers`."""
 
-import sys
-
 import torch
 from rich.table import Table
 
@@ -46,7 +44,7 @@ def run(command: Outliers) -> None:
     options = {
         "seed": command.seed,
         "batch_size": command.batch_size,
-        "progress": sys.stderr.isatty(),
+        "progress": True,
     }
     others = trained_on(model, data, inside)
     typical = log_likelihood(model, training.tensors()[0], **options).bits_per_dim

@@ -1,7 +1,6 @@
 """`exactflow restore`."""
 
 import math
-import sys
 from typing import Any
 
 import torch
@@ -59,7 +58,7 @@ def _inpaint(
         draws=draws,
         steps=command.steps,
         seed=command.seed,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     x = model.from_grey_levels(drawn.images).view(draws, n, *model.event_shape)
     truth = model.from_grey_levels(images)
@@ -106,7 +105,7 @@ def _denoise(
         label,
         seed=command.seed,
         batch_size=command.batch_size,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     numbers = result.describe()
     shown = [model.to_grey_levels(x) for x in (result.noisy, result.denoised)]

@@ -1,6 +1,5 @@
 """`exactflow sample`."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ def run(command: Sample) -> None:
         profile=command.profile,
         # One of many that fails does not take the others with it.
         on_nonfinite="omit" if isinstance(model, Flow) else command.on_nonfinite,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     for seed, where in drawn.failures.items():
         say(f"left out: the sample with seed {seed} became non-finite in {where}")

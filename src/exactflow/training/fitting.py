@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import final
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from exactflow.core.model import FittedFlow
 from exactflow.core.processes import joined
+from exactflow.core.progress import tracked
 from exactflow.core.random import generator
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
@@ -105,7 +105,7 @@ def fit_closed_form(
                 line["step_seconds"] = state.step_seconds
                 line["loss"] = _loss(model, dataset, config.seed)
                 for call in (every or {}).values():
-                    line |= {name: float(value) for name, value in call(told).items()}
+                    line |= {name: float(value) for name, value in (call(told) or {}).items()}
                 log.write(line)
             return FitResult(state.step, state.images, *times, found.folder, log.last)
 
@@ -125,15 +125,13 @@ class GreyLevelPasses:
         self, dataset: ImageDataset, batch_size: int, flip: bool = False, progress: bool = False
     ) -> None:
         self._dataset, self._batch_size, self._flip = dataset, batch_size, flip
-        self._bar = progress and sys.stderr.isatty()
+        self._progress = progress
         self.images = 0  # given so far
 
     def __iter__(self) -> Iterator[Tensor]:
         count = -(-len(self._dataset) // self._batch_size)
         batches = evaluation_batches(self._dataset, self._batch_size)
-        if self._bar:
-            batches = track(batches, "reading", total=count, transient=True)
-        for batch in batches:
+        for batch in tracked(batches, count, "reading", shown=self._progress):
             for images in [batch.images, batch.images.flip(-1)][: 2 if self._flip else 1]:
                 self.images += len(images)
                 yield images

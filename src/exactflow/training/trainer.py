@@ -332,7 +332,7 @@ class _Run:
             "step_seconds": self.clock.step_seconds,
         }
         for call in calls:
-            metrics = self._measure(call)
+            metrics = self._measure(call) or {}
             taken = metrics.keys() & line.keys()
             if taken:
                 raise ValueError(f"two metrics are called {', '.join(sorted(taken))}")
@@ -341,7 +341,7 @@ class _Run:
         self.state = state.logged()
         self.clock.lap()
 
-    def _measure(self, call: Callback) -> Mapping[str, float]:
+    def _measure(self, call: Callback) -> Mapping[str, float] | None:
         """What a callback finds out about the averaged model, in eval mode."""
         clock, state = self.clock, self.state
         with self.spread.viewed(self.average) as model:
