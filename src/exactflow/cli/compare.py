@@ -33,6 +33,7 @@ def run(command: Compare) -> None:
     splits = load(data, "train"), load(data, "test")
     names = tuple(dict.fromkeys(command.models))
     contenders = Contenders(names, data, *splits, budget, command.out / "models", device)
+    contenders.announce(protocol)
     try:
         report = compare(
             contenders,

@@ -18,6 +18,7 @@ from exactflow.core.processes import ALONE, current
 from exactflow.data import DataConfig, ImageDataset
 from exactflow.data.classes import classes_in
 from exactflow.evaluation.bits_per_dim import check_fits
+from exactflow.evaluation.expected_time import expected_seconds
 from exactflow.evaluation.memory import PeakMemory
 from exactflow.evaluation.protocol import Contender, Failure, Protocol, scored, spread
 from exactflow.evaluation.stages import Stages
@@ -87,6 +88,40 @@ class Contenders:
                 yield self._trained(name) if name in registry.names() else self._saved(shown, name)
             except NonFiniteError as error:
                 yield Failure(shown, f"in training, {error}")
+
+    def announce(self, protocol: Protocol) -> None:
+        """Say what will be done, and how long it takes: in the worst case, of all of it anew."""
+        trained = [name for name in self._names.values() if name in registry.names()]
+        parts = []
+        if trained:
+            parts.append(f"train {', '.join(trained)} for {self._budget} each")
+        parts.append(f"measure {len(self._names)} by {protocol.images:,} images at most")
+        measuring = [self._expected(name, protocol) for name in self._names.values()]
+        known = sum(seconds for seconds in measuring if seconds is not None)
+        unknown = measuring.count(None)
+        note(f"to do: {', then '.join(parts)} and {protocol.samples:,} samples of each")
+        trainings = self._budget.seconds
+        if trainings is not None:
+            known += trainings * len(trained)
+        note(
+            f"expected: about {_minutes(known)} at most"
+            + (" and the trainings" if trained and trainings is None else "")
+            + (f" and {unknown} models whose first samples are not finite" if unknown else "")
+            + "; what was measured before is not measured again, and Ctrl-C loses nothing"
+        )
+
+    def _expected(self, name: str, protocol: Protocol) -> float | None:
+        """Seconds that one model is measured, trained or not; None if it cannot be told."""
+        if name in registry.names():
+            model = self._settings(name).build().to(self._device).eval()
+            if isinstance(model, FittedFlow):  # which has no density before it is fitted
+                return 0.0
+        else:
+            model = self._loaded(name)
+        try:
+            return expected_seconds(model, self._held_out, protocol)
+        except NonFiniteError:
+            return None
 
     def _loaded(self, name: str) -> GenerativeModel:
         """The saved model, if it was not trained on another version of the data."""
@@ -212,6 +247,10 @@ def _work(model: GenerativeModel, images: int) -> dict[str, float]:
         return {}
     each = training_flops(model)
     return {"flops_per_image": each, "flops": each * images}
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
 def _identity_of(data: Mapping[str, Any]) -> str:

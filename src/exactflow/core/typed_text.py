@@ -117,7 +117,7 @@ def _node(event: yaml.Event, events: Iterator[yaml.Event], name: str, depth: int
     """The value that begins with this event."""
     if depth > MAX_DEPTH:
         raise ValueError(f"{name}{_line(event)}: expected at most {MAX_DEPTH} levels of nesting")
-    if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+    if not isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) or event.anchor:
         raise ValueError(f"{name}{_line(event)}: YAML anchors are not read here: write it out")
     if event.tag not in (None, "!"):
         raise ValueError(f"{name}{_line(event)}: YAML tags such as {event.tag} are not read here")
