@@ -1,6 +1,7 @@
 """A model keeps the names of its classes, and a label is the class of that name."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from exactflow.evaluation.bits_per_dim import with_labels
 from exactflow.training import TrainConfig, fit
 
 TINY = ("model.width=16", "model.blocks=2", "model.layers_per_block=1", "model.head_dim=16")
+CONDITIONAL = "tarflow-mnist-4-128-4-4-0.10"
 FAST = ("training.steps=2", "training.warmup_steps=1", "training.batch_size=8", "run.samples=1")
 
 
@@ -228,3 +230,35 @@ def test_conditional_training_asks_for_labelled_validation_first(tmp_path: Path)
         train(settings, tmp_path / "run", "cpu")
     assert not (tmp_path / "run").exists()
     train(resolve("tarflow-tiny", (*TINY, *FAST, *words), None), tmp_path / "run", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("preset", "words", "classes", "remark"),
+    [
+        ("tarflow-tiny", (), 2, "set has 2 classes, tarflow-tiny is trained without them: .*=2 "),
+        ("tarflow-tiny", ("model.num_classes=2",), 2, ""),
+        ("tarflow-tiny", ("model.num_classes=0",), 2, ""),
+        ("tarflow-tiny", (), 1, ""),
+        ("tarflow-tiny", (), 0, ""),
+        ("whitening-tiny", (), 2, ""),  # has no classes at all
+        (CONDITIONAL, (), 2, ""),
+        (CONDITIONAL, (), 0, f"set has no labels: {CONDITIONAL} is trained without its classes"),
+    ],
+)
+def test_classes_that_are_not_used_are_mentioned(
+    preset: str, words: tuple[str, ...], classes: int, remark: str
+) -> None:
+    settings = resolve(preset, (*words, "data.source=set"), None)
+    labelled = dataset(tuple("ab"[:classes]), (0, 0))
+    data = labelled if classes else replace(labelled, labels=None)
+    assert bool(settings.unused_classes(data)) is bool(remark)
+    assert re.match(remark, settings.unused_classes(data))
+    if not remark:
+        assert settings.fitted(data).model.__dict__.get("num_classes", 0) in (0, classes)
+
+
+def test_training_says_it_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = f"data.source={photos(tmp_path / 'pets', 'cat', 'dog')}"
+    train(resolve("tarflow-tiny", (*TINY, *FAST, source), None), tmp_path / "run", "cpu")
+    told = "pets has 2 classes, tarflow-tiny is trained without them: model.num_classes=2"
+    assert capsys.readouterr().err.startswith(told)

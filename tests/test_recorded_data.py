@@ -11,8 +11,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from exactflow.cli import evaluate
+from exactflow.cli import classify, evaluate, outliers
 from exactflow.cli.arguments import Evaluate
+from exactflow.cli.latent_arguments import Classify, Outliers
 from exactflow.cli.settings import CONFIG_FILE, Settings, data_of, resolve
 from exactflow.cli.train import train
 from exactflow.cli.trained_on import trained_on
@@ -59,15 +60,20 @@ def test_a_refused_closed_form_fit_keeps_its_configuration(tmp_path: Path) -> No
     assert (tmp_path / CONFIG_FILE).read_bytes() == before
 
 
+def photos(folder: Path) -> Path:
+    random = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(40):
+        image = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(image).save(folder / f"{index:02}.png")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with photos, and a run that read them in a way of its own, by a relative path."""
     project = tmp_path_factory.mktemp("project")
-    random = np.random.default_rng(0)
-    for index in range(40):
-        file = project / "data" / "album" / f"{index:02}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
+    photos(project / "data" / "album")
     with contextlib.chdir(project):
         read = ("data.source=data/album", "data.split_seed=5", "data.test_fraction=0.3")
         read += ("data.image_size=4", "data.bits=4", "data.limit=12")
@@ -159,3 +165,17 @@ def test_a_prepared_set_and_its_source_are_read_alike(tmp_path: Path) -> None:
     expected = load(read, "test").fingerprint
     assert held_out(tmp_path / "run").fingerprint == expected
     assert held_out(tmp_path / "run", f"data.source={set_}").fingerprint == expected
+
+
+def test_the_other_verbs_that_measure_held_out_images_say_so_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labelled = resolve("tarflow-tiny", (*SHORT, "model.num_classes=10", "data.source=digits"), None)
+    train(labelled, tmp_path / "run", "cpu")
+    run, words, outside = str(tmp_path / "run"), ("data.split_seed=6",), str(photos(tmp_path / "p"))
+    classify.run(Classify(run, words, n=2, calibrate_on=2, out=tmp_path / "c", device="cpu"))
+    outliers.run(Outliers(run, words, outside, n=2, training=2, out=tmp_path / "o", device="cpu"))
+    for file in (tmp_path / "c" / "classify.json", tmp_path / "o" / "outliers.json"):
+        assert "may be among" in json.loads(file.read_text())["trained on"]
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("the model was trained on digits") == 2

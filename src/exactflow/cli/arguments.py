@@ -34,7 +34,8 @@ class Train:
 
     Any number of KEY=VALUE words may follow, with the keys model.*, training.*, data.* and run.*
     that `exactflow info PRESET` lists: `exactflow train tarflow-digits training.steps=500`. The
-    model takes its image shape, grey levels and number of classes from the data unless given.
+    model takes its image shape and grey levels from the data unless given, and a conditional preset
+    its number of classes; model.num_classes=2 trains another one with the 2 classes of the data.
     """
 
     preset: Annotated[str | None, tyro.conf.Positional] = None

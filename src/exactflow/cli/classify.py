@@ -42,7 +42,7 @@ def run(command: Classify) -> None:
     held_out = some(data, command.split, command.n)
     validation = some(data, "validation", command.calibrate_on)
     (images, truth), (others, seen) = (_labelled(model, s) for s in (held_out, validation))
-    others = trained_on(model, data, held_out)
+    other_data = trained_on(model, data, held_out)
     began = time.perf_counter()
     nats = _scores(command, model, images)
     seconds = time.perf_counter() - began
@@ -54,7 +54,7 @@ def run(command: Classify) -> None:
     summary = {
         "model": command.model,
         "data": held_out.describe(),
-        **({"trained on": others} if others else {}),
+        **({"trained on": other_data} if other_data else {}),
         "calibrated_on": validation.describe(),
         "k": command.k,
         "seed": command.seed,
@@ -75,8 +75,8 @@ def run(command: Classify) -> None:
     for name, key in ROWS.items():
         table.add_row(name, *(f"{c.describe()[key]:.4f}" for c in found.values()))
     say(table)
-    if others:
-        say(f"the model was trained on {others}")
+    if other_data:
+        say(f"the model was trained on {other_data}")
     say(
         f"temperature from {len(validation)} validation images; "
         f"{summary['images_per_second']:.1f} images/s: {command.out}"

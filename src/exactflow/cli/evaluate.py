@@ -25,7 +25,7 @@ def run(command: Evaluate) -> None:
     model = load_model(command.model, command.device)
     data = data_of(model, command.settings)
     dataset = load(data, command.split)
-    others = _trained_on(command, model, data, dataset)
+    other_data = _trained_on(command, model, data, dataset)
     evaluation = evaluate(
         model,
         dataset,
@@ -49,15 +49,15 @@ def run(command: Evaluate) -> None:
         table.add_row(name, str(result[name]))
     table.add_row("images/s", f"{result['images_per_second']:.1f}")
     table.add_row("data version", dataset.version)
-    if others:
-        table.add_row("trained on", others)
+    if other_data:
+        table.add_row("trained on", other_data)
     table.add_row("preprocessing", dataset.preprocessing)
     table.add_row("fingerprint", dataset.fingerprint[:16])
     say(table)
     if command.out is not None:
         command.out.parent.mkdir(parents=True, exist_ok=True)
         result["baselines"] = described(floor)
-        result |= {"trained on": others} if others else {}
+        result |= {"trained on": other_data} if other_data else {}
         per_image = {"nats_per_image": evaluation.likelihood.nats.tolist()}
         out, content = command.out, finite({"model": command.model, **result, **per_image})
         current().on_main(lambda: write_json(out, content))
@@ -71,12 +71,12 @@ def _trained_on(
     Raises:
         ValueError: that is another version of the data, and nobody asked for these by name.
     """
-    others = trained_on(model, data, dataset)
+    other_data = trained_on(model, data, dataset)
     named = "source" in parse_words(command.settings, ("data",)).get("data", {})
     if named or recorded_data(model).get("version", dataset.version) == dataset.version:
-        return others
+        return other_data
     raise ValueError(
-        f"{command.model} was trained on {others}: expected that, found {dataset.id}, version "
+        f"{command.model} was trained on {other_data}: expected that, found {dataset.id}, version "
         f"{dataset.version}; name data.source to score another set all the same"
     )
 

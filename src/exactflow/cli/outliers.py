@@ -46,7 +46,7 @@ def run(command: Outliers) -> None:
         "batch_size": command.batch_size,
         "progress": True,
     }
-    others = trained_on(model, data, inside)
+    other_data = trained_on(model, data, inside)
     typical = log_likelihood(model, training.tensors()[0], **options).bits_per_dim
     scores = [outlier_scores(model, s.tensors()[0], typical, **options) for s in (inside, outside)]
     areas = {name: auroc(scores[0][name], scores[1][name]) for name in SCORES}
@@ -56,7 +56,7 @@ def run(command: Outliers) -> None:
         "inside": inside.describe(),
         "outside": outside.describe(),
         "training": training.describe(),
-        **({"trained on": others} if others else {}),
+        **({"trained on": other_data} if other_data else {}),
         "labels": "dropped",
         "seed": command.seed,
         "typical_bits_per_dim": typical,
@@ -80,8 +80,8 @@ def run(command: Outliers) -> None:
     for name in SCORES:
         table.add_row(name, f"{areas[name]:.3f}", *(f"{mean:.3f}" for mean in means[name]))
     say(table)
-    if others:
-        say(f"the model was trained on {others}")
+    if other_data:
+        say(f"the model was trained on {other_data}")
     say(
         f"{len(inside)} images inside, {len(outside)} outside; 0.5 is chance, less means that the "
         f"score takes them the wrong way round: {command.out}"

@@ -82,12 +82,29 @@ class Settings:
         return yaml.safe_dump({**content, **({TYPED: typed} if typed else {})}, sort_keys=False)
 
     def fitted(self, dataset: ImageDataset) -> "Settings":
-        """With the model's image shape, levels and classes taken from the data unless given."""
+        """With the model's image shape and levels taken from the data unless given.
+
+        So is the number of classes of a conditional model; another stays one without.
+        """
         facts = {"image_shape": dataset.event_shape, "levels": dataset.levels}
         if asdict(self.model).get("num_classes"):  # unconditional families have no such field
             facts["num_classes"] = dataset.num_classes
         facts = {name: value for name, value in facts.items() if name not in self.given}
         return replace(self, model=override(self.model, facts))
+
+    def unused_classes(self, dataset: ImageDataset) -> str:
+        """Why a model is not trained with classes, where one might expect it; else nothing."""
+        wanted, found = asdict(self.model).get("num_classes"), dataset.num_classes
+        if wanted is None or "num_classes" in self.given or bool(wanted) == bool(found):
+            return ""
+        if wanted:
+            return f"{dataset.id} has no labels: {self.preset} is trained without its classes"
+        if found == 1:
+            return ""
+        return (
+            f"{dataset.id} has {found} classes, {self.preset} is trained without them: "
+            f"model.num_classes={found} trains it with them"
+        )
 
     def build(self) -> GenerativeModel:
         """The model with its seeded initial weights."""
@@ -146,21 +163,21 @@ def data_of(model: GenerativeModel, words: Sequence[str]) -> DataConfig:
     recorded = {} if file is None else read_file(file).get("data", {})
     if "source" not in {**recorded, **changes}:
         raise ValueError(f"{home} does not say what it was trained on: give data.source=...")
+    data = _made(DataConfig, {**recorded, **changes})
     if "source" in changes and "source" in recorded:
-        named = {name: changes[name] for name in ("source", "validation") if name in changes}
-        there = located(recorded["source"])
-        if located(named["source"]) != there and not _is_known(model, {**recorded, **named}):
-            recorded = {}  # another set
-    return _made(DataConfig, {**recorded, **changes})
+        then = _made(DataConfig, recorded)
+        now = replace(then, source=data.source, validation=data.validation)
+        if located(now.source) != located(then.source) and not _is_known(model, now):
+            return _made(DataConfig, changes)
+    return data
 
 
-def _is_known(model: GenerativeModel, fields: Mapping[str, Any]) -> bool:
+def _is_known(model: GenerativeModel, data: DataConfig) -> bool:
     """Whether a model was trained on this set, whatever it is called here."""
     card = recorded_data(model)
     if not card:
         return False
     try:
-        data = _made(DataConfig, fields)
         id, version = identify(data)
         if version != card["version"] or id == card["id"]:
             return version == card["version"]

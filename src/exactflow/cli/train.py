@@ -60,6 +60,9 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
     group = current()
     training = group.main_first(lambda: load(settings.data, "train"))
     validation = group.main_first(lambda: load(settings.data, "validation"))
+    remark = settings.unused_classes(training)
+    if remark:
+        note(remark)
     settings = settings.fitted(training)
     model = settings.build().to(pick_device(device))
     watch = _Watch(settings, model, validation, folder)

@@ -128,7 +128,7 @@ def unite(
         names = tuple(sorted({name for part in splits["train"] for name in part.names}))
     if not names:
         names = numbered_up_to([part.values for parts in found.values() for part in parts or ()])
-    labels = {
+    labels: dict[Split, np.ndarray | None] = {
         split: None if parts is None else np.concatenate([_of_classes(p, names) for p in parts])
         for split, parts in found.items()
     }
