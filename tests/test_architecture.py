@@ -345,9 +345,34 @@ def test_import_is_light() -> None:
     assert heavy_after("import exactflow") == []
 
 
+EVERY_NAME = "import exactflow; found = [getattr(exactflow, name) for name in exactflow.__all__]"
+
+
 def test_public_names_are_light() -> None:
-    every_name = "[getattr(exactflow, name) for name in getattr(exactflow, '__all__', ())]"
-    assert heavy_after(f"import exactflow; {every_name}") == []
+    assert heavy_after(f"{EVERY_NAME}; assert len(found) > 10") == []
+
+
+def test_a_public_name_that_is_not_there_is_found() -> None:
+    with pytest.raises(AssertionError, match="no attribute 'nothing'"):
+        heavy_after(EVERY_NAME.replace(";", "; exactflow.__all__.insert(0, 'nothing');", 1))
+
+
+def test_public_names_are_those_with_a_home() -> None:
+    """What type checkers read, what `import *` gives and what is found on first use are one."""
+    import exactflow
+
+    module = ast.parse((PACKAGE / "__init__.py").read_text())
+    (checked,) = (node for node in module.body if isinstance(node, ast.If))
+    imported = {
+        alias.asname or alias.name
+        for node in checked.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(exactflow.__all__) == dir(exactflow) == sorted({*imported, "__version__"})
+    assert set(exactflow.__all__) - set(exactflow._HOMES) == {"__version__", "registry"}
+    for name in exactflow.__all__:
+        assert getattr(exactflow, name) is not None
 
 
 def test_a_heavy_import_is_found() -> None:

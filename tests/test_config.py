@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 import yaml
 
+import exactflow
 from exactflow.cli.settings import data_of, parse_words, resolve
 from exactflow.core.config import override
 from exactflow.data import DataConfig, load
@@ -47,15 +48,14 @@ def test_wrong_values_are_named(changes: dict, message: str) -> None:
         override(Toy(), changes)
 
 
-def test_words_are_yaml_values() -> None:
+def test_words_mean_what_their_fields_hold() -> None:
     words = ["training.learning_rate=1e-3", "model.image_shape=[1, 8, 8]", "data.flip=true"]
-    assert parse_words(words) == {
-        "training": {"learning_rate": 1e-3},
-        "model": {"image_shape": [1, 8, 8]},
-        "data": {"flip": True},
-    }
+    settings = resolve("tarflow-digits", [*words, "data.limit=null"], None)
+    assert settings.training.learning_rate == 1e-3
+    assert settings.model.image_shape == (1, 8, 8)
+    assert settings.data.flip is True
+    assert settings.data.limit is None
     assert parse_words(["data.source=a=b"]) == {"data": {"source": "a=b"}}
-    assert parse_words(["data.limit=null"]) == {"data": {"limit": None}}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,6 @@ def test_words_are_yaml_values() -> None:
         ("steps=3", "SECTION.FIELD=VALUE"),
         ("trainig.steps=3", "did you mean 'training'"),
         ("training.steps", "SECTION.FIELD=VALUE"),
-        ("model.width=[1", "not a YAML value"),
     ],
 )
 def test_words_that_mean_nothing(word: str, message: str) -> None:
@@ -115,6 +114,8 @@ def test_a_resolved_configuration_resolves_to_itself(tmp_path: Path) -> None:
         ("tarflow-tiny", None, "- a\n- b", "expected a mapping"),
         ("tarflow-tiny", None, "a: [", "not YAML"),
         ("tarflow-tiny", "run.samples=0", None, "run.samples"),
+        ("tarflow-tiny", "model.width=[1", None, r"width: expected int, got '\[1'"),
+        ("tarflow-tiny", "model.image_shape=[1", None, r"image_shape=\[1 is not YAML"),
     ],
 )
 def test_settings_that_cannot_be(
@@ -129,5 +130,6 @@ def test_settings_that_cannot_be(
 
 
 def test_a_model_that_does_not_say_its_data_needs_a_source(tmp_path: Path) -> None:
+    exactflow.build("tarflow-tiny", width=16, head_dim=16).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"data\.source"):
-        data_of(str(tmp_path), [])
+        data_of(exactflow.from_pretrained(tmp_path / "model"), [])

@@ -22,7 +22,7 @@ from PIL import Image
 
 import exactflow
 from exactflow import registry
-from exactflow.cli import arguments, main, running
+from exactflow.cli import arguments, early, main, running
 from exactflow.likelihood import log_likelihood as scoring
 from exactflow.likelihood.ode_estimate import ode_log_likelihood
 from exactflow.sampling import planner
@@ -151,6 +151,7 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         verb = SimpleNamespace(run=taken.append)
         patch.setattr(running, "import_module", lambda _: verb)
+        patch.setattr(early, "answered", lambda _: False)  # files that are not there
         patch.setattr(sys, "argv", ["exactflow", *words])
         main()
     assert [type(command) for command in taken] == [arguments._VERBS[words[0]][0]]

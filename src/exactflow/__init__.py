@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from exactflow import registry as registry
+    from exactflow.core.model import Flow as Flow
+    from exactflow.core.model import GenerativeModel as GenerativeModel
     from exactflow.evaluation.compare import compare as compare
     from exactflow.hub.convert import convert as convert
     from exactflow.hub.pretrained import from_pretrained as from_pretrained
@@ -20,6 +22,8 @@ __version__ = "0.1.0"
 
 # public name -> module; imported on first use, so that `exactflow --help` needs no torch
 _HOMES = {
+    "Flow": "exactflow.core.model",
+    "GenerativeModel": "exactflow.core.model",
     "Guidance": "exactflow.sampling.guidance",
     "LogLikelihood": "exactflow.likelihood.log_likelihood",
     "Samples": "exactflow.sampling.samples",
@@ -33,6 +37,24 @@ _HOMES = {
     "sample": "exactflow.sampling.sample",
 }
 
+__all__ = [
+    "Flow",
+    "GenerativeModel",
+    "Guidance",
+    "LogLikelihood",
+    "Samples",
+    "__version__",
+    "build",
+    "compare",
+    "convert",
+    "from_pretrained",
+    "interpolate",
+    "log_likelihood",
+    "reconstruct",
+    "registry",
+    "sample",
+]
+
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
@@ -45,4 +67,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(["__version__", "registry", *_HOMES])
+    return sorted(__all__)

@@ -6,6 +6,7 @@ from typing import Any, final
 
 from exactflow.core.config import checked, override, suggestion
 from exactflow.core.model import GenerativeModel, Preset
+from exactflow.core.model_size import built
 from exactflow.diffusion import discrete, discrete_presets, hdit, hdit_presets
 from exactflow.flows import (
     denseflow,
@@ -70,10 +71,12 @@ def build(name: str, **overrides: Any) -> GenerativeModel:
         overrides: fields of the model's configuration to change.
 
     Raises:
-        ValueError: for an unknown preset or field, with a suggestion.
+        ValueError: for an unknown preset or field, with a suggestion, or a model that is too large
+            for this machine.
     """
     family = family_of(name)
-    return family.model(override(family.presets[name].config, overrides))
+    config = override(family.presets[name].config, overrides)
+    return _built(family, config)
 
 
 def from_config(kind: str, fields: Mapping[str, Any]) -> GenerativeModel:
@@ -81,7 +84,7 @@ def from_config(kind: str, fields: Mapping[str, Any]) -> GenerativeModel:
     if kind not in FAMILIES:
         raise ValueError(f"unknown kind of model {kind!r}{suggestion(kind, FAMILIES)}")
     family = FAMILIES[kind]
-    return family.model(family.config(**checked(family.config, fields)))
+    return _built(family, family.config(**checked(family.config, fields)))
 
 
 def family_of(name: str) -> Family:
@@ -90,3 +93,7 @@ def family_of(name: str) -> Family:
         if name in family.presets:
             return family
     raise ValueError(f"unknown preset {name!r}{suggestion(name, names())}")
+
+
+def _built(family: Family, config: Any) -> GenerativeModel:
+    return built(lambda: family.model(config), family.model.kind)

@@ -1,5 +1,5 @@
 """The command line: the same verbs as the Python API."""
 
-from exactflow.cli.arguments import main
+from exactflow.cli.entry import main
 
 __all__ = ["main"]

@@ -1,8 +1,6 @@
 """What can be typed. Nothing here imports torch: `--help` answers at once."""
 
-import re
-import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, final
 
@@ -12,7 +10,6 @@ from exactflow.cli.argument_types import Device, Settings
 from exactflow.cli.data_arguments import Index, Prepare
 from exactflow.cli.latent_arguments import Attributes, Classify, Outliers, Restore
 
-_SETTING = re.compile(r"[\w.]+=")
 Solver = Literal[
     "auto",
     "sequential",
@@ -37,7 +34,8 @@ class Train:
 
     Any number of KEY=VALUE words may follow, with the keys model.*, training.*, data.* and run.*
     that `exactflow info PRESET` lists: `exactflow train tarflow-digits training.steps=500`. The
-    model takes its image shape, grey levels and number of classes from the data unless given.
+    model takes its image shape and grey levels from the data unless given, and a conditional preset
+    its number of classes; model.num_classes=2 trains another one with the 2 classes of the data.
     """
 
     preset: Annotated[str | None, tyro.conf.Positional] = None
@@ -62,8 +60,9 @@ class Sample:
     """Model folder, run folder or hub id."""
     n: Annotated[int, tyro.conf.arg(aliases=["--count"])] = 16
     """Number of samples; --count under torchrun, which would take --n for an option of its own."""
-    label: tuple[int, ...] = ()
-    """One class for all, or one for each sample."""
+    label: tuple[str, ...] = ()
+    """One class for all, or one for each sample: by name, or by number where classes are not called
+    by numbers; "null" is the dropped label of a model with classes."""
     seed: int = 0
     """Seed of the first sample."""
     solver: Solver = "auto"
@@ -90,10 +89,12 @@ class Sample:
     profile: bool = False
     """Also write inversion.png: what every pass evaluated and settled."""
     on_nonfinite: Literal["raise", "omit"] = "raise"
-    """A NaN or infinity: an error, or left out and counted."""
+    """Samples with a NaN or infinity are left out and named; with "raise" the exit status is 1."""
     batch_size: int = 64
-    out: Path = Path("runs/samples")
-    """Folder for the grid, the single images and samples.json."""
+    out: Path | None = None
+    """Folder for the grid, the single images and samples.json; by default `sampled` in the model's
+    own run folder, which has the samples of the last call. Elsewhere, files of other seeds are
+    refused."""
     device: Device = "auto"
 
 
@@ -326,25 +327,3 @@ _VERBS = {
 }
 
 SHARED = (Train, Sample, Evaluate, Compare)  # what the processes of torchrun can work on together
-
-
-def main() -> None:
-    """Run one command; exits with 0, 1 (an error, in one message), 2 (usage) or 128 + signal."""
-    words = sys.argv[1:]
-    settings = tuple(word for word in words if _SETTING.match(word))
-    command = tyro.extras.subcommand_cli_from_dict(
-        {verb: kind for verb, (kind, _) in _VERBS.items()},
-        prog="exactflow",
-        description="Image models with a likelihood you can trust.",
-        args=[word for word in words if word not in settings],
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    if settings:
-        if "settings" not in {field.name for field in fields(command)}:
-            print(f"error: this command takes no settings, got {settings[0]}", file=sys.stderr)
-            sys.exit(2)
-        command = replace(command, settings=settings)
-    module = next(home for kind, home in _VERBS.values() if isinstance(command, kind))
-    from exactflow.cli.running import carry_out  # imports torch
-
-    carry_out(command, module, shared=isinstance(command, SHARED))

@@ -1,17 +1,16 @@
 """`exactflow attributes`."""
 
-import sys
-
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from exactflow.cli.latent_arguments import Attributes
+from exactflow.cli.places import check_apart
 from exactflow.cli.settings import data_of, load_flow, some
-from exactflow.core.config import suggestion
+from exactflow.cli.terminal import say
 from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data import ImageDataset, load
+from exactflow.data.classes import class_number
 from exactflow.evaluation.bits_per_dim import check_fits
 from exactflow.evaluation.figures import image_table
 from exactflow.evaluation.latent_space import (
@@ -25,25 +24,25 @@ from exactflow.evaluation.latent_space import (
 def run(command: Attributes) -> None:
     """Learn the direction from training images, move held-out ones, write pictures and numbers."""
     model = load_flow(command.model, command.device)
-    data = data_of(command.model, command.settings)
+    data = data_of(model, command.settings)
+    check_apart(command.out, data)
     held_out = load(data, command.split)
     training = some(data, "train", command.learn_from)
     for dataset in (held_out, training):
         check_fits(model, dataset)
     (_, classes), (known, labels) = _labelled(held_out), _labelled(training)
-    attribute = class_number(held_out, command.attribute)
+    attribute = class_number(command.attribute, held_out.class_names, held_out.id)
     others = np.flatnonzero(classes.numpy() != attribute)[: command.n]
     images, _ = held_out.tensors(others)
     if not len(images):
         raise ValueError(f"expected images without {command.attribute!r} to change, found none")
 
-    progress = sys.stderr.isatty()
     size = command.batch_size
-    latents = encode_images(model, known, batch_size=size, progress=progress)
+    latents = encode_images(model, known, batch_size=size, progress=True)
     has = labels == attribute
     direction = attribute_direction(latents, has)
     edit = move(model, encode_images(model, images), direction, command.strengths)
-    error = reconstruction_error(model, images, batch_size=size, progress=progress)
+    error = reconstruction_error(model, images, batch_size=size, progress=True)
 
     names = [held_out.class_names[c] for c in classes[others].tolist()]
     drawn = model.to_grey_levels(edit.x).transpose(0, 1)  # by image, then by strength
@@ -68,22 +67,12 @@ def run(command: Attributes) -> None:
     picture = image_table(sheet, model.levels, names, columns, title)
     write_atomically(command.out / "attributes.png", picture)
     write_json(command.out / "attributes.json", summary)
-    Console().print(
+    say(
         f"{len(images)} images moved towards {held_out.class_names[attribute]!r}, a direction of "
         f"length {summary['direction_norm']:.2f} from {len(training)} training images; "
         f"decode(encode(x)) is off by {float(error.largest.max()):.1e} at most, "
         f"{int(error.wrong.sum())} grey levels differ: {command.out}"
     )
-
-
-def class_number(dataset: ImageDataset, name: str) -> int:
-    """The class of that name or number. Raises ValueError for none, with a suggestion."""
-    names = dataset.class_names
-    if name in names:
-        return names.index(name)
-    if name.isdecimal() and int(name) < len(names):
-        return int(name)
-    raise ValueError(f"{dataset.id} has no class {name!r}{suggestion(name, names)}")
 
 
 def _labelled(dataset: ImageDataset) -> tuple[Tensor, Tensor]:

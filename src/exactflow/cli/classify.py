@@ -1,14 +1,15 @@
 """`exactflow classify`."""
 
-import sys
 import time
 
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from exactflow.cli.latent_arguments import Classify
+from exactflow.cli.places import check_apart
 from exactflow.cli.settings import data_of, load_model, some
+from exactflow.cli.terminal import say
+from exactflow.cli.trained_on import trained_on
 from exactflow.core.model import GenerativeModel
 from exactflow.core.serialization import write_atomically, write_json
 from exactflow.data import ImageDataset
@@ -21,7 +22,7 @@ from exactflow.evaluation.bayes import (
     log_posterior,
     log_prior,
 )
-from exactflow.evaluation.bits_per_dim import check_fits
+from exactflow.evaluation.bits_per_dim import check_fits, with_labels
 
 ROWS = {
     "accuracy": "accuracy",
@@ -36,10 +37,12 @@ def run(command: Classify) -> None:
     check_conditional(model)
     prior = command.prior or None
     log_prior(prior, model.num_classes)  # an error before anything is scored
-    data = data_of(command.model, command.settings)
+    data = data_of(model, command.settings)
+    check_apart(command.out, data)
     held_out = some(data, command.split, command.n)
     validation = some(data, "validation", command.calibrate_on)
     (images, truth), (others, seen) = (_labelled(model, s) for s in (held_out, validation))
+    other_data = trained_on(model, data, held_out)
     began = time.perf_counter()
     nats = _scores(command, model, images)
     seconds = time.perf_counter() - began
@@ -51,6 +54,7 @@ def run(command: Classify) -> None:
     summary = {
         "model": command.model,
         "data": held_out.describe(),
+        **({"trained on": other_data} if other_data else {}),
         "calibrated_on": validation.describe(),
         "k": command.k,
         "seed": command.seed,
@@ -63,15 +67,17 @@ def run(command: Classify) -> None:
     command.out.mkdir(parents=True, exist_ok=True)
     write_json(command.out / "classify.json", summary)
     title = f"{held_out.id}, {command.split}: {len(held_out)} images, temperature {temperature:.2f}"
-    picture = classification_plot(found, held_out.class_names, title)
+    picture = classification_plot(found, model.class_names or held_out.class_names, title)
     write_atomically(command.out / "classify.png", picture)
     table = Table(title=title)
     for name in ("", *found):
         table.add_column(name, justify="right" if name else "left")
     for name, key in ROWS.items():
         table.add_row(name, *(f"{c.describe()[key]:.4f}" for c in found.values()))
-    Console().print(table)
-    Console().print(
+    say(table)
+    if other_data:
+        say(f"the model was trained on {other_data}")
+    say(
         f"temperature from {len(validation)} validation images; "
         f"{summary['images_per_second']:.1f} images/s: {command.out}"
     )
@@ -84,18 +90,17 @@ def _scores(command: Classify, model: GenerativeModel, images: Tensor) -> Tensor
         k=command.k,
         seed=command.seed,
         batch_size=command.batch_size,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
 
 
 def _labelled(model: GenerativeModel, dataset: ImageDataset) -> tuple[Tensor, Tensor]:
     """Images that fit the model, and their labels, which are its classes."""
     check_fits(model, dataset)
-    if dataset.num_classes != model.num_classes:
+    if dataset.labels is not None and dataset.num_classes != model.num_classes:
         raise ValueError(
             f"the model has {model.num_classes} classes, {dataset.id} has {dataset.num_classes}"
         )
-    images, labels = dataset.tensors()
-    if labels is None:
-        raise ValueError(f"expected a conditional model and labels, {dataset.id} has none")
+    images, labels = with_labels(model, dataset)
+    assert labels is not None  # the model is conditional
     return images, labels

@@ -4,12 +4,14 @@ import sys
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from exactflow.cli.arguments import Compare
 from exactflow.cli.contenders import Contenders
-from exactflow.cli.settings import parse_words, pick_device
+from exactflow.cli.places import check_apart
+from exactflow.cli.settings import pick_device
+from exactflow.cli.terminal import note, say
+from exactflow.cli.words import parse_words
 from exactflow.core.config import override
 from exactflow.data import DataConfig, load
 from exactflow.evaluation.compare import compare
@@ -24,12 +26,14 @@ def run(command: Compare) -> None:
     """Train what is a preset, measure everything, write the report."""
     words = parse_words(command.settings, ("data", "protocol"))
     data = override(DataConfig(command.data), words.get("data", {}))
+    check_apart(command.out, data)
     protocol = override(Protocol(), words.get("protocol", {}))
     budget = Budget.parse(command.budget)
     device = pick_device(command.device)
     splits = load(data, "train"), load(data, "test")
     names = tuple(dict.fromkeys(command.models))
     contenders = Contenders(names, data, *splits, budget, command.out / "models", device)
+    contenders.announce(protocol)
     try:
         report = compare(
             contenders,
@@ -44,12 +48,12 @@ def run(command: Compare) -> None:
             progress=sys.stderr.isatty(),
         )
     except Interrupted as stop:
-        print(f"{stop}; the same command continues", file=sys.stderr)
+        note(f"{stop}; the same command continues")
         sys.exit(stop.exit_code)
     show(report, command.out)
     if report.failures:
         for name, reason in report.failures.items():
-            print(f"error: {name}: {reason}", file=sys.stderr)
+            note(f"error: {name}: {reason}")
         sys.exit(1)
 
 
@@ -67,6 +71,5 @@ def show(report: Report, folder: Path) -> None:
         table.add_column(name, justify="right" if index else "left")
     for row in found.rows:
         table.add_row(*row)
-    console = Console()
-    console.print(table)
-    console.print(f"open {folder / 'report.html'}")
+    say(table)
+    say(f"open {folder / 'report.html'}")

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-import yaml
 
 from exactflow import registry
-from exactflow.cli.settings import Settings, load_model, resolve
-from exactflow.cli.train import CONFIG_FILE, read_metrics
+from exactflow.cli.settings import CONFIG_FILE, Settings, load_model, resolve
+from exactflow.cli.terminal import note
+from exactflow.cli.train import read_metrics
 from exactflow.core.config import override
 from exactflow.core.model import FittedFlow, GenerativeModel, NonFiniteError
 from exactflow.core.processes import ALONE, current
-from exactflow.core.serialization import write_atomically
 from exactflow.data import DataConfig, ImageDataset
+from exactflow.data.classes import classes_in
 from exactflow.evaluation.bits_per_dim import check_fits
+from exactflow.evaluation.expected_time import expected_seconds
 from exactflow.evaluation.memory import PeakMemory
 from exactflow.evaluation.protocol import Contender, Failure, Protocol, scored, spread
 from exactflow.evaluation.stages import Stages
@@ -68,9 +69,12 @@ class Contenders:
         for name in names:  # now, and not after hours of the others' training
             if name in registry.names():
                 with torch.device("meta"):
-                    check_fits(self._settings(name).build(), training)
+                    model = self._settings(name).build()
+                check_fits(model, training)
             else:
-                self._loaded(name)
+                model = self._loaded(name)
+            if model.num_classes:
+                classes_in(model, held_out)
 
     def __iter__(self) -> Iterator[Contender | Failure]:
         """Each one, trained; or why its training failed.
@@ -79,11 +83,45 @@ class Contenders:
             Interrupted: SIGTERM or SIGINT came; the state is saved.
         """
         for number, (shown, name) in enumerate(self._names.items(), 1):
-            print(f"{shown} ({number} of {len(self._names)})", file=sys.stderr, flush=True)
+            note(f"{shown} ({number} of {len(self._names)})")
             try:
                 yield self._trained(name) if name in registry.names() else self._saved(shown, name)
             except NonFiniteError as error:
                 yield Failure(shown, f"in training, {error}")
+
+    def announce(self, protocol: Protocol) -> None:
+        """Say what will be done, and how long it takes: in the worst case, of all of it anew."""
+        trained = [name for name in self._names.values() if name in registry.names()]
+        parts = []
+        if trained:
+            parts.append(f"train {', '.join(trained)} for {self._budget} each")
+        parts.append(f"measure {len(self._names)} by {protocol.images:,} images at most")
+        measuring = [self._expected(name, protocol) for name in self._names.values()]
+        known = sum(seconds for seconds in measuring if seconds is not None)
+        unknown = measuring.count(None)
+        note(f"to do: {', then '.join(parts)} and {protocol.samples:,} samples of each")
+        trainings = self._budget.seconds
+        if trainings is not None:
+            known += trainings * len(trained)
+        note(
+            f"expected: about {_minutes(known)} at most"
+            + (" and the trainings" if trained and trainings is None else "")
+            + (f" and {unknown} models whose first samples are not finite" if unknown else "")
+            + "; what was measured before is not measured again, and Ctrl-C loses nothing"
+        )
+
+    def _expected(self, name: str, protocol: Protocol) -> float | None:
+        """Seconds that one model is measured, trained or not; None if it cannot be told."""
+        if name in registry.names():
+            model = self._settings(name).build().to(self._device).eval()
+            if isinstance(model, FittedFlow):  # which has no density before it is fitted
+                return 0.0
+        else:
+            model = self._loaded(name)
+        try:
+            return expected_seconds(model, self._held_out, protocol)
+        except NonFiniteError:
+            return None
 
     def _loaded(self, name: str) -> GenerativeModel:
         """The saved model, if it was not trained on another version of the data."""
@@ -126,17 +164,16 @@ class Contenders:
         common["progress"] = sys.stderr.isatty()
         if isinstance(model, FittedFlow):
             common["every"] = {1: _Watch(self._held_out, 1, 1)}
+            common["record"] = {CONFIG_FILE: settings.text().encode()}
             result = fit_closed_form(model, self._training, settings.training, folder, **common)
         else:
             settings = replace(settings, training=self._recipe(settings, model, stages))
             config = settings.training
             interval = max(1, FIRST_IMAGES // config.batch_size)
             assert config.steps is not None
+            common["record"] = {CONFIG_FILE: settings.text().encode()}
             common["every"] = {interval: _Watch(self._held_out, interval, config.steps)}
             result = fit(model, self._training, config, folder, **common)
-        text = yaml.safe_dump(settings.describe(), sort_keys=False)
-        group = current()
-        group.on_main(lambda: write_atomically(folder / CONFIG_FILE, text.encode()))
         memory = stages.keep("training-memory", {}, lambda: {"bytes": peak.bytes()})
         facts = {
             "steps": result.step,
@@ -147,7 +184,7 @@ class Contenders:
             "peak_memory": memory["bytes"],
         }
         card = {"training data": self._training.describe(), "cost": facts}
-        group.on_main(lambda: model.save_pretrained(folder / "model", card=card))
+        current().on_main(lambda: model.save_pretrained(folder / "model", card=card))
         lines = [line for line in read_metrics(folder) if "bits_per_dim" in line]
         curve = [{n: line[n] for n in ("step_seconds", "images", "bits_per_dim")} for line in lines]
         return Contender(name, model, {**facts, **_work(model, result.images_seen)}, curve)
@@ -210,6 +247,10 @@ def _work(model: GenerativeModel, images: int) -> dict[str, float]:
         return {}
     each = training_flops(model)
     return {"flops_per_image": each, "flops": each * images}
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
 def _identity_of(data: Mapping[str, Any]) -> str:

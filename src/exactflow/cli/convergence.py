@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.table import Table
 
 from exactflow.cli.arguments import Convergence
+from exactflow.cli.places import check_apart
 from exactflow.cli.settings import data_of, first_images, load_flow
+from exactflow.cli.terminal import say
 from exactflow.core.random import generator, normal_rows
 from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data import load
@@ -19,7 +20,9 @@ from exactflow.sampling.convergence import TOLERANCE, BlockConvergence, converge
 def run(command: Convergence) -> None:
     """Print a row for every block in generation order; write the numbers and a picture."""
     model = load_flow(command.model, command.device)
-    dataset = load(data_of(command.model, command.settings), command.split)
+    data = data_of(model, command.settings)
+    check_apart(command.out, data)
+    dataset = load(data, command.split)
     check_fits(model, dataset)
     images, label = first_images(model, dataset, command.n)
     x = model.from_grey_levels(images.to(model.device))
@@ -27,8 +30,7 @@ def run(command: Convergence) -> None:
         sources = [generator(command.seed, "convergence", index) for index in range(len(x))]
         x = x + model.noise_std * normal_rows(model.event_shape, sources).to(x)
     blocks = convergence(model, x, label, norm=command.norm)
-    console = Console()
-    console.print(_table(blocks))
+    say(_table(blocks))
     summary = {
         "model": command.model,
         "data": dataset.describe(),
@@ -46,7 +48,7 @@ def run(command: Convergence) -> None:
     write_json(command.out / "convergence.json", finite(summary))
     write_atomically(command.out / "convergence.png", convergence_plot(blocks))
     noise = f", with Gaussian noise {model.noise_std:g}, as in training" if model.noise_std else ""
-    console.print(f"{len(x)} images of {dataset.id}, {command.split}{noise}: {command.out}")
+    say(f"{len(x)} images of {dataset.id}, {command.split}{noise}: {command.out}")
 
 
 def _table(blocks: Sequence[BlockConvergence]) -> Table:

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from exactflow import registry
 from exactflow.cli.arguments import Info
 from exactflow.cli.settings import Settings, pick_device
+from exactflow.cli.terminal import say
 from exactflow.core.config import override
 from exactflow.core.model import GenerativeModel
 from exactflow.data import load
@@ -55,16 +56,17 @@ def show(command: Info, settings: Settings) -> None:
     table.add_column("value", justify="right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    say(table)
     if command.memory is not None:
         for line in _verdict(model, cost, command.memory):
-            print(line)
+            say(line)
 
 
 def on_meta(settings: Settings) -> GenerativeModel:
     """The model without memory for its weights."""
     with torch.device("meta"):
-        return registry.family_of(settings.preset).model(settings.model)
+        kind = registry.family_of(settings.preset).model.kind
+        return registry.from_config(kind, asdict(settings.model))
 
 
 def size(count: int) -> str:

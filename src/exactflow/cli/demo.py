@@ -5,14 +5,15 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from exactflow.cli.arguments import Demo
 from exactflow.cli.settings import resolve
+from exactflow.cli.terminal import say
 from exactflow.cli.train import Trained, read_metrics, train
 from exactflow.core.serialization import write_atomically
 from exactflow.data import load
+from exactflow.data.classes import classes_in
 from exactflow.evaluation import pictures, report
 from exactflow.evaluation.baselines import Baseline, baselines
 from exactflow.evaluation.bits_per_dim import Evaluation, evaluate
@@ -29,8 +30,11 @@ def run(command: Demo) -> None:
     """Train, score beside the baselines, sample, write report.html."""
     began = time.perf_counter()
     settings = resolve(PRESET, (*PACE, *command.settings), None)
+    held_out = load(settings.data, "test")
+    model = settings.fitted(held_out).build()
+    if model.num_classes:
+        classes_in(model, held_out)  # an error before anything is trained
     trained = train(settings, command.out, "cpu")
-    held_out = load(trained.settings.data, "test")
     scored = evaluate(trained.model, held_out)
     floor = baselines(trained.training, held_out)
     drawn = sample(trained.model, 64, trace=True, progress=sys.stderr.isatty())
@@ -41,9 +45,8 @@ def run(command: Demo) -> None:
         table.add_column(name, justify="left" if name == "model" else "right")
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    console.print(table)
-    console.print(f"{time.perf_counter() - began:.0f} s in all; open {command.out / 'report.html'}")
+    say(table)
+    say(f"{time.perf_counter() - began:.0f} s in all; open {command.out / 'report.html'}")
 
 
 def _rows(scored: Evaluation, floor: Mapping[str, Baseline]) -> list[list[str]]:

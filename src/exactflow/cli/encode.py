@@ -1,14 +1,13 @@
 """`exactflow encode`."""
 
-import json
-
 import torch
-from rich.console import Console
 from safetensors.torch import save
 
 from exactflow.cli.arguments import Encode
+from exactflow.cli.places import check_apart
 from exactflow.cli.settings import data_of, first_images, load_flow
-from exactflow.core.serialization import write_atomically
+from exactflow.cli.terminal import say
+from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data import load
 from exactflow.evaluation import pictures
 from exactflow.evaluation.bits_per_dim import check_fits
@@ -18,7 +17,9 @@ from exactflow.sampling.latent import interpolate, reconstruct
 def run(command: Encode) -> None:
     """Write latents, reconstructions with their error, and interpolations."""
     model = load_flow(command.model, command.device)
-    dataset = load(data_of(command.model, command.settings), command.split)
+    data = data_of(model, command.settings)
+    check_apart(command.out, data)
+    dataset = load(data, command.split)
     check_fits(model, dataset)
     images, label = first_images(model, dataset, command.n)
     result = reconstruct(model, images, label)
@@ -44,8 +45,8 @@ def run(command: Encode) -> None:
         "wrong_grey_levels": wrong,
         "log_abs_det": result.log_abs_det.tolist(),
     }
-    write_atomically(out / "encode.json", (json.dumps(summary, indent=2) + "\n").encode())
-    Console().print(
+    write_json(out / "encode.json", finite(summary))
+    say(
         f"{len(images)} images encoded and decoded: largest error "
         f"{float(result.error.max()):.1e} in [-1, 1], {wrong} grey levels differ: {out}"
     )

@@ -1,19 +1,19 @@
 """`exactflow evaluate`."""
 
-import json
-import sys
 import time
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from exactflow.cli.arguments import Evaluate
-from exactflow.cli.settings import data_of, load_model, parse_words
+from exactflow.cli.settings import data_of, load_model
+from exactflow.cli.terminal import say
 from exactflow.cli.train import baseline_rows, likelihood_row
+from exactflow.cli.trained_on import trained_on
+from exactflow.cli.words import parse_words
 from exactflow.core.model import GenerativeModel
 from exactflow.core.processes import current
-from exactflow.core.serialization import write_atomically
+from exactflow.core.serialization import finite, write_json
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.evaluation.baselines import Baseline, baselines, described, training_images
 from exactflow.evaluation.bits_per_dim import evaluate
@@ -23,16 +23,16 @@ from exactflow.hub.pretrained import recorded_data
 def run(command: Evaluate) -> None:
     """Score a split and print the number with everything it depends on, beside the baselines'."""
     model = load_model(command.model, command.device)
-    data = data_of(command.model, command.settings)
+    data = data_of(model, command.settings)
     dataset = load(data, command.split)
-    trained_on = _trained_on(command, model, dataset)
+    other_data = _trained_on(command, model, data, dataset)
     evaluation = evaluate(
         model,
         dataset,
         k=command.k,
         seed=command.seed,
         batch_size=command.batch_size,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     result = evaluation.describe()
     floor, remark = {}, "none: noisy densities have no bits/dim"
@@ -49,36 +49,34 @@ def run(command: Evaluate) -> None:
         table.add_row(name, str(result[name]))
     table.add_row("images/s", f"{result['images_per_second']:.1f}")
     table.add_row("data version", dataset.version)
-    if trained_on:
-        table.add_row("trained on", trained_on)
+    if other_data:
+        table.add_row("trained on", other_data)
     table.add_row("preprocessing", dataset.preprocessing)
     table.add_row("fingerprint", dataset.fingerprint[:16])
-    Console().print(table)
+    say(table)
     if command.out is not None:
         command.out.parent.mkdir(parents=True, exist_ok=True)
         result["baselines"] = described(floor)
-        result |= {"trained on": trained_on} if trained_on else {}
+        result |= {"trained on": other_data} if other_data else {}
         per_image = {"nats_per_image": evaluation.likelihood.nats.tolist()}
-        text = json.dumps({"model": command.model, **result, **per_image}, indent=2)
-        out = command.out
-        current().on_main(lambda: write_atomically(out, (text + "\n").encode()))
+        out, content = command.out, finite({"model": command.model, **result, **per_image})
+        current().on_main(lambda: write_json(out, content))
 
 
-def _trained_on(command: Evaluate, model: GenerativeModel, dataset: ImageDataset) -> str:
+def _trained_on(
+    command: Evaluate, model: GenerativeModel, data: DataConfig, dataset: ImageDataset
+) -> str:
     """What the model was trained on, where that is not what it is scored on; else nothing.
 
     Raises:
         ValueError: that is another version of the data, and nobody asked for these by name.
     """
-    recorded = recorded_data(model)
-    if not recorded or (recorded["id"], recorded["version"]) == (dataset.id, dataset.version):
-        return ""
-    known = f"{recorded['id']}, version {recorded['version']}"
+    other_data = trained_on(model, data, dataset)
     named = "source" in parse_words(command.settings, ("data",)).get("data", {})
-    if named or recorded["version"] == dataset.version:
-        return known
+    if named or recorded_data(model).get("version", dataset.version) == dataset.version:
+        return other_data
     raise ValueError(
-        f"{command.model} was trained on {known}: expected that, found {dataset.id}, version "
+        f"{command.model} was trained on {other_data}: expected that, found {dataset.id}, version "
         f"{dataset.version}; name data.source to score another set all the same"
     )
 
@@ -92,6 +90,8 @@ def _floor(
         training = training_images(data, held_out)
     except (ValueError, OSError, ImportError) as error:
         return {}, f"none: no training split to fit to ({error})"
-    found = baselines(training, held_out, seed=command.seed, k=command.k, device=device)
+    found = baselines(
+        training, held_out, seed=command.seed, k=command.k, device=device, progress=True
+    )
     seconds = time.perf_counter() - began
     return found, f"fitted to {len(training):,} training images, dequantized, {seconds:.1f} s"

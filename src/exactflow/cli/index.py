@@ -2,10 +2,9 @@
 
 import time
 
-from rich.console import Console
-
 from exactflow.cli.data_arguments import Index
-from exactflow.cli.settings import parse_words
+from exactflow.cli.terminal import say
+from exactflow.cli.words import parse_words
 from exactflow.core.config import override
 from exactflow.data import DataConfig, index_shards
 
@@ -27,7 +26,6 @@ def run(command: Index) -> None:
         cache_gib=config.cache_gib,
         progress=True,
     )
-    console = Console(soft_wrap=True)
     images, size = sum(map(len, shards)), sum(shard.size for shard in shards)
-    console.print(f"{len(shards):,} shards, {images:,} images, {size / 2**30:.3g} GiB, in {file}")
-    console.print(f"{time.monotonic() - began:.1f} s")
+    say(f"{len(shards):,} shards, {images:,} images, {size / 2**30:.3g} GiB, in {file}")
+    say(f"{time.monotonic() - began:.1f} s")

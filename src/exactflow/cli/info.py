@@ -2,10 +2,7 @@
 
 from pathlib import Path
 
-import torch
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from exactflow import registry
 from exactflow.cli import cost
@@ -15,12 +12,10 @@ from exactflow.hub.pretrained import from_pretrained, read_config
 
 
 def run(command: Info) -> None:
-    """List presets, describe one thing, or say what its training costs."""
+    """Describe one thing, or say what its training costs."""
     name = command.name
     if name is None and command.config is None:
-        if command.settings or cost.is_asked(command):
-            raise ValueError("expected a preset, or --config FILE that names one")
-        _list()
+        raise ValueError("expected a preset, or --config FILE that names one")
     elif name is not None and name not in registry.names():
         _saved(command, name)
     else:
@@ -29,19 +24,6 @@ def run(command: Info) -> None:
             cost.show(command, settings)
         else:
             _preset(settings)
-
-
-def _list() -> None:
-    table = Table(title="presets")
-    for name in ("preset", "image", "parameters", "published"):
-        table.add_column(name, justify="right" if name == "parameters" else "left", overflow="fold")
-    for name in registry.names():
-        with torch.device("meta"):
-            model = registry.build(name)
-        shape = "x".join(map(str, model.event_shape))
-        count = f"{model.num_parameters:,}"
-        table.add_row(name, shape, count, registry.preset(name).published)
-    Console().print(table)
 
 
 def _preset(settings: Settings) -> None:

@@ -1,13 +1,13 @@
 """`exactflow outliers`."""
 
-import sys
-
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from exactflow.cli.latent_arguments import Outliers
+from exactflow.cli.places import check_apart
 from exactflow.cli.settings import data_of, load_model, some
+from exactflow.cli.terminal import say
+from exactflow.cli.trained_on import trained_on
 from exactflow.core.serialization import write_atomically, write_json
 from exactflow.data import ImageDataset
 from exactflow.evaluation.bits_per_dim import check_fits
@@ -28,7 +28,8 @@ SHOWN = 10  # images of each side in the picture of them
 def run(command: Outliers) -> None:
     """Score both sets; print the area under the curve of every score, write pictures."""
     model = exact_flow(load_model(command.model, command.device))
-    data = data_of(command.model, command.settings)
+    data = data_of(model, command.settings)
+    check_apart(command.out, data)
     inside = some(data, "test", command.n)
     training = some(data, "train", command.training)
     for dataset in (inside, training):
@@ -43,8 +44,9 @@ def run(command: Outliers) -> None:
     options = {
         "seed": command.seed,
         "batch_size": command.batch_size,
-        "progress": sys.stderr.isatty(),
+        "progress": True,
     }
+    other_data = trained_on(model, data, inside)
     typical = log_likelihood(model, training.tensors()[0], **options).bits_per_dim
     scores = [outlier_scores(model, s.tensors()[0], typical, **options) for s in (inside, outside)]
     areas = {name: auroc(scores[0][name], scores[1][name]) for name in SCORES}
@@ -54,6 +56,7 @@ def run(command: Outliers) -> None:
         "inside": inside.describe(),
         "outside": outside.describe(),
         "training": training.describe(),
+        **({"trained on": other_data} if other_data else {}),
         "labels": "dropped",
         "seed": command.seed,
         "typical_bits_per_dim": typical,
@@ -76,8 +79,10 @@ def run(command: Outliers) -> None:
         table.add_column(name, justify="left" if name == "score" else "right")
     for name in SCORES:
         table.add_row(name, f"{areas[name]:.3f}", *(f"{mean:.3f}" for mean in means[name]))
-    Console().print(table)
-    Console().print(
+    say(table)
+    if other_data:
+        say(f"the model was trained on {other_data}")
+    say(
         f"{len(inside)} images inside, {len(outside)} outside; 0.5 is chance, less means that the "
         f"score takes them the wrong way round: {command.out}"
     )

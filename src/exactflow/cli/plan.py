@@ -6,6 +6,7 @@ from rich.table import Table
 
 from exactflow.cli.arguments import Plan
 from exactflow.cli.settings import load_flow
+from exactflow.cli.terminal import say
 from exactflow.core.model import Flow
 from exactflow.core.serialization import PLAN_FILE
 from exactflow.sampling.plan import InversionPlan, keep_plans, read_plans
@@ -19,12 +20,11 @@ def run(command: Plan) -> None:
     if not command.batch_size:
         raise ValueError("expected at least one batch size")
     read_plans(model.home)  # a damaged file is found before the work, not after it
-    console = Console()
     for size in command.batch_size:
         plan = _measured(model, size, command.tolerance)
         keep_plans(model.home, [plan])
-        console.print(_table(plan))
-    console.print(f"kept in {model.home / PLAN_FILE}: `exactflow sample` goes by it")
+        say(_table(plan))
+    say(f"kept in {model.home / PLAN_FILE}: `exactflow sample` goes by it")
 
 
 def _measured(model: Flow, size: int, tolerance: float | None) -> InversionPlan:

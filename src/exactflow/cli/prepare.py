@@ -3,11 +3,11 @@
 import sys
 import time
 
-from rich.console import Console
 from rich.table import Table
 
 from exactflow.cli.arguments import Prepare
-from exactflow.cli.settings import parse_words
+from exactflow.cli.terminal import note, say
+from exactflow.cli.words import parse_words
 from exactflow.core.config import override
 from exactflow.data import DataConfig, prepare
 
@@ -32,7 +32,7 @@ def run(command: Prepare) -> None:
             progress=True,
         )
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        note("interrupted; the same command continues")
         sys.exit(130)
     some = splits["train"]
     table = Table(title=f"{some.id}, {some.version}, in {command.out}")
@@ -43,6 +43,5 @@ def run(command: Prepare) -> None:
         counts = f"{len(dataset):,}", f"{len(dataset.skipped):,}"
         facts = shape, str(dataset.levels), str(dataset.num_classes), dataset.fingerprint[:16]
         table.add_row(split, *counts, *facts)
-    console = Console()
-    console.print(table)
-    console.print(f"{time.monotonic() - began:.1f} s; read it with data.source={command.out}")
+    say(table)
+    say(f"{time.monotonic() - began:.1f} s; read it with data.source={command.out}")

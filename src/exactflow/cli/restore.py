@@ -1,15 +1,15 @@
 """`exactflow restore`."""
 
 import math
-import sys
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from exactflow.cli.latent_arguments import Restore
+from exactflow.cli.places import check_apart
 from exactflow.cli.settings import data_of, first_images, load_model
+from exactflow.cli.terminal import say
 from exactflow.core.model import Flow
 from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data import load
@@ -23,7 +23,9 @@ def run(command: Restore) -> None:
     if command.n < 1:
         raise ValueError(f"expected n >= 1, got {command.n}")
     model = exact_flow(load_model(command.model, command.device))
-    dataset = load(data_of(command.model, command.settings), command.split)
+    data = data_of(model, command.settings)
+    check_apart(command.out, data)
+    dataset = load(data, command.split)
     check_fits(model, dataset)
     images, label = first_images(model, dataset, command.n)
     restored = _inpaint if command.task == "inpaint" else _denoise
@@ -39,7 +41,7 @@ def run(command: Restore) -> None:
     command.out.mkdir(parents=True, exist_ok=True)
     write_json(command.out / f"{command.task}.json", summary)
     write_atomically(command.out / f"{command.task}.png", picture)
-    Console().print(f"{sentence}: {command.out / command.task}.png")
+    say(f"{sentence}: {command.out / command.task}.png")
 
 
 def _inpaint(
@@ -56,7 +58,7 @@ def _inpaint(
         draws=draws,
         steps=command.steps,
         seed=command.seed,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     x = model.from_grey_levels(drawn.images).view(draws, n, *model.event_shape)
     truth = model.from_grey_levels(images)
@@ -103,7 +105,7 @@ def _denoise(
         label,
         seed=command.seed,
         batch_size=command.batch_size,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     numbers = result.describe()
     shown = [model.to_grey_levels(x) for x in (result.noisy, result.denoised)]

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from exactflow.cli.arguments import Results
+from exactflow.cli.terminal import say
 from exactflow.core.config import suggestion
-from exactflow.core.serialization import write_atomically
+from exactflow.core.serialization import finite, write_atomically
 from exactflow.evaluation import published
 from exactflow.evaluation.published import Doubt, Metric, PublishedRow, Section
 
@@ -40,11 +40,10 @@ def run(command: Results) -> None:
     if command.out is not None and command.out.suffix not in (".md", ".json"):
         raise ValueError(f"--out: expected a name that ends in .md or .json, got {command.out}")
     tables = _tables(command, command.dataset)
-    console = Console()
     for metric, sections in tables.items():
-        console.print(_rich(f"{command.dataset}, {NAMES[metric]}", sections))
+        say(_rich(f"{command.dataset}, {NAMES[metric]}", sections))
     notes = _notes(command.dataset, tables)
-    console.print(*map(Text, notes), sep="\n")
+    say(*notes)
     if command.out is not None:
         write = _json if command.out.suffix == ".json" else _markdown
         command.out.parent.mkdir(parents=True, exist_ok=True)
@@ -58,8 +57,8 @@ def _list() -> None:
         table.add_column(metric, justify="right")
     for dataset, counts in published.counts().items():
         table.add_row(dataset, *(str(counts[metric]) for metric in NAMES))
-    Console().print(table)
-    print("exactflow results DATASET shows one; the numbers above are counts of rows")
+    say(table)
+    say("exactflow results DATASET shows one; the numbers above are counts of rows")
 
 
 def _tables(command: Results, dataset: str) -> Tables:
@@ -182,4 +181,5 @@ def _json(dataset: str, tables: Tables, notes: Sequence[str]) -> str:
         for section in sections
         for rank, row in section.rows
     ]
-    return json.dumps({"dataset": dataset, "rows": rows, "notes": list(notes)}, indent=2) + "\n"
+    content = finite({"dataset": dataset, "rows": rows, "notes": list(notes)})
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"

@@ -1,44 +1,64 @@
 """Carries out a command, alone or in one of the processes that torchrun started."""
 
+import logging
 import os
-import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from importlib import import_module
 from typing import Any
 
-from exactflow.core.processes import Processes, ProcessLostError, joined
+import torch
+
+from exactflow.cli.arguments import SHARED
+from exactflow.cli.guard import leaving_at_once
+from exactflow.cli.terminal import safe_record, show_warning
+from exactflow.core.processes import ProcessLostError, joined
 
 
-def carry_out(command: Any, module: str, *, shared: bool) -> None:
-    """Run one command; exits with 1 (an error, in one message) or 128 + signal, or returns.
+def carry_out(command: Any, module: str) -> None:
+    """Run one command.
 
     Args:
         command: what was typed.
         module: whose `run` takes it.
-        shared: whether several processes may work on it.
+
+    Raises:
+        MemoryError: the processor's or an accelerator's memory is full.
+        ConnectionError: another process of the group was lost.
     """
-    group = Processes()
+    with leaving_at_once():
+        verb = import_module(module)
     try:
         with joined() as group, group.explained_loss():
-            if group.count > 1 and not shared:
+            if group.count > 1 and not isinstance(command, SHARED):
                 raise ValueError(
                     "this command works in one process: start it without torchrun, "
                     f"which started {group.count}"
                 )
-            with nullcontext() if group.is_main else _silence():
-                import_module(module).run(command)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        sys.stderr.close()
-        sys.exit(128 + signal.SIGPIPE)
-    except (ValueError, ArithmeticError, ImportError, OSError, ProcessLostError) as error:
-        place = "" if group.count == 1 else f" in process {group.rank} of {group.count}"
-        print(f"error{place}: {error}", file=sys.stderr)
-        sys.exit(1)
+            with nullcontext() if group.is_main else _silence(), _plain_messages():
+                verb.run(command)
+    except ProcessLostError as error:
+        raise ConnectionError(str(error)) from error
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise MemoryError(str(error)) from error
+        raise
+
+
+@contextmanager
+def _plain_messages() -> Iterator[None]:
+    """Warnings and logs are lines on stderr, in which names are made printable."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(safe_record)
+    logging.getLogger("exactflow").addHandler(handler)
+    before, warnings.showwarning = warnings.showwarning, show_warning
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+        logging.getLogger("exactflow").removeHandler(handler)
 
 
 @contextmanager

@@ -1,33 +1,42 @@
 """`exactflow sample`."""
 
-import json
-import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+import torch
 
+from exactflow import __version__
 from exactflow.cli.arguments import Sample
-from exactflow.cli.settings import load_model
+from exactflow.cli.places import SamplesFolder, samples_folder
+from exactflow.cli.settings import NULL_LABEL, labels_named, load_model
+from exactflow.cli.terminal import say
 from exactflow.core.model import Flow, GenerativeModel
 from exactflow.core.processes import current
-from exactflow.core.serialization import write_atomically
+from exactflow.core.serialization import finite, write_atomically, write_json
+from exactflow.data.classes import numbered
 from exactflow.evaluation import pictures
+from exactflow.evaluation.comparison import fingerprint
 from exactflow.evaluation.profiles import inversion_plot
 from exactflow.sampling.guidance import Guidance
 from exactflow.sampling.sample import Samples, sample
 
 
 def run(command: Sample) -> None:
-    """Draw samples and write them with their cost."""
+    """Draw samples and write them with their cost and all they depend on."""
+    seeds = range(command.seed, command.seed + command.n)
+    out = command.out or samples_folder(command.model)
+    folder = SamplesFolder(out, seeds, own=command.out is None)
     model = load_model(command.model, command.device)
-    if len(command.label) not in (0, 1, command.n):
+    label = labels_named(model, command.label)
+    if len(label) not in (0, 1, command.n):
         raise ValueError(
-            f"expected no label, one, or {command.n} (one per sample), got {len(command.label)}"
+            f"expected no label, one, or {command.n} (one per sample), got {len(label)}"
         )
     drawn = sample(
         model,
         command.n,
-        command.label[0] if len(command.label) == 1 else command.label or None,
+        label[0] if len(label) == 1 else label or None,
         command.seed,
         command.solver,
         _guidance(command) if isinstance(model, Flow) else command.guidance,
@@ -38,31 +47,57 @@ def run(command: Sample) -> None:
         batch_size=command.batch_size,
         trace=command.trace,
         profile=command.profile,
-        on_nonfinite=command.on_nonfinite,
-        progress=sys.stderr.isatty(),
+        # One of many that fails does not take the others with it.
+        on_nonfinite="omit" if isinstance(model, Flow) else command.on_nonfinite,
+        progress=True,
     )
-    console = Console()
     for seed, where in drawn.failures.items():
-        console.print(f"left out: the sample with seed {seed} became non-finite in {where}")
+        say(f"left out: the sample with seed {seed} became non-finite in {where}")
     if not drawn.seeds:
         raise ArithmeticError(f"none of {command.n} samples is finite")
-    current().on_main(lambda: _write(command, model, drawn))
-    console.print(_summary(drawn, command.out))
+    current().on_main(lambda: _write(command, folder, model, drawn))
+    say(_summary(drawn, out))
+    if drawn.failures and command.on_nonfinite == "raise":
+        raise ArithmeticError(
+            f"{len(drawn.failures)} of {command.n} samples are not finite; the others are in {out}"
+        )
 
 
-def _write(command: Sample, model: GenerativeModel, drawn: Samples) -> None:
-    """Pictures and cost."""
-    out = command.out
+def _write(command: Sample, folder: SamplesFolder, model: GenerativeModel, drawn: Samples) -> None:
+    """Pictures, and last of all the record of them."""
+    out = folder.path
+    folder.clear(drawn.seeds)
     pictures.save(pictures.grid(drawn.images, model.levels), out / "samples.png")
     for seed, image in zip(drawn.seeds, drawn.images, strict=True):
-        pictures.save(pictures.single(image, model.levels), out / f"seed_{seed:06d}.png")
+        pictures.save(pictures.single(image, model.levels), folder.single(seed))
     if drawn.trace is not None:
         pictures.save(pictures.trajectory_grid(drawn.trace[:, :8]), out / "trace.png")
     if drawn.passes is not None:
         write_atomically(out / "inversion.png", inversion_plot(drawn.passes))
-    cost = {
+    write_json(out / "samples.json", finite(_record(command, model, drawn)))
+
+
+def _record(command: Sample, model: GenerativeModel, drawn: Samples) -> dict[str, Any]:
+    """What was drawn, from what, how, and at which cost."""
+    label = None if drawn.label is None else drawn.label.tolist()
+    names = (*(model.class_names or numbered(model.num_classes)), NULL_LABEL)
+    return {
+        "exactflow": __version__,
+        "torch": torch.__version__,
+        "model": command.model,
+        "kind": model.kind,
+        "fingerprint": fingerprint(model),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "seeds": drawn.seeds,
-        "label": None if drawn.label is None else drawn.label.tolist(),
+        "label": label,
+        "label_names": None if label is None else [names[index] for index in label],
+        "solver": command.solver,
+        "steps": command.steps,
+        "tolerance": command.tolerance,
+        "guidance": asdict(_guidance(command)) if isinstance(model, Flow) else command.guidance,
+        "denoise": command.denoise,
+        "temperature": command.temperature,
         "evaluations": drawn.evaluations,
         "iterations": drawn.iterations,
         "seconds": drawn.seconds,
@@ -71,7 +106,6 @@ def _write(command: Sample, model: GenerativeModel, drawn: Samples) -> None:
         "beyond_tolerance": drawn.beyond_tolerance,
         "failures": drawn.failures,
     }
-    write_atomically(out / "samples.json", (json.dumps(cost, indent=2) + "\n").encode())
 
 
 def _summary(drawn: Samples, out: Path) -> str:

@@ -10,14 +10,21 @@ import yaml
 from torch import Tensor
 
 from exactflow import registry
-from exactflow.core.config import checked, override, suggestion
+from exactflow.cli.words import SECTIONS, TYPED, merge, parse_words, read_file
+from exactflow.core.config import checked, override
 from exactflow.core.model import Flow, GenerativeModel
 from exactflow.core.random import derive_seed
-from exactflow.data import DataConfig, ImageDataset, Split, load
-from exactflow.hub.pretrained import from_pretrained
+from exactflow.data import DataConfig, DataError, ImageDataset, Split, load
+from exactflow.data.classes import class_number, numbered
+from exactflow.data.config import located
+from exactflow.data.datasets import identify
+from exactflow.data.prepared import open_prepared
+from exactflow.evaluation.bits_per_dim import with_labels
+from exactflow.hub.pretrained import from_pretrained, recorded_data
 from exactflow.training import TrainConfig
 
-SECTIONS = ("model", "training", "data", "run")
+CONFIG_FILE = "config.yaml"  # of a run folder
+NULL_LABEL = "null"  # how the dropped label is called, unless a class is
 
 
 @final
@@ -55,13 +62,49 @@ class Settings:
         sections = {name: _plain(asdict(getattr(self, name))) for name in SECTIONS}
         return {"preset": self.preset, **sections}
 
+    def text(self) -> str:
+        """The content of a run's config.yaml: paths of the data as they are found from anywhere.
+
+        What was typed, where that differs, stands in a section of its own; see `read_file`.
+        """
+        content = self.describe()
+        data, prepared = content["data"], open_prepared(self.data.source)
+        paths = ["source", "cache_dir"]
+        if prepared is None:
+            paths.append("validation")
+        else:  # how its source was read; compared with these words as they stand
+            default = DataConfig()
+            words = prepared.identity.words.items()
+            data |= {name: value for name, value in words if data[name] == getattr(default, name)}
+        typed = {name: data[name] for name in paths if data[name] is not None}
+        data |= {name: located(path) for name, path in typed.items()}
+        typed = {name: path for name, path in typed.items() if path != data[name]}
+        return yaml.safe_dump({**content, **({TYPED: typed} if typed else {})}, sort_keys=False)
+
     def fitted(self, dataset: ImageDataset) -> "Settings":
-        """With the model's image shape, levels and classes taken from the data unless given."""
+        """With the model's image shape and levels taken from the data unless given.
+
+        So is the number of classes of a conditional model; another stays one without.
+        """
         facts = {"image_shape": dataset.event_shape, "levels": dataset.levels}
         if asdict(self.model).get("num_classes"):  # unconditional families have no such field
             facts["num_classes"] = dataset.num_classes
         facts = {name: value for name, value in facts.items() if name not in self.given}
         return replace(self, model=override(self.model, facts))
+
+    def unused_classes(self, dataset: ImageDataset) -> str:
+        """Why a model is not trained with classes, where one might expect it; else nothing."""
+        wanted, found = asdict(self.model).get("num_classes"), dataset.num_classes
+        if wanted is None or "num_classes" in self.given or bool(wanted) == bool(found):
+            return ""
+        if wanted:
+            return f"{dataset.id} has no labels: {self.preset} is trained without its classes"
+        if found == 1:
+            return ""
+        return (
+            f"{dataset.id} has {found} classes, {self.preset} is trained without them: "
+            f"model.num_classes={found} trains it with them"
+        )
 
     def build(self) -> GenerativeModel:
         """The model with its seeded initial weights."""
@@ -84,6 +127,7 @@ def resolve(
     preset_name = preset_name or changes.get("preset")
     if not isinstance(preset_name, str):
         raise ValueError(f"expected a preset: {', '.join(registry.names())}")
+    preset_name = str(preset_name)  # plain text, not what a file's reader marked as typed
     preset = registry.preset(preset_name)
     merge(changes, parse_words(words))
     if "source" not in {**preset.data, **changes.get("data", {})}:
@@ -102,59 +146,45 @@ def resolve(
     )
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """A YAML file's sections. Raises ValueError for anything else, naming file and key."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a mapping with {', '.join(('preset', *SECTIONS))}")
-    for name, section in content.items():
-        if name not in ("preset", *SECTIONS):
-            raise ValueError(f"{path}: unknown section {name!r}{suggestion(str(name), SECTIONS)}")
-        if name != "preset" and not isinstance(section, dict):
-            raise ValueError(f"{path}: expected a mapping under {name!r}, got {section!r}")
-    return content
-
-
-def parse_words(words: Sequence[str], sections: Sequence[str] = SECTIONS) -> dict[str, Any]:
-    """`section.field=value` words; values are read as YAML. Raises ValueError for other words."""
-    changes: dict[str, Any] = {}
-    for word in words:
-        key, equals, text = word.partition("=")
-        section, dot, name = key.partition(".")
-        if not equals or not dot or section not in sections:
-            near = suggestion(section, sections)
-            raise ValueError(f"expected SECTION.FIELD=VALUE, got {word!r}{near}")
-        changes.setdefault(section, {})[name] = _value(text)
-    return changes
-
-
-def merge(base: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Put the sections of `changes` over those of `base`, field by field."""
-    for section, fields in changes.items():
-        base[section] = {**base.get(section, {}), **fields}
-
-
-def data_of(location: str, words: Sequence[str]) -> DataConfig:
+def data_of(model: GenerativeModel, words: Sequence[str]) -> DataConfig:
     """The data a saved model was trained on, with changes.
+
+    The same set under another name is read as it was for the training, but for what is changed; of
+    another set nothing of that reading applies.
 
     Raises:
         ValueError: the model does not say, and no data.source is given.
     """
     changes = parse_words(words, ("data",)).get("data", {})
-    path = Path(location)
-    recorded: dict[str, Any] = {}
-    for file in (path / "config.yaml", path.parent / "config.yaml"):
-        if path.is_dir() and file.exists():
-            recorded = read_file(file).get("data", {})
-            break
-    if "source" in changes and changes["source"] != recorded.get("source"):
-        recorded = {}  # another set: nothing of the old one's reading applies
+    home = model.home
+    assert home is not None  # it was loaded
+    files = [folder / CONFIG_FILE for folder in (home, home.parent)]
+    file = next((file for file in files if file.is_file()), None)
+    recorded = {} if file is None else read_file(file).get("data", {})
     if "source" not in {**recorded, **changes}:
-        raise ValueError(f"{location} does not say what it was trained on: give data.source=...")
-    return _made(DataConfig, {**recorded, **changes})
+        raise ValueError(f"{home} does not say what it was trained on: give data.source=...")
+    data = _made(DataConfig, {**recorded, **changes})
+    if "source" in changes and "source" in recorded:
+        then = _made(DataConfig, recorded)
+        now = replace(then, source=data.source, validation=data.validation)
+        if located(now.source) != located(then.source) and not _is_known(model, now):
+            return _made(DataConfig, changes)
+    return data
+
+
+def _is_known(model: GenerativeModel, data: DataConfig) -> bool:
+    """Whether a model was trained on this set, whatever it is called here."""
+    card = recorded_data(model)
+    if not card:
+        return False
+    try:
+        id, version = identify(data)
+        if version != card["version"] or id == card["id"]:
+            return version == card["version"]
+        # a copy under another name, or files that only look like it
+        return load(data, "train").fingerprint == card["fingerprint"]
+    except (DataError, OSError, ImportError):
+        return False
 
 
 def some(data: DataConfig, split: Split, most: int) -> ImageDataset:
@@ -166,11 +196,23 @@ def some(data: DataConfig, split: Split, most: int) -> ImageDataset:
 def first_images(
     model: GenerativeModel, dataset: ImageDataset, count: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The first images of a set, and their labels where model and data have classes."""
-    images, label = dataset.tensors(slice(count))
-    if not model.num_classes or label is None:
-        return images, None
-    return images, label.to(model.device)
+    """The first images of a set, and their classes where both model and data have any."""
+    rows = slice(count)
+    if dataset.labels is None:
+        return dataset.tensors(rows)
+    images, label = with_labels(model, dataset, rows)
+    return images, None if label is None else label.to(model.device)
+
+
+def labels_named(model: GenerativeModel, words: Sequence[str]) -> list[int]:
+    """Classes of a model by their names or numbers. Raises ValueError for a word that is none."""
+    if words and not model.num_classes:
+        raise ValueError(f"expected no label for a model without classes, got {words[0]!r}")
+    names = model.class_names or numbered(model.num_classes)
+    null = {} if NULL_LABEL in names else {NULL_LABEL: model.null_label}
+    return [
+        null[word] if word in null else class_number(word, names, "the model") for word in words
+    ]
 
 
 def load_model(location: str, device: str) -> GenerativeModel:
@@ -204,19 +246,6 @@ def pick_device(name: str) -> torch.device:
 
 def _made(config: type, fields: Mapping[str, Any]) -> Any:
     return config(**checked(config, fields))
-
-
-def _value(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{text!r} is not a YAML value: {error}") from error
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML reads 1e-3, without a point, as text
-        except ValueError:
-            return value
-    return value
 
 
 def _plain(value: Any) -> Any:

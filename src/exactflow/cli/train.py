@@ -8,31 +8,28 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-import yaml
-from rich.console import Console
 from rich.table import Table
 
 from exactflow.cli.arguments import Train
-from exactflow.cli.settings import Settings, pick_device, resolve
+from exactflow.cli.places import check_apart
+from exactflow.cli.settings import CONFIG_FILE, Settings, pick_device, resolve
+from exactflow.cli.terminal import note, say
 from exactflow.core.model import FittedFlow, GenerativeModel
 from exactflow.core.processes import current
 from exactflow.core.random import generator
-from exactflow.core.serialization import write_atomically
 from exactflow.data import ImageDataset, load
 from exactflow.evaluation import pictures
 from exactflow.evaluation.baselines import Baseline
-from exactflow.evaluation.bits_per_dim import Evaluation, evaluate
+from exactflow.evaluation.bits_per_dim import Evaluation, evaluate, with_labels
 from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.paths.chain_model import ChainModel
 from exactflow.paths.path_model import PathModel
 from exactflow.sampling.sample import sample
 from exactflow.training import FitResult, Interrupted, Progress, fit
 from exactflow.training.fitting import fit_closed_form
-from exactflow.training.folder import held
 from exactflow.training.log import LOG_FILE
 
 LOSS_BATCH = 250
-CONFIG_FILE = "config.yaml"
 
 
 @final
@@ -59,13 +56,15 @@ def run(command: Train) -> None:
 
 def train(settings: Settings, folder: Path, device: str) -> Trained:
     """Carry out or resume a run in `folder`; leaves it with model/, config.yaml, metrics.jsonl."""
+    check_apart(folder, settings.data)
     group = current()
     training = group.main_first(lambda: load(settings.data, "train"))
     validation = group.main_first(lambda: load(settings.data, "validation"))
+    remark = settings.unused_classes(training)
+    if remark:
+        note(remark)
     settings = settings.fitted(training)
     model = settings.build().to(pick_device(device))
-    text = yaml.safe_dump(settings.describe(), sort_keys=False)
-    group.on_main(lambda: _write_config(folder, text))
     watch = _Watch(settings, model, validation, folder)
     run_config = settings.run
     every = {run_config.sample_every: watch.draw}
@@ -77,6 +76,7 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
         "augmentation": settings.data.augmentation,
         "every": every,
         "tensorboard": run_config.tensorboard,
+        "record": {CONFIG_FILE: settings.text().encode()},
     }
     try:
         if isinstance(model, FittedFlow):
@@ -84,7 +84,7 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
         else:
             result = fit(model, training, settings.training, folder, **options)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        note(str(stop))
         sys.exit(stop.exit_code)
     evaluation = None
     scores: dict[str, Any] = dict(watch.loss(model))
@@ -108,11 +108,6 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
     return Trained(settings, model, training, result, evaluation)
 
 
-def _write_config(folder: Path, text: str) -> None:
-    with held(folder):
-        write_atomically(folder / CONFIG_FILE, text.encode())
-
-
 def show(trained: Trained, folder: Path) -> None:
     """The closing table."""
     table = Table(title=f"{trained.settings.preset} on {trained.training.id}")
@@ -127,7 +122,7 @@ def show(trained: Trained, folder: Path) -> None:
         table.add_row(*likelihood_row(trained.validation, "validation"))
         table.add_row("kind", trained.validation.likelihood.kind)
     table.add_row("model", str(folder / "model"))
-    Console().print(table)
+    say(table)
 
 
 def likelihood_row(evaluation: Evaluation, split: str) -> tuple[str, str]:
@@ -161,8 +156,7 @@ class _Watch:
         self, settings: Settings, model: GenerativeModel, validation: ImageDataset, folder: Path
     ) -> None:
         count = min(settings.run.evaluation_images, len(validation))
-        self.images, labels = validation.tensors(slice(count))
-        self.labels = labels if model.num_classes else None
+        self.images, self.labels = with_labels(model, validation, slice(count))
         self.samples = settings.run.samples
         self.folder = folder
 
@@ -200,6 +194,11 @@ class _Watch:
             solver="ddim" if isinstance(model, ChainModel) else "auto",  # soon done
             on_nonfinite="omit",
         )
+        if drawn.failures:
+            note(
+                f"step {progress.step}: {len(drawn.failures)} of {self.samples} samples are not "
+                "finite, and are left out of the grid"
+            )
         if len(drawn.seeds):
             sheet = pictures.grid(drawn.images, model.levels)
             path = self.folder / "samples" / f"step_{progress.step:08d}.png"

@@ -7,6 +7,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+from exactflow.core.typed_text import Typed, is_null, read_yaml, scalar
+
 Config = TypeVar("Config")
 
 
@@ -15,8 +17,8 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
 
     Args:
         config: an instance.
-        changes: new values; lists stand for tuples and whole numbers for floats, as JSON and YAML
-            write them.
+        changes: new values; lists stand for tuples and whole numbers for floats, as JSON writes
+            them, and text that was typed for whatever the field holds.
 
     Raises:
         ValueError: an unknown field, with a suggestion, or a value of the wrong type.
@@ -49,7 +51,8 @@ def _as(hint: Any, value: Any, name: str) -> Any:
     """`value` as the type `hint`, converted only where nothing is lost."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
+        null = value is None or (isinstance(value, Typed) and is_null(value))
+        if null and type(None) in arguments:
             return None
         plain = [argument for argument in arguments if argument is not type(None)]
         return _as(plain[0], value, name)
@@ -58,8 +61,10 @@ def _as(hint: Any, value: Any, name: str) -> Any:
             choices = " | ".join(map(repr, arguments))
             near = suggestion(str(value), [str(a) for a in arguments]).partition(";")[2]
             raise ValueError(f"{name}: expected {choices}, got {value!r};{near}")
-        return value
+        return str(value) if isinstance(value, Typed) else value
     if origin is tuple:
+        if isinstance(value, Typed):
+            value = read_yaml(value, f"{name}={value}")
         if not isinstance(value, list | tuple):
             raise ValueError(f"{name}: expected a list of values, got {value!r}")
         if arguments[-1] is Ellipsis:
@@ -69,6 +74,11 @@ def _as(hint: Any, value: Any, name: str) -> Any:
         return tuple(_as(a, v, name) for a, v in zip(arguments, value, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, Typed):
+        meant = scalar(hint, value)
+        if meant is None:
+            raise ValueError(f"{name}: expected {hint.__name__}, got {value!r}")
+        return meant
     if isinstance(hint, type) and (
         not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)
     ):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from exactflow.core import images as grey
 from exactflow.core.prior import Prior
-from exactflow.core.serialization import write_model
+from exactflow.core.serialization import CLASS_NAMES, write_model
 from exactflow.core.transform import AutoregressiveTransform, Solver
 
 
@@ -68,6 +68,7 @@ class GenerativeModel(nn.Module, ABC):
     Attributes:
         kind: the family's name in the registry.
         config: frozen dataclass with everything that defines the architecture and its noise.
+        class_names: of the classes 0, 1, ..., as of the data it was trained on; empty if unknown.
         home: folder the model was loaded from, where what belongs to it is kept; None if none.
         parameter_rules: how parameters are trained; for each the first whose pattern fits.
     """
@@ -75,6 +76,7 @@ class GenerativeModel(nn.Module, ABC):
     kind: ClassVar[str]
     parameter_rules: ClassVar[tuple[ParameterRule, ...]] = ()
     config: Any
+    class_names: tuple[str, ...] = ()
     home: Path | None = None
 
     @property
@@ -176,9 +178,11 @@ class GenerativeModel(nn.Module, ABC):
 
         Args:
             path: folder, made if absent.
-            card: what to say of the model beside its configuration: data, metrics, cost.
+            card: what to say of the model beside its configuration: data, metrics, cost. The names
+                of its classes are added.
         """
-        write_model(self, self.kind, self.config, Path(path), card or {})
+        names = {CLASS_NAMES: list(self.class_names)} if self.class_names else {}
+        write_model(self, self.kind, self.config, Path(path), {**(card or {}), **names})
 
 
 class Flow(GenerativeModel):

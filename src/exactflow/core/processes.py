@@ -13,8 +13,9 @@ from datetime import timedelta
 from typing import Any, TypeVar, final
 
 import torch
-from rich.progress import track
 from torch import Tensor
+
+from exactflow.core.progress import tracked
 
 LAST_WORDS = 0.1  # seconds for what was sent last before a group is left
 # Others wait so long for one that lives, as the main process reads data or writes files. One that
@@ -108,7 +109,7 @@ class Processes:
 
         def done() -> list[B]:
             mine = items[self.rank :: self.count]
-            shown = track(mine, bar, transient=True) if bar and self.is_main else mine
+            shown = tracked(mine, len(mine), bar or "", shown=bar is not None and self.is_main)
             with separately():
                 return [work(item) for item in shown]
 

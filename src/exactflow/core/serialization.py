@@ -16,6 +16,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 PLAN_FILE = "plan.json"  # how to invert this model fast here; of no use to other weights
+CLASS_NAMES = "class names"  # in the card: of the classes 0, 1, ...
 FORMAT_VERSION = 1
 
 

@@ -32,6 +32,7 @@ from exactflow.data.records import (
     RowRecords,
     Source,
     StoredSplit,
+    bounded_labels,
     local_id,
     version_and_stamp,
 )
@@ -145,7 +146,8 @@ def _read(file: Path) -> tuple[np.ndarray, np.ndarray]:
     except _BROKEN as error:
         raise DataError(f"{file}: expected a whole batch file, found: {error!r}") from error
     data = _whole_numbers(data, "data", 0, 255, file).astype(np.uint8)
-    labels = _whole_numbers(labels, "labels", 1, None, file).astype(np.int64)
+    labels = _whole_numbers(labels, "labels", 1, None, file)
+    labels = bounded_labels(labels, labels.size, lambda row: f"{file}[row {row}]")
     side = math.isqrt(data.shape[1] // 3) if data.ndim == 2 else 0
     if side == 0 or data.shape[1] != 3 * side * side:
         raise DataError(f"{file}: expected data (N, 3 S S), found {data.shape}")

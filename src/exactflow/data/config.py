@@ -120,6 +120,16 @@ def is_path(source: str) -> bool:
     return source not in BUILT_IN and not source.startswith("hub:") and not is_remote(source)
 
 
+def located(source: str) -> str:
+    """A source as it is found from any folder: relative paths of this machine made absolute."""
+    if is_path(source):
+        return str(Path(source).expanduser().absolute())
+    local = Path(source.removeprefix("hub:")).expanduser()
+    if source.startswith("hub:") and local.exists():
+        return f"hub:{local.absolute()}"
+    return source
+
+
 def cache_folder(cache_dir: str | None) -> Path:
     """The folder that `DataConfig.cache_dir` means."""
     return Path(cache_dir or "~/.cache/exactflow").expanduser()

@@ -186,6 +186,18 @@ def load(config: DataConfig, split: Split) -> ImageDataset:
     )
 
 
+def identify(config: DataConfig) -> tuple[str, str]:
+    """Name and version of a set, as `ImageDataset` has them; nothing is decoded.
+
+    Raises:
+        DataError: the source is missing or broken.
+        ImportError: a library of the `data` extra is missing.
+    """
+    prepared = open_prepared(config.source)
+    found = open_source(config) if prepared is None else prepared.identity
+    return found.id, found.version
+
+
 def select(config: DataConfig, source: Source, split: Split) -> store.Selection:
     """What of an opened source has to be decoded for a split; the first image is decoded here.
 

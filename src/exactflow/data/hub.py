@@ -16,15 +16,8 @@ import numpy as np
 
 from exactflow.data.config import SPLIT_NAMES, DataError, Split
 from exactflow.data.decode import Payload
-from exactflow.data.parquet import LABEL_COLUMNS
-from exactflow.data.records import (
-    Records,
-    Source,
-    StoredSplit,
-    check_labels,
-    integer_labels,
-    numbered_class_names,
-)
+from exactflow.data.label_columns import Part, find_label_column, read_part, unite
+from exactflow.data.records import Records, Source, StoredSplit
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -51,14 +44,17 @@ def open_hub(name: str, cache_dir: str | None) -> Source:
     }
     if "train" not in found:
         raise DataError(f"hub:{name}: expected a train split, found {', '.join(map(str, tables))}")
-    columns = _find_columns(tables[found["train"]], name)
-    splits: dict[Split, StoredSplit] = {
-        split: _open_split(tables[key], columns, name) for split, key in found.items()
+    image, label = _find_columns(tables[found["train"]], name)
+    parts: dict[Split, list[Part]] = {
+        split: [_labels(tables[key], label, f"hub:{name} ({split})")]
+        for split, key in found.items()
+        if label is not None and label in tables[key].column_names
     }
-    class_names = _class_names(tables[found["train"]], columns[1])
-    class_names = class_names or numbered_class_names(list(splits.values()))
-    for split, stored in splits.items():
-        check_labels(stored.labels, class_names, f"hub:{name} ({split})")
+    labels, class_names = unite(parts) if parts else ({}, ())
+    splits: dict[Split, StoredSplit] = {
+        split: StoredSplit(_records(tables[key], image, name), labels.get(split))
+        for split, key in found.items()
+    }
     local = Path(name).expanduser().exists()
     return Source(
         id=Path(name).name if local else name,
@@ -128,32 +124,22 @@ def _find_columns(table: Dataset, name: str) -> tuple[str, str | None]:
             f"hub:{name}: expected one column of images, found {', '.join(images) or 'none'} "
             f"among {', '.join(table.column_names)}"
         )
-    labels = [
-        key
-        for key, kind in table.features.items()
-        if key in LABEL_COLUMNS and (isinstance(kind, datasets.ClassLabel) or "int" in kind.dtype)
-    ]
-    if len(labels) > 1:
-        raise DataError(f"hub:{name}: expected one label column, found {', '.join(labels)}")
-    return images[0], labels[0] if labels else None
+    types = {field.name: field.type for field in table.features.arrow_schema}
+    del types[images[0]]
+    return images[0], find_label_column(types, f"hub:{name}")
 
 
-def _open_split(table: Dataset, columns: tuple[str, str | None], name: str) -> StoredSplit:
-    image, label = columns
+def _records(table: Dataset, image: str, name: str) -> HubRecords:
     undecoded = table.cast_column(image, _datasets().Image(decode=False))
-    records = HubRecords(undecoded, image, f"hub:{name}")
-    if label is None or label not in table.column_names:
-        return StoredSplit(records, None)
-    values = list(table[label])
-    if None in values:
-        raise DataError(f"hub:{name}: expected a label per row, found empty ones")
-    return StoredSplit(records, integer_labels(np.array(values, dtype=np.int64), f"hub:{name}"))
+    return HubRecords(undecoded, image, f"hub:{name}")
 
 
-def _class_names(table: Dataset, label: str | None) -> tuple[str, ...]:
-    if label is None or not isinstance(table.features[label], _datasets().ClassLabel):
-        return ()
-    return tuple(table.features[label].names)
+def _labels(table: Dataset, label: str, where: str) -> Part:
+    """The labels of a table, by the names that it gives them itself."""
+    feature = table.features[label]
+    names = tuple(feature.names) if isinstance(feature, _datasets().ClassLabel) else ()
+    column = table.select_columns(label).with_format("arrow")[:][label]
+    return read_part(column, label, names, where)
 
 
 def _stamp(tables: DatasetDict) -> str:

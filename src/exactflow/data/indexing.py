@@ -16,11 +16,11 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, final
 from urllib.parse import urlsplit
 
+from exactflow.core.progress import shown_progress
 from exactflow.core.serialization import write_atomically
 from exactflow.data import remote, tar_index
 from exactflow.data.config import SPLIT_NAMES, DataConfig, DataError, Split, cache_folder, is_remote
 from exactflow.data.locks import lock, unlock
-from exactflow.data.progress import shown_progress
 from exactflow.data.shard_cache import RemoteShard, ShardCache, sha256_of
 from exactflow.data.shards import shard_groups
 from exactflow.data.tar_index import TarIndex

@@ -7,21 +7,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
 from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload
+from exactflow.data.label_columns import Part, find_label_column, holds_images, read_part, unite
 from exactflow.data.records import (
     RowRecords,
     Source,
     StoredSplit,
-    check_labels,
     files_by_split,
-    integer_labels,
     local_id,
-    numbered_class_names,
     version_and_stamp,
 )
 
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
-LABEL_COLUMNS = ("label", "labels", "class")
 _IMAGE_COLUMNS = ("image", "img")  # preferred where several columns hold bytes
 _ROWS_PER_READ = 1024
 
@@ -47,25 +44,25 @@ def open_parquet(path: Path) -> Source:
     root = path if path.is_dir() else path.parent
     groups = files_by_split(path, ".parquet")
     columns = _find_columns(groups["train"][0])
+    records: dict[Split, ParquetRecords] = {}
+    parts: dict[Split, list[Part]] = {}
+    for split, files in groups.items():
+        records[split], parts[split] = _open_split(files, columns)
+    labels, class_names = ({}, ()) if columns.label is None else unite(parts)
     splits: dict[Split, StoredSplit] = {
-        split: _open_split(files, columns) for split, files in groups.items()
+        split: StoredSplit(found, labels.get(split)) for split, found in records.items()
     }
-    class_names = columns.class_names or numbered_class_names(list(splits.values()))
-    for split, stored in splits.items():
-        check_labels(stored.labels, class_names, f"{path} ({split})")
     version, stamp = version_and_stamp([f for files in groups.values() for f in files], root)
-    labelled = any(stored.labels is not None for stored in splits.values())
-    return Source(local_id(path), version, stamp, class_names if labelled else (), splits)
+    return Source(local_id(path), version, stamp, class_names, splits)
 
 
 @final
 @dataclass(frozen=True)
 class Columns:
-    """Where the images and the labels are; `class_names` is empty where the file names none."""
+    """Where the images and the labels are."""
 
     image: str
     label: str | None
-    class_names: tuple[str, ...]
 
 
 @final
@@ -104,10 +101,10 @@ class ParquetRecords(RowRecords):
                 yield value["bytes"] if isinstance(value, dict) else value
 
 
-def _open_split(files: Sequence[Path], columns: Columns) -> StoredSplit:
+def _open_split(files: Sequence[Path], columns: Columns) -> tuple[ParquetRecords, list[Part]]:
     pa = _pyarrow()
     counts: list[int] = []
-    labels: list[np.ndarray] = []
+    labels: list[Part] = []
     for file in files:
         try:
             with pa.parquet.ParquetFile(file) as parquet:
@@ -115,15 +112,11 @@ def _open_split(files: Sequence[Path], columns: Columns) -> StoredSplit:
                 counts.append(parquet.metadata.num_rows)
                 if columns.label is not None:
                     column = parquet.read([columns.label]).column(0)
-                    if column.null_count:
-                        raise DataError(f"{file}: expected a label per row, found empty ones")
-                    labels.append(column.to_numpy())
+                    names = _class_names(parquet.schema_arrow, columns.label, file)
+                    labels.append(read_part(column, columns.label, names, str(file)))
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{file}: expected a complete parquet file, found: {error}") from error
-    records = ParquetRecords(tuple(files), tuple(counts), columns.image)
-    if columns.label is None:
-        return StoredSplit(records, None)
-    return StoredSplit(records, integer_labels(np.concatenate(labels), str(files[0])))
+    return ParquetRecords(tuple(files), tuple(counts), columns.image), labels
 
 
 def _find_columns(file: Path) -> Columns:
@@ -132,18 +125,15 @@ def _find_columns(file: Path) -> Columns:
         schema = pa.parquet.read_schema(file)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: expected a parquet file, found: {error}") from error
-    candidates = [field.name for field in schema if _holds_images(field.type)]
+    candidates = [field.name for field in schema if holds_images(field.type)]
     preferred = [name for name in candidates if name in _IMAGE_COLUMNS] or candidates
     if len(preferred) != 1:
         raise DataError(
             f"{file}: expected one column of images (binary, or struct with bytes), "
             f"found {', '.join(preferred) or 'none'} among {', '.join(schema.names)}"
         )
-    integers = [f.name for f in schema if f.name in LABEL_COLUMNS and pa.types.is_integer(f.type)]
-    if len(integers) > 1:
-        raise DataError(f"{file}: expected one label column, found {', '.join(integers)}")
-    label = integers[0] if integers else None
-    return Columns(preferred[0], label, _class_names(schema, label))
+    others = {field.name: field.type for field in schema if field.name != preferred[0]}
+    return Columns(preferred[0], find_label_column(others, str(file)))
 
 
 def _require_columns(file: Path, schema: pa.Schema, columns: Columns) -> None:
@@ -152,20 +142,33 @@ def _require_columns(file: Path, schema: pa.Schema, columns: Columns) -> None:
             raise DataError(f"{file}: expected the column {name}, found {', '.join(schema.names)}")
 
 
-def _holds_images(type_: pa.DataType) -> bool:
-    types = _pyarrow().types
-    if types.is_struct(type_):
-        return type_.get_field_index("bytes") >= 0
-    return types.is_binary(type_) or types.is_large_binary(type_)
+def _class_names(schema: pa.Schema, label: str | None, file: Path) -> tuple[str, ...]:
+    """The class names that `datasets` leaves in the metadata of a file, if any.
 
-
-def _class_names(schema: pa.Schema, label: str | None) -> tuple[str, ...]:
-    """The class names that `datasets` leaves in the metadata of a file, if any."""
+    Raises:
+        DataError: they are not laid out as it does.
+    """
     metadata = (schema.metadata or {}).get(b"huggingface")
     if metadata is None or label is None:
         return ()
-    feature = json.loads(metadata).get("info", {}).get("features", {}).get(label, {})
-    return tuple(feature.get("names") or ())
+    where = f"{file}: expected metadata as the datasets library writes them"
+    try:
+        found: Any = json.loads(metadata)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}, found: {error}") from error
+    for key in ("info", "features", label, "names"):
+        if not isinstance(found, dict):
+            raise DataError(f"{where}, found {_shown(found)} in place of what holds {key!r}")
+        found = found.get(key)
+        if found is None:
+            return ()
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise DataError(f"{where}, found {_shown(found)} in place of class names")
+    return tuple(found)
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:60]
 
 
 def _pyarrow() -> ModuleType:

@@ -20,6 +20,7 @@ from typing import final
 import numpy as np
 import PIL
 
+from exactflow.core.progress import shown_progress
 from exactflow.core.serialization import write_atomically
 from exactflow.data import store
 from exactflow.data.config import SPLITS, DataConfig, DataError, Split, is_path
@@ -37,7 +38,6 @@ from exactflow.data.prepared import (
     open_prepared,
     pixel_file,
 )
-from exactflow.data.progress import shown_progress
 from exactflow.data.records import Source
 from exactflow.data.sources import open_source
 from exactflow.data.splits import split_members

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
 import numpy as np
 
+from exactflow.data.classes import listed, numbered
 from exactflow.data.config import SPLIT_NAMES, DataError, Split
 from exactflow.data.decode import Payload
 from exactflow.data.splits import Stored
 
 log = logging.getLogger(__name__)
+
+MANY_CLASSES = 2**16  # more are believed where there are as many images
 
 
 class Records(ABC):
@@ -138,26 +141,61 @@ class Source:
         }
 
 
-def integer_labels(values: np.ndarray, where: str) -> np.ndarray | None:
-    """Stored integer labels as int64; None where all are -1, the hub's way to withhold them.
+def integer_labels(
+    values: np.ndarray, where: str, name_of: Callable[[int], str] | None = None
+) -> np.ndarray | None:
+    """Stored integer labels of a split as int64; None where they are withheld.
+
+    Args:
+        values: of any integer type, or Python's integers.
+        where: for errors and warnings.
+        name_of: what to call a row in an error.
 
     Raises:
-        DataError: a label is negative.
+        DataError: a label is negative, or far beyond the number of images.
     """
-    labels = values.astype(np.int64)
-    if len(labels) and (labels == -1).all():
-        log.warning("%s: every label is -1; the split is taken as unlabelled", where)
+    if withheld([values], where):
         return None
-    if len(labels) and labels.min() < 0:
-        raise DataError(f"{where}: expected labels from 0 upwards, found {labels.min()}")
-    return labels
+    return bounded_labels(values, len(values), name_of or (lambda row: f"{where}[row {row}]"))
+
+
+def withheld(parts: Sequence[np.ndarray], where: str) -> bool:
+    """Whether all labels of a split are -1, the hub's way to withhold them; says so if they are."""
+    found = any(map(len, parts)) and all(bool((values == -1).all()) for values in parts)
+    if found:
+        log.warning("%s: every label is -1; the split is taken as unlabelled", where)
+    return found
+
+
+def bounded_labels(values: np.ndarray, images: int, name_of: Callable[[int], str]) -> np.ndarray:
+    """Integer labels as int64, in a range that a split of so many images can have.
+
+    Raises:
+        DataError: a label is negative, or far beyond the number of images.
+    """
+    if not len(values):
+        return np.empty(0, dtype=np.int64)
+    low, high = int(values.min()), int(values.max())  # as Python's: no type overflows
+    if low < 0:
+        place = name_of(int(values.argmin()))
+        raise DataError(f"{place}: expected labels from 0 upwards, found {low}")
+    if high >= max(MANY_CLASSES, images):
+        place = name_of(int(values.argmax()))
+        raise DataError(
+            f"{place}: expected labels that number classes, below {max(MANY_CLASSES, images):,} "
+            f"for {images:,} images, found {high}"
+        )
+    return values.astype(np.int64)
 
 
 def numbered_class_names(splits: Sequence[StoredSplit]) -> tuple[str, ...]:
     """Class names "0", "1", ... up to the largest label of all splits; empty if unlabelled."""
-    labels = [split.labels for split in splits if split.labels is not None]
-    count = max((int(values.max(initial=-1)) + 1 for values in labels), default=0)
-    return tuple(str(label) for label in range(count))
+    return numbered_up_to([split.labels for split in splits if split.labels is not None])
+
+
+def numbered_up_to(labels: Sequence[np.ndarray]) -> tuple[str, ...]:
+    """Class names "0", "1", ... up to the largest of these labels."""
+    return numbered(max((int(values.max(initial=-1)) + 1 for values in labels), default=0))
 
 
 def check_labels(labels: np.ndarray | None, class_names: tuple[str, ...], where: str) -> None:
@@ -178,14 +216,30 @@ def relabel(
     """
     if split.labels is None:
         return split
-    foreign = sorted(set(found) - set(expected))
+    return replace(split, labels=translated(split.labels, found, expected, where))
+
+
+def translated(
+    labels: np.ndarray, found: tuple[str, ...], expected: tuple[str, ...], where: str
+) -> np.ndarray:
+    """Labels that index `expected` in place of `found`, by the names in both.
+
+    Raises:
+        DataError: a label has no name, or that of a class that the training split has not.
+    """
+    check_labels(labels, found, where)
+    if found == expected:
+        return labels
+    index_of = {name: index for index, name in enumerate(expected)}
+    translate = np.array([index_of.get(name, -1) for name in found], dtype=np.int64)
+    translation = translate[labels]
+    foreign = sorted({found[label] for label in np.unique(labels[translation < 0]).tolist()})
     if foreign:
         raise DataError(
-            f"{where}: expected the classes of the training split, found also {', '.join(foreign)}"
+            f"{where}: expected the classes of the training split, found also {listed(foreign)}; "
+            f"they are {listed(expected) or 'not named'}"
         )
-    index_of = {name: index for index, name in enumerate(expected)}
-    translate = np.array([index_of[name] for name in found], dtype=np.int64)
-    return replace(split, labels=translate[split.labels])
+    return translation
 
 
 def version_and_stamp(files: Sequence[Path], root: Path) -> tuple[str, str]:

@@ -272,7 +272,7 @@ def _labelled(
             values = np.array([index_of[str(label)] for label in found], dtype=np.int64)
             splits[split] = relabel(StoredSplit(records[split], values), ours, names, where)
         else:
-            values = integer_labels(np.array(found, dtype=np.int64), where)
+            values = integer_labels(np.array(found, dtype=object), where, records[split].name)
             splits[split] = StoredSplit(records[split], values)
     names = names or numbered_class_names(list(splits.values()))
     for split, stored in splits.items():

@@ -73,6 +73,7 @@ def baselines(
     seed: int = 0,
     k: int = 1,
     device: torch.device | None = None,
+    progress: bool = False,
 ) -> dict[str, Baseline]:
     """Fit every baseline to `training` and score `held_out`.
 
@@ -82,6 +83,7 @@ def baselines(
         seed: names the noise of the score.
         k: draws of it per image.
         device: where to compute; None or one without float64: the CPU.
+        progress: show how far each score is.
 
     Returns:
         The baselines by name, weakest first.
@@ -89,9 +91,8 @@ def baselines(
     images, _ = held_out.tensors()
     found = {}
     for name, model in _fitted(training, device).items():
-        likelihood = log_likelihood(
-            model, images, k=k, seed=seed, batch_size=BATCH, data=held_out.fingerprint
-        )
+        options = {"k": k, "seed": seed, "batch_size": BATCH, "progress": progress}
+        likelihood = log_likelihood(model, images, data=held_out.fingerprint, **options)
         found[name] = Baseline(likelihood, model.num_parameters, len(training))
     return found
 

@@ -12,11 +12,11 @@ from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int, Integer
-from rich.progress import track
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
+from exactflow.core.progress import tracked
 from exactflow.evaluation.figures import new_figure, png_of
 from exactflow.likelihood.log_likelihood import log_likelihood
 
@@ -141,7 +141,7 @@ def class_log_likelihoods(
     classes = range(model.num_classes)
     parts = [(first, c) for first in range(0, len(images), batch_size) for c in classes]
     nats = torch.empty(len(images), model.num_classes, dtype=torch.float64)
-    for first, c in track(parts, "scoring every class", transient=True, disable=not progress):
+    for first, c in tracked(parts, len(parts), "scoring every class", shown=progress):
         rows = slice(first, first + batch_size)
         label = torch.full((len(images[rows]),), c)
         score = log_likelihood(

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
+from exactflow.data.classes import classes_in
 from exactflow.data.datasets import ALL, ImageDataset
 from exactflow.likelihood.log_likelihood import LogLikelihood, log_likelihood
 
@@ -87,17 +89,14 @@ def evaluate(
 def with_labels(
     model: GenerativeModel, dataset: ImageDataset, rows: slice | np.ndarray = ALL
 ) -> tuple[Tensor, Tensor | None]:
-    """Some images of a set, and their labels where the model is conditional.
+    """Some images of a set, and where the model is conditional their classes in it, by name.
 
     Raises:
-        ValueError: a conditional model, and images without labels.
+        ValueError: a conditional model, and images without labels or of a class it has not.
     """
+    classes = torch.from_numpy(classes_in(model, dataset)) if model.num_classes else None
     images, label = dataset.tensors(rows)
-    if not model.num_classes:
-        return images, None
-    if label is None:
-        raise ValueError(f"a conditional model needs labels, {dataset.id} has none")
-    return images, label
+    return images, None if classes is None or label is None else classes[label]
 
 
 def check_fits(model: GenerativeModel, dataset: ImageDataset) -> None:

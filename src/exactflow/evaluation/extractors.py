@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core.images import center, check_images
+from exactflow.core.progress import shown_progress
 from exactflow.data.datasets import ImageDataset
-from exactflow.data.progress import shown_progress
 from exactflow.data.streaming import StreamedImages
 from exactflow.evaluation.feature_classifier import HIDDEN, prepared, trained_classifier, weights_of
 from exactflow.evaluation.inception import (

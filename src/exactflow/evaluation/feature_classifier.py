@@ -9,12 +9,11 @@ import numpy as np
 import safetensors.torch
 import torch
 from jaxtyping import Float, UInt8
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core.images import center
+from exactflow.core.progress import tracked
 from exactflow.core.random import derive_seed
 from exactflow.core.serialization import write_atomically
 from exactflow.data.datasets import ImageDataset
@@ -91,10 +90,7 @@ def _train(network: nn.Sequential, dataset: ImageDataset, seed: int, progress: b
         optimizer, _RATE, total_steps=_STEPS, pct_start=0.25
     )
     steps = itertools.islice(_batches(dataset, seed), _STEPS)
-    console = Console(stderr=True)
-    for rows in track(
-        steps, "classifier", _STEPS, console=console, transient=True, disable=not progress
-    ):
+    for rows in tracked(steps, _STEPS, "classifier", shown=progress, unit="steps"):
         images, labels = dataset.tensors(rows)
         assert labels is not None
         told = network(prepared(images, dataset.levels))

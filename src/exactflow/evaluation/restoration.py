@@ -12,11 +12,11 @@ from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Bool, Float, Int, Integer, UInt8
-from rich.progress import track
 from torch import Tensor
 
 from exactflow.core import images as grey
 from exactflow.core.model import Flow, GenerativeModel, NonFiniteError, evaluating, log_density
+from exactflow.core.progress import tracked
 from exactflow.core.random import generator, normal_rows, uniform_rows
 from exactflow.evaluation.batches import batches
 from exactflow.sampling.denoise import score_denoise
@@ -194,7 +194,7 @@ def inpaint(
         chain = _Chain(flow, first, missing, label, sources)
         trace = []
         half = steps // 2
-        for step in track(range(steps), "inpainting", transient=True, disable=not progress):
+        for step in tracked(range(steps), steps, "inpainting", shown=progress, unit="steps"):
             part = min(step / half, 1.0)
             trace.append(chain.step(first_temperature ** (1 - part), adapt=step < half))
         x = chain.x

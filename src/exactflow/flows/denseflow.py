@@ -31,6 +31,8 @@ from exactflow.nn import batch
 from exactflow.nn.dense import AttentionVariant, DeferredBatchNorm
 from exactflow.nn.masked_convolution import initializing
 
+MAX_UNITS = 10_000  # of a block
+
 
 @final
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class DenseFlowConfig:
         networks += (self.dequantizer_depth, self.dequantizer_growth, self.context_growth)
         if min(*sizes, *networks) < 1 or min(self.widths) < 2 or self.dequantizer_steps < 0:
             raise ValueError(f"expected positive sizes and widths of 2 or more, got {self}")
+        if max(*self.units, *self.modules) > MAX_UNITS:  # lists of them are made before any layer
+            raise ValueError(f"expected at most {MAX_UNITS:,} units and modules, got {self}")
         if self.attention not in ("published", "corrected"):
             raise ValueError(
                 f"expected attention 'published' or 'corrected', got {self.attention!r}"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exactflow import registry
 from exactflow.core.model import GenerativeModel
-from exactflow.core.serialization import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE
+from exactflow.core.serialization import CLASS_NAMES, CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE
 
 ALIGNMENT = 64  # bytes, of tensors that PyTorch allocates
 
@@ -44,8 +44,20 @@ def from_pretrained(
         ) from error
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    model.class_names = _class_names(description, model.num_classes, folder)
     model.home = folder
     return model.eval()
+
+
+def _class_names(description: dict, count: int, folder: Path) -> tuple[str, ...]:
+    """What the card calls the classes of a model; empty if nothing."""
+    names = description.get("card", {}).get(CLASS_NAMES, [])
+    if names and (len(names) != count or not all(isinstance(name, str) for name in names)):
+        raise ValueError(
+            f"{folder / CONFIG_FILE}: expected {count} {CLASS_NAMES}, one for each class, got "
+            f"{names!r}"
+        )
+    return tuple(names)
 
 
 def _aligned(value: Tensor) -> Tensor:

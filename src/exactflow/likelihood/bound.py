@@ -13,12 +13,12 @@ from typing import Literal, final
 
 import torch
 from jaxtyping import Float64, Int, Integer
-from rich.progress import Progress
 from torch import Tensor
 
 from exactflow.core import images as grey
 from exactflow.core.model import NonFiniteError, evaluating
 from exactflow.core.processes import current
+from exactflow.core.progress import shown_progress
 from exactflow.core.random import generator, normal_rows
 from exactflow.paths.chain import MarkovChain, Network
 from exactflow.paths.chain_model import ChainModel
@@ -122,16 +122,16 @@ def chain_bound(
     strata = strata_of(chain.steps, chain.steps if evaluations is None else evaluations)
     group, starts = current(), range(0, len(images), batch_size)
     shown = progress and group.is_main
-    with evaluating(model), Progress(transient=True, disable=not shown) as bar:
-        total = len(starts[group.rank :: group.count]) * len(strata)
-        task = bar.add_task("scoring", total=total)
+    total = len(starts[group.rank :: group.count]) * len(strata)
+    counted = shown_progress(total, "scoring", unit="evaluations", quiet=not shown)
+    with evaluating(model), counted as advance:
 
         def score(start: int) -> Tensor:
             rows = slice(start, start + batch_size)
             x0 = grey.center(images[rows].to(model.device), model.levels, torch.float64)
             chunk = None if label is None else label[rows].to(model.device)
             names = range(first + start, first + start + len(x0))
-            return _terms(model, chain, strata, x0, chunk, seed, names, lambda: bar.advance(task))
+            return _terms(model, chain, strata, x0, chunk, seed, names, lambda: advance(1))
 
         terms = torch.cat(group.spread(starts, score))
     if not bool(terms.isfinite().all()):

@@ -25,6 +25,7 @@ Network = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]
 COSINE_OFFSET = 0.008  # s of iDDPM eq. 17: the first steps add at least a grey level of noise
 LARGEST_BETA = 0.999
 SMALLEST_MASS = 1e-12  # probability of a grey level that the decoder never goes below
+MAX_STEPS = 1_000_000  # each takes some numbers in float64, here and in every copy of the chain
 FARTHEST = 20.0  # standard deviations; well beyond where the mass falls below the smallest
 
 
@@ -32,10 +33,10 @@ def schedule_betas(schedule: Schedule, steps: int) -> Float64[Tensor, " steps"]:
     """beta_t, float64. "linear": 0.1/T to 20/T (DDPM's for T = 1000); "cosine": iDDPM, eq. 17.
 
     Raises:
-        ValueError: for too few steps, or another schedule.
+        ValueError: for too few or too many steps, or another schedule.
     """
-    if steps < 2:
-        raise ValueError(f"expected a chain of at least 2 steps, got {steps}")
+    if not 2 <= steps <= MAX_STEPS:
+        raise ValueError(f"expected a chain of 2 to {MAX_STEPS:,} steps, got {steps}")
     if schedule == "linear":
         if steps <= 20:
             raise ValueError(f"expected a linear chain of more than 20 steps, got {steps}")

@@ -6,10 +6,10 @@ from typing import ClassVar, cast, final
 
 import torch
 from jaxtyping import Float, Int
-from rich.progress import track
 from torch import Tensor, nn
 
 from exactflow.core.model import NonFiniteError, evaluating
+from exactflow.core.progress import tracked
 from exactflow.core.random import generator, normal_rows
 from exactflow.paths.chain_model import ChainModel
 from exactflow.paths.ode import OdeSolver, State, edm_times, solve, uniform_times
@@ -75,7 +75,7 @@ def sample_path(
     guided = ClassifierFree(model, scale) if scale else model
     starts = range(0, n, batch_size)
     with evaluating(model):
-        for first in track(starts, "sampling", transient=True) if progress else starts:
+        for first in tracked(starts, len(starts), "sampling", shown=progress):
             seeds = range(seed + first, seed + min(first + batch_size, n))
             chunk = None if label is None else label[first : first + len(seeds)]
             x, passes = _solved(guided, _noise(model, seeds), chunk, solver, count, tolerance)

@@ -7,11 +7,11 @@ from typing import Literal
 
 import torch
 from jaxtyping import Int
-from rich.progress import track
 from torch import Tensor
 
 from exactflow.core.model import Flow, GenerativeModel, autoregressive_parts, evaluating
 from exactflow.core.processes import Processes, current
+from exactflow.core.progress import tracked
 from exactflow.core.random import generator, normal_rows
 from exactflow.core.transform import Solver
 from exactflow.paths.path_model import PathModel
@@ -132,7 +132,7 @@ def sample(
     null_label = model.null_label if model.num_classes else None
     with evaluating(model):
         certificate = Certificate(model, rule, null_label) if parts else None
-        for first in track(starts, "sampling", transient=True) if progress else starts:
+        for first in tracked(starts, len(starts), "sampling", shown=progress):
             seeds = range(seed + first, seed + min(first + batch_size, n))
             inversion = Inversion(
                 solvers,

@@ -7,10 +7,10 @@ from typing import final
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from rich.progress import Progress
 from torch import Tensor
 
 from exactflow.core.model import NonFiniteError
+from exactflow.core.progress import shown_progress
 from exactflow.core.random import generator, normal_rows
 from exactflow.paths.chain import MarkovChain, Network
 from exactflow.paths.chain_model import ChainModel
@@ -86,14 +86,14 @@ def sample_chain(
         model.check_label(label, n)
     batches = _Batches(model, chain, rule, guidance, wrap)
     parts, starts = [], range(0, n, batch_size)
-    with Progress(transient=True, disable=not progress) as bar:
-        task = bar.add_task("sampling", total=len(starts) * chain.steps)
+    total = len(starts) * chain.steps
+    with shown_progress(total, "sampling", unit="evaluations", quiet=not progress) as advance:
         for first in starts:
             seeds = range(seed + first, seed + min(first + batch_size, n))
             rows = slice(first, first + batch_size)
             chunk = None if label is None else label[rows].to(model.device)
             small = None if low is None else low[rows].to(model.device)
-            parts.append(batches.draw(seeds, chunk, small, lambda: bar.advance(task)))
+            parts.append(batches.draw(seeds, chunk, small, lambda: advance(1)))
     x = torch.cat(parts)
     return ChainSamples(
         x,

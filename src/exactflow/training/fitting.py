@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import final
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from exactflow.core.model import FittedFlow
 from exactflow.core.processes import joined
+from exactflow.core.progress import tracked
 from exactflow.core.random import generator
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.loader import evaluation_batches
 from exactflow.training import checkpoint as disk
-from exactflow.training.folder import held
+from exactflow.training.compatible import check_compatible
+from exactflow.training.folder import held, write_record
 from exactflow.training.log import MetricsLog
 from exactflow.training.optim import TrainConfig
 from exactflow.training.progress import Callback, FitResult, Progress
 from exactflow.training.reversible import check_reversible
-from exactflow.training.trainer import check_compatible
 
 LOSS_IMAGES = 1000  # training images whose loss the log has
 
@@ -41,6 +41,7 @@ def fit_closed_form(
     augmentation: Augmentation = NO_AUGMENTATION,
     every: Mapping[int, Callback] | None = None,
     tensorboard: bool = False,
+    record: Mapping[str, bytes] | None = None,
     progress: bool = True,
 ) -> FitResult:
     """Fit `model` where it is; afterwards it is in eval mode. Counts as one step.
@@ -55,6 +56,7 @@ def fit_closed_form(
         augmentation: with flips, every image counts twice, as it is and mirrored.
         every: callbacks, all called once, at the end; their numbers are logged.
         tensorboard: log to `run_dir/tensorboard` too.
+        record: files of `run_dir` that describe the run, by name; a refused run writes none.
         progress: show progress on stderr.
 
     Raises:
@@ -91,6 +93,7 @@ def fit_closed_form(
         group.on_main(lambda: stack.enter_context(held(folder)))
         found = group.on_main(checkpoints.newest) or group.on_main(fitted)
         found.require(identity, disk.defaults(model, config))
+        group.on_main(lambda: write_record(folder, record or {}))
         model.load_state_dict(found.tensors(disk.MODEL_FILE))
         model.eval()
         state = found.state
@@ -102,7 +105,7 @@ def fit_closed_form(
                 line["step_seconds"] = state.step_seconds
                 line["loss"] = _loss(model, dataset, config.seed)
                 for call in (every or {}).values():
-                    line |= {name: float(value) for name, value in call(told).items()}
+                    line |= {name: float(value) for name, value in (call(told) or {}).items()}
                 log.write(line)
             return FitResult(state.step, state.images, *times, found.folder, log.last)
 
@@ -122,15 +125,13 @@ class GreyLevelPasses:
         self, dataset: ImageDataset, batch_size: int, flip: bool = False, progress: bool = False
     ) -> None:
         self._dataset, self._batch_size, self._flip = dataset, batch_size, flip
-        self._bar = progress and sys.stderr.isatty()
+        self._progress = progress
         self.images = 0  # given so far
 
     def __iter__(self) -> Iterator[Tensor]:
         count = -(-len(self._dataset) // self._batch_size)
         batches = evaluation_batches(self._dataset, self._batch_size)
-        if self._bar:
-            batches = track(batches, "reading", total=count, transient=True)
-        for batch in batches:
+        for batch in tracked(batches, count, "reading", shown=self._progress):
             for images in [batch.images, batch.images.flip(-1)][: 2 if self._flip else 1]:
                 self.images += len(images)
                 yield images

@@ -2,11 +2,11 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from exactflow.core.serialization import explained_write
+from exactflow.core.serialization import explained_write, write_atomically
 
 try:
     import fcntl
@@ -48,3 +48,13 @@ def held(folder: Path) -> Iterator[None]:
             stream.write(f"process {os.getpid()} on {socket.gethostname()}")
             stream.flush()
         yield
+
+
+def write_record(folder: Path, record: Mapping[str, bytes]) -> None:
+    """Write what describes a run, by file name, once it is known to be the folder's own.
+
+    Raises:
+        OSError: a file could not be written.
+    """
+    for name, content in record.items():
+        write_atomically(folder / name, content)

@@ -47,4 +47,4 @@ class FitResult:
     metrics: Mapping[str, Any]
 
 
-Callback = Callable[[Progress], Mapping[str, float]]
+Callback = Callable[[Progress], Mapping[str, float] | None]

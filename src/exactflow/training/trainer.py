@@ -23,9 +23,10 @@ from exactflow.data.datasets import ImageDataset
 from exactflow.data.loader import Batch, training_batches
 from exactflow.nn import batch as shared
 from exactflow.training import checkpoint as disk
+from exactflow.training.compatible import check_compatible
 from exactflow.training.diagnosis import diagnose, save_batch
 from exactflow.training.distributed import Spread
-from exactflow.training.folder import held
+from exactflow.training.folder import held, write_record
 from exactflow.training.log import MetricsLog
 from exactflow.training.optim import MovingAverage, TrainConfig, make_optimizer, recomputed
 from exactflow.training.progress import Callback, FitResult, Progress
@@ -50,6 +51,7 @@ def fit(
     augmentation: Augmentation = NO_AUGMENTATION,
     every: Mapping[int, Callback] | None = None,
     tensorboard: bool = False,
+    record: Mapping[str, bytes] | None = None,
     progress: bool = True,
 ) -> FitResult:
     """Train `model` where it is (device, dtype), or resume its training in `run_dir`.
@@ -68,6 +70,7 @@ def fit(
         every: callbacks by the number of steps between calls; each is also called at the end.
             The numbers that they return are logged.
         tensorboard: log to `run_dir/tensorboard` too.
+        record: files of `run_dir` that describe the run, by name; a refused run writes none.
         progress: show progress on stderr.
 
     Raises:
@@ -79,6 +82,7 @@ def fit(
         OSError: a file could not be written.
     """
     check_compatible(model, dataset)
+    model.class_names = dataset.class_names if model.num_classes else ()
     cuda = [model.device] if model.device.type == "cuda" else []
     with ExitStack() as stack:
         group = stack.enter_context(joined())
@@ -86,6 +90,7 @@ def fit(
         group.on_main(lambda: stack.enter_context(held(Path(run_dir))))
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         run = _Run(model, dataset, config, Path(run_dir), augmentation, every or {}, group)
+        group.on_main(lambda: write_record(run.dir, record or {}))
         stack.enter_context(closing(run.saver))
         trained = run.spread.trained
         stack.enter_context(recomputed(trained.stages, config.activation_checkpointing))
@@ -97,25 +102,6 @@ def fit(
         stop = stack.enter_context(stop_requests())
         with run.saver.vouching():
             return run.to_end(log, display, stop)
-
-
-def check_compatible(model: GenerativeModel, dataset: ImageDataset) -> None:
-    """Raise ValueError unless `model` can be trained on `dataset`."""
-    if dataset.event_shape != model.event_shape:
-        raise ValueError(
-            f"the model is made for images of shape {model.event_shape} (channels, height, width), "
-            f"the data have {dataset.event_shape}"
-        )
-    if dataset.levels != model.levels:
-        raise ValueError(
-            f"the model is made for {model.levels} grey levels, the data have {dataset.levels}"
-        )
-    if model.num_classes and dataset.labels is None:
-        raise ValueError(f"the model has {model.num_classes} classes, the data have no labels")
-    if model.num_classes and dataset.num_classes != model.num_classes:
-        raise ValueError(
-            f"the model has {model.num_classes} classes, the data have {dataset.num_classes}"
-        )
 
 
 @final
@@ -346,7 +332,7 @@ class _Run:
             "step_seconds": self.clock.step_seconds,
         }
         for call in calls:
-            metrics = self._measure(call)
+            metrics = self._measure(call) or {}
             taken = metrics.keys() & line.keys()
             if taken:
                 raise ValueError(f"two metrics are called {', '.join(sorted(taken))}")
@@ -355,7 +341,7 @@ class _Run:
         self.state = state.logged()
         self.clock.lap()
 
-    def _measure(self, call: Callback) -> Mapping[str, float]:
+    def _measure(self, call: Callback) -> Mapping[str, float] | None:
         """What a callback finds out about the averaged model, in eval mode."""
         clock, state = self.clock, self.state
         with self.spread.viewed(self.average) as model:

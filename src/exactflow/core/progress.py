@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 SECONDS_BETWEEN_LINES = 10.0
+
+Item = TypeVar("Item")
 
 
 @contextmanager
@@ -39,6 +41,16 @@ def shown_progress(
         return
     with _bar(console, total, title, unit, done) as advance:
         yield advance
+
+
+def tracked(
+    items: Iterable[Item], total: int, title: str, *, shown: bool, unit: str = "batches"
+) -> Iterator[Item]:
+    """The items, one after the other, with the progress through them on stderr if `shown`."""
+    with shown_progress(total, title, unit=unit, quiet=not shown) as advance:
+        for item in items:
+            yield item
+            advance(1)
 
 
 def _lines(total: int, title: str, unit: str, done: int) -> Callable[[int], None]:

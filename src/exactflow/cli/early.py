@@ -1,0 +1,62 @@
+"""What needs no torch: errors that can be seen at once, and the list of presets."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from exactflow.cli.arguments import Compare, Convert, Demo, Info, Train
+from exactflow.cli.preset_table import check_preset, listed
+from exactflow.cli.terminal import say
+from exactflow.cli.words import SECTIONS, parse_words, read_file
+
+# the sections of settings that a command takes; others that take any take those of the data
+_TAKEN = {
+    **dict.fromkeys((Train, Info, Demo), SECTIONS),
+    Compare: ("data", "protocol"),
+    Convert: ("model",),
+}
+
+
+def answered(command: Any) -> bool:
+    """Whether the command is done already, since it needs no torch.
+
+    Raises:
+        ValueError: words, a settings file or a preset's name that mean nothing.
+        FileNotFoundError: no such model or settings file.
+    """
+    given = vars(command)
+    parse_words(given.get("settings", ()), _TAKEN.get(type(command), ("data",)))
+    if given.get("config") is not None:
+        read_file(given["config"])
+    if "model" in given:
+        _check_model(given["model"])
+    if isinstance(command, Train) and command.preset is not None:
+        check_preset(command.preset)
+    names = command.models if isinstance(command, Compare) else ()
+    for name in (command.name,) if isinstance(command, Info) and command.name else names:
+        if not (Path(name).exists() or "/" in name):
+            check_preset(name)
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if command == Info() and alone:
+        _list()
+        return True
+    return False
+
+
+def _check_model(text: str) -> None:
+    """What `from_pretrained` says of a place that holds no model, without loading anything."""
+    if not Path(text).exists() and (text.count("/") != 1 or text.startswith((".", "/", "~"))):
+        raise FileNotFoundError(
+            f"expected a model folder or a hub id 'owner/name', got {text!r}: no such folder"
+        )
+
+
+def _list() -> None:
+    table = Table(title="presets")
+    for name in ("preset", "image", "parameters", "published"):
+        table.add_column(name, justify="right" if name == "parameters" else "left", overflow="fold")
+    for name, row in listed().items():
+        table.add_row(name, row.image, f"{row.parameters:,}", row.published)
+    say(table)

@@ -1,0 +1,100 @@
+"""Folders that commands write into, and what must not be mixed there."""
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import final
+
+from exactflow.cli.settings import CONFIG_FILE
+from exactflow.data import DataConfig
+from exactflow.data.config import is_path
+from exactflow.training.log import LOG_FILE
+
+SAMPLED = "sampled"  # folder of a run, or beside a model's weights, for what `sample` draws
+_MADE = ("samples.json", "samples.png", "trace.png", "inversion.png")
+_SINGLE = re.compile(r"seed_(\d+)\.png")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a training wrote, or writes, into this folder."""
+    return any((folder / name).exists() for name in (CONFIG_FILE, LOG_FILE, "checkpoints"))
+
+
+def check_apart(out: Path, data: DataConfig) -> None:
+    """Raise ValueError for a folder inside of the images that are read: its pictures would be too.
+
+    Args:
+        out: folder to write.
+        data: where images come from.
+    """
+    for source in (data.source, data.validation):
+        if source is None or not is_path(source):
+            continue
+        images, written = Path(source).expanduser().resolve(), out.resolve()
+        if images == written or images in written.parents:
+            raise ValueError(
+                f"--out {out}: expected a folder outside of the images in {source}, where the "
+                "pictures that are written would be read as images"
+            )
+
+
+def check_no_run(out: Path) -> None:
+    """Raise ValueError where a model cannot be put, since a run has its own there."""
+    run = out.parent if out.name == "model" and is_run(out.parent) else out
+    if is_run(run) or (run / "model").is_dir():
+        raise ValueError(
+            f"{run} is the folder of a run, which has a model of its own: name another folder"
+        )
+
+
+def samples_folder(location: str) -> Path:
+    """Where the samples of a model go: into its run folder, or its own; runs/NAME for hub ids."""
+    place = Path(location)
+    if not place.is_dir():
+        return Path("runs") / place.name / SAMPLED
+    if place.name == "model" and is_run(place.parent):
+        place = place.parent
+    return place / SAMPLED
+
+
+@final
+class SamplesFolder:
+    """A folder whose samples are all of one call.
+
+    The default folder of a model has those of its last call; of a folder that somebody named, no
+    file of other seeds is removed.
+
+    Args:
+        path: the folder.
+        seeds: of the samples that are asked for.
+        own: whether it is the default folder.
+
+    Raises:
+        ValueError: it is not the default folder, and holds samples of other seeds.
+    """
+
+    def __init__(self, path: Path, seeds: range, *, own: bool) -> None:
+        self.path = path
+        others = [file for seed, file in self._present() if seed not in seeds]
+        if others and not own:
+            raise ValueError(
+                f"{path} holds {len(others):,} samples of other seeds, such as {others[0].name}: "
+                "whoever reads the folder would take them for these; name another with --out, or "
+                "remove them"
+            )
+
+    def single(self, seed: int) -> Path:
+        """The file of one sample."""
+        return self.path / f"seed_{seed:06d}.png"
+
+    def clear(self, kept: Collection[int]) -> None:
+        """Remove what an earlier call left and this one does not write: all but `kept` seeds."""
+        for name in _MADE:
+            (self.path / name).unlink(missing_ok=True)
+        for seed, file in self._present():
+            if seed not in kept:
+                file.unlink()
+
+    def _present(self) -> list[tuple[int, Path]]:
+        found = [(_SINGLE.fullmatch(file.name), file) for file in sorted(self.path.glob("seed_*"))]
+        return [(int(match[1]), file) for match, file in found if match]

@@ -1,0 +1,182 @@
+"""Label columns of tables: which column holds the labels, and which class each of them is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+
+from exactflow.data.config import DataError, Split
+from exactflow.data.records import bounded_labels, numbered_up_to, translated, withheld
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+log = logging.getLogger(__name__)
+
+LABEL_COLUMNS = ("label", "labels", "class")
+LONGEST_CLASS_NAME = 64  # characters; a longer text is a caption
+
+
+@final
+@dataclass(frozen=True)
+class Part:
+    """The labels of one file, or one table, of a split.
+
+    Attributes:
+        where: what to call it in an error.
+        values: the label of each row: integers, or indices into `names`.
+        names: the classes that the file names; empty where its labels are numbers only.
+        by_name: whether the labels themselves are names.
+    """
+
+    where: str
+    values: np.ndarray
+    names: tuple[str, ...]
+    by_name: bool
+
+
+def find_label_column(types: Mapping[str, pa.DataType], where: str) -> str | None:
+    """The column of labels, if any: one of integers, else one of strings or booleans.
+
+    Args:
+        types: of all columns but that of the images.
+        where: for errors, and for the warning that names columns left out.
+
+    Raises:
+        DataError: there are several, or one of a type that is no label.
+    """
+    named = [n for n in types if n in LABEL_COLUMNS and not holds_images(types[n])]  # no masks
+    integers = [name for name in named if _is_integer(types[name])]
+    labels = integers or [name for name in named if _is_name(types[name])]
+    if len(labels) > 1:
+        raise DataError(f"{where}: expected one label column, found {', '.join(labels)}")
+    if named and not labels:
+        raise _wrong_type(named[0], types[named[0]], where)
+    others = [name for name in types if "label" in name.lower() or name in named]
+    others = [name for name in others if name not in labels]
+    if others:
+        log.warning(
+            "%s: left out the columns %s; labels are read from %s",
+            where,
+            ", ".join(others),
+            labels[0] if labels else f"a column called {', '.join(LABEL_COLUMNS)}: it has none",
+        )
+    return labels[0] if labels else None
+
+
+def read_part(column: pa.ChunkedArray, name: str, class_names: tuple[str, ...], where: str) -> Part:
+    """The labels in a column.
+
+    Args:
+        column: as it is stored.
+        name: of the column.
+        class_names: of integer labels, where the file says them.
+        where: what to call the file.
+
+    Raises:
+        DataError: a label is missing, is no label, or is a text that can be no class name.
+    """
+    import pyarrow as pa
+
+    if column.null_count:
+        raise DataError(f"{where}: expected a label per row, found empty ones")
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_integer(column.type):
+        return Part(where, column.to_numpy(), class_names, by_name=False)
+    if not _is_name(column.type):
+        raise _wrong_type(name, column.type, where)
+    encoded = column.cast(pa.large_string()).combine_chunks().dictionary_encode()
+    names = tuple(encoded.dictionary.to_pylist())
+    for text in names:
+        if not 0 < len(text) <= LONGEST_CLASS_NAME or "\n" in text:
+            raise DataError(
+                f"{where}: expected class names of a line of at most {LONGEST_CLASS_NAME} "
+                f"characters in the column {name}, found {text[:LONGEST_CLASS_NAME]!r}"
+            )
+    return Part(where, encoded.indices.to_numpy(), names, by_name=True)
+
+
+def unite(
+    splits: Mapping[Split, Sequence[Part]],
+) -> tuple[dict[Split, np.ndarray | None], tuple[str, ...]]:
+    """Labels of every split as indices into the same class names, and these.
+
+    Every file's labels are read by the names that it has itself. The classes are those of the
+    training split: its names in alphabetical order where labels are names, the names that its first
+    file lists where they are integers, numbers where it lists none.
+
+    Raises:
+        DataError: some labels are names and others integers, or a label is of no such class.
+    """
+    first = splits["train"][0]
+    for parts in splits.values():
+        for part in parts:
+            if part.by_name != first.by_name:
+                raise DataError(
+                    f"{part.where}: expected labels of the kind of those in {first.where}, "
+                    f"found {'names' if part.by_name else 'numbers'}"
+                )
+    found = {split: _integers(parts) for split, parts in splits.items()}
+    names = first.names
+    if first.by_name:
+        names = tuple(sorted({name for part in splits["train"] for name in part.names}))
+    if not names:
+        names = numbered_up_to([part.values for parts in found.values() for part in parts or ()])
+    labels: dict[Split, np.ndarray | None] = {
+        split: None if parts is None else np.concatenate([_of_classes(p, names) for p in parts])
+        for split, parts in found.items()
+    }
+    return labels, names if any(values is not None for values in labels.values()) else ()
+
+
+def _integers(parts: Sequence[Part]) -> list[Part] | None:
+    """The parts of a split with int64 labels; None where all labels are withheld."""
+    if withheld([part.values for part in parts], parts[0].where):
+        return None
+    images = sum(len(part.values) for part in parts)
+    labels = [bounded_labels(p.values, images, partial(_row, p.where)) for p in parts]
+    return [replace(part, values=values) for part, values in zip(parts, labels, strict=True)]
+
+
+def _row(where: str, row: int) -> str:
+    return f"{where}[row {row}]"
+
+
+def _of_classes(part: Part, names: tuple[str, ...]) -> np.ndarray:
+    own = part.names or names  # numbers alone are numbers of the classes
+    return translated(part.values, own, names, part.where)
+
+
+def holds_images(kind: pa.DataType) -> bool:
+    """Whether a column of this type can hold encoded images."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _is_integer(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_integer(kind.value_type if pa.types.is_dictionary(kind) else kind)
+
+
+def _is_name(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_boolean)
+    return any(is_text(kind) for is_text in texts)
+
+
+def _wrong_type(name: str, kind: pa.DataType, where: str) -> DataError:
+    return DataError(
+        f"{where}: expected integers, strings or booleans in the label column {name}, found {kind}"
+    )
