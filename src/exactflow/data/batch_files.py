@@ -27,6 +27,7 @@ import numpy as np
 
 from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload
+from exactflow.data.files import is_hidden
 from exactflow.data.records import (
     Records,
     RowRecords,
@@ -120,7 +121,7 @@ def _groups(folder: Path) -> dict[Split, list[Path]]:
             train[number] = child
         elif _VALIDATION.fullmatch(child.name):
             validation.append(child)
-        elif not child.name.startswith("."):
+        elif not is_hidden(child.name):
             raise DataError(f"{child}: expected train_data_batch_1, ... and val_data only")
     for number in range(1, max(train) + 1):
         if number not in train:
