@@ -48,7 +48,7 @@ _KINDS: tuple[tuple[re.Pattern[bytes], type[ImageFile.ImageFile]], ...] = (
     (re.compile(rb"\xff\xd8\xff"), JpegImageFile),
     (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
     (re.compile(rb"P[1-6]\s"), PpmImageFile),
-    (re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
+    (re.compile(rb"(?:II|MM)(?:[*+]\0|\0[*+])"), TiffImageFile),
     (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImageFile),
 )
 _NEW_SUBFILE_TYPE = 254  # of a TIFF page; bits: 1 a smaller copy of another page, 4 a mask of one
@@ -112,10 +112,12 @@ def decode_image(
     if more and several is not None:
         several.append(name)
     if preprocessing.image_size is not None:
-        image = _resize_and_crop(image, preprocessing.image_size, name, preprocessing.max_pixels)
+        image = _resize(image, preprocessing.image_size, name, preprocessing.max_pixels)
     if preprocessing.channels is not None:
         image = image.convert("L" if preprocessing.channels == 1 else "RGB")
     pixels = np.asarray(image)
+    if preprocessing.image_size is not None:
+        pixels = _crop(pixels, preprocessing.image_size)
     if preprocessing.bits < 8:
         pixels = pixels >> (8 - preprocessing.bits)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
@@ -225,13 +227,19 @@ def _to_grey_or_rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("L" if image.mode in _GREY_MODES else "RGB")
 
 
-def _resize_and_crop(image: Image.Image, size: int, name: str, max_pixels: int) -> Image.Image:
-    """The central (size, size) square of the image with its short side resized to `size`."""
+def _resize(image: Image.Image, size: int, name: str, max_pixels: int) -> Image.Image:
+    """The image with its short side resized to `size`."""
     short = min(image.size)
+    if short == size:
+        return image
     width, height = (max(size, round(side * size / short)) for side in image.size)
-    if short != size:
-        require_pixels(width, height, max_pixels, f"{name}, its short side resized to {size}")
-        filter_ = Image.Resampling.BOX if short > size else Image.Resampling.BILINEAR
-        image = image.resize((width, height), filter_)
+    require_pixels(width, height, max_pixels, f"{name}, its short side resized to {size}")
+    filter_ = Image.Resampling.BOX if short > size else Image.Resampling.BILINEAR
+    return image.resize((width, height), filter_)
+
+
+def _crop(pixels: np.ndarray, size: int) -> np.ndarray:
+    """The central (size, size) square; cut here, since Pillow's own limit holds for its `crop`."""
+    height, width = pixels.shape[:2]
     left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return pixels[top : top + size, left : left + size]
