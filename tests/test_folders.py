@@ -129,3 +129,27 @@ def test_a_source_further_down_is_pointed_to(tmp_path: Path, place: str, kind: s
     found = (tmp_path / place).parent
     with pytest.raises(DataError, match=f"found none; there are {kind} in {found}: name that"):
         whole(tmp_path)
+
+
+def test_a_link_does_not_bring_validation_images_into_training(tmp_path: Path) -> None:
+    write_classes(tmp_path / "held", pixels(4, 4, 4))
+    write_classes(tmp_path / "set", pixels(4, 4, 4))
+    config = DataConfig(str(tmp_path / "set"), validation=str(tmp_path / "held"))
+    assert len(load(config, "validation")) == 4
+    (tmp_path / "set" / "a" / "more").symlink_to(tmp_path / "held" / "a")
+    with pytest.raises(DataError, match=r"training data, found .*held/a, which is also .*a/more"):
+        load(config, "validation")
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.tar", "train/x.tar"])
+def test_pipes_devices_and_folders_are_no_tables_and_no_shards(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    for make, kind in (
+        (os.mkfifo, "a pipe, a socket or a device"),
+        (lambda path: os.symlink("/dev/zero", path), "a pipe, a socket or a device"),
+        (lambda path: os.symlink("nowhere", path), "a link that leads nowhere"),
+    ):
+        make(tmp_path / name)
+        with pytest.raises(DataError, match=f"{name}: expected a file, found {kind}"):
+            whole(tmp_path)
+        (tmp_path / name).unlink()

@@ -25,6 +25,19 @@ def visible(folder: Path, pattern: str) -> list[Path]:
     return sorted(found for found in folder.glob(pattern) if not is_hidden(found.name))
 
 
+def regular_files(folder: Path, pattern: str) -> list[Path]:
+    """The same, of which all have to be files.
+
+    Raises:
+        DataError: one is a folder, a pipe, a device, or a link that leads nowhere.
+    """
+    found = visible(folder, pattern)
+    for file in found:
+        if not file.is_file():
+            raise DataError(f"{file}: expected a file, found {_kind(file)}")
+    return found
+
+
 def printable(name: str) -> str:
     r"""A name as text that can be written anywhere: bytes that are not UTF-8 become \xNN."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
@@ -37,11 +50,16 @@ def open_regular(file: Path) -> BufferedReader:
         OSError: it cannot be read, or is no regular file: a pipe would be waited for, and a device
             need not end.
     """
-    kind = file.stat().st_mode
-    if not stat.S_ISREG(kind):
-        found = "a folder" if stat.S_ISDIR(kind) else "a pipe, a socket or a device"
-        raise OSError(f"{found} in place of a file")
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(f"{_kind(file)} in place of a file")
     return file.open("rb")
+
+
+def _kind(path: Path) -> str:
+    """What is there that is no file."""
+    if path.is_dir():
+        return "a folder"
+    return "a pipe, a socket or a device" if path.exists() else "a link that leads nowhere"
 
 
 def require_unpacked(file: Path, unpacked: int, packed: int) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload
-from exactflow.data.files import printable, visible
+from exactflow.data.files import printable, regular_files
 from exactflow.data.splits import Stored, is_only_a_split, named_splits
 
 log = logging.getLogger(__name__)
@@ -221,7 +221,7 @@ def files_by_split(path: Path, suffix: str) -> dict[Split, list[Path]]:
     """
     if path.is_file():
         return {"train": [path]}
-    files = visible(path, f"*{suffix}")
+    files = regular_files(path, f"*{suffix}")
     named = named_splits([file.stem for file in files], str(path))
     groups: dict[Split, list[Path]] = {}
     if len(set(named.values())) <= 1:

@@ -19,7 +19,7 @@ import numpy as np
 from exactflow.core.serialization import write_atomically
 from exactflow.data.config import DataError, Split, cache_folder
 from exactflow.data.decode import Payload
-from exactflow.data.files import visible
+from exactflow.data.files import regular_files, visible
 from exactflow.data.records import (
     Records,
     Source,
@@ -200,7 +200,7 @@ def shard_groups(path: Path) -> dict[Split, list[Path]]:
         if child.is_dir() and child not in folders.values():
             raise DataError(f"{path}: expected split folders of tar files only, found {child.name}")
     groups: dict[Split, list[Path]] = {
-        split: visible(folder, "*.tar") for split, folder in folders.items()
+        split: regular_files(folder, "*.tar") for split, folder in folders.items()
     }
     for split, files in groups.items():
         for file in files:

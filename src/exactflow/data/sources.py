@@ -19,7 +19,7 @@ from exactflow.data.hub import open_hub
 from exactflow.data.idx import has_idx_files, open_idx
 from exactflow.data.parquet import open_parquet
 from exactflow.data.prepared import PREPARED_FILE
-from exactflow.data.records import Records, Source, StoredSplit, relabel
+from exactflow.data.records import FileRecords, Records, Source, StoredSplit, relabel
 from exactflow.data.shards import has_shards, open_shards
 from exactflow.data.splits import named_splits
 from exactflow.data.streaming import open_streamed
@@ -170,6 +170,29 @@ def _require_apart(training: Path, validation: Path) -> None:
         )
 
 
+def _require_other_folders(source: Source, other: Source) -> None:
+    """Refuse a validation folder that a link inside the training folder leads to."""
+    trained_on = {_identity(folder): folder for folder in _folders_of(source)}
+    for folder in _folders_of(other):
+        if _identity(folder) in trained_on:
+            raise DataError(
+                f"validation: expected images outside of the training data, found {folder}, which "
+                f"is also {trained_on[_identity(folder)]}"
+            )
+
+
+def _folders_of(source: Source) -> list[Path]:
+    """The folders that hold image files of their own."""
+    parts = [part.records for part in source.splits.values()]
+    files = [file for part in parts if isinstance(part, FileRecords) for file in part.files]
+    return list(dict.fromkeys(file.parent for file in files))
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
 def _with_validation(source: Source, other: Source, path: str) -> Source:
     """The source with the images of another, at `path`, as its validation split."""
     if "validation" in source.splits:
@@ -181,6 +204,7 @@ def _with_validation(source: Source, other: Source, path: str) -> Source:
             f"validation: expected one set of images with {source.levels} levels, found {path} "
             f"with {other.levels} levels and the splits {', '.join(other.splits)}"
         )
+    _require_other_folders(source, other)
     split = relabel(other.splits["train"], other.class_names, source.class_names, path)
     return replace(
         source,
