@@ -20,6 +20,7 @@ import numpy as np
 _MOST_OPERATIONS = 2**22
 _BYTES_PER_OPERATION = 64
 
+_OPERATIONS = {operation.code: operation for operation in pickletools.opcodes}
 _WIDTH_OF_LENGTH = {
     pickletools.TAKEN_FROM_ARGUMENT1: 1,
     pickletools.TAKEN_FROM_ARGUMENT4: 4,
@@ -47,7 +48,7 @@ def _check_operations(stream: BufferedReader) -> None:
     most = _MOST_OPERATIONS + os.fstat(stream.fileno()).st_size // _BYTES_PER_OPERATION
     for done in range(most):
         code = stream.read(1)
-        operation = pickletools.code2op.get(code.decode("latin-1"))
+        operation = _OPERATIONS.get(code.decode("latin-1"))
         if operation is None:
             raise EOFError("no end") if not code else pickle.UnpicklingError(f"operation {code!r}")
         if operation.name == "STOP":

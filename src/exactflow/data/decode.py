@@ -140,9 +140,7 @@ def _open(payload: Payload, name: str, max_pixels: int) -> tuple[Image.Image, bo
         require_pixels(payload.shape[1], payload.shape[0], max_pixels, name)
         return Image.fromarray(payload), False
     try:
-        encoded = payload
-        if isinstance(payload, Path):
-            encoded = _read_file(payload, name, max_pixels)
+        encoded = payload if isinstance(payload, bytes) else _read_file(payload, name, max_pixels)
         image = _image_file(encoded, name)
         require_pixels(*image.size, max_pixels, name)
         bits = _bits(image)

@@ -32,7 +32,7 @@ from exactflow.data.records import (
     relabel,
     version_and_stamp,
 )
-from exactflow.data.splits import named_split, named_splits, refuse_mixed_splits
+from exactflow.data.splits import named_split, named_splits, refuse_mixed_splits, says_a_split
 from exactflow.data.tar_index import Label, TarIndex, index_tar, read_index, write_index
 
 log = logging.getLogger(__name__)
@@ -212,15 +212,17 @@ def shard_groups(path: Path) -> dict[Split, list[Path]]:
 
 
 def _split_folders(path: Path) -> dict[Split, Path]:
-    children = {c.name: c for c in visible(path, "*") if c.is_dir() and visible(c, "*.tar")}
+    children = {
+        child.name: child
+        for child in visible(path, "*")
+        if says_a_split(child.name) and child.is_dir() and visible(child, "*.tar")
+    }
     found: dict[Split, Path] = {}
     for name, split in named_splits(children, str(path)).items():
-        child = children[name]
-        if split is None:
-            continue
+        assert split is not None  # as it was asked above
         if split in found:
-            raise DataError(f"{path}: expected one {split} folder, found also {child.name}")
-        found[split] = child
+            raise DataError(f"{path}: expected one {split} folder, found also {name}")
+        found[split] = children[name]
     return found
 
 

@@ -35,6 +35,11 @@ _BETWEEN_WORDS = re.compile(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])")
 _ONLY_A_SPLIT = ("train", "validation", "valid", "val", "test")
 
 
+def says_a_split(name: str) -> bool:
+    """Whether a name says one split, or several."""
+    return bool(_said(name))
+
+
 def named_split(name: str) -> Split | None:
     """The split that a name says.
 
