@@ -186,7 +186,7 @@ def test_broken_idx_files_are_named(tmp_path: Path) -> None:
         (idx(pixels(4, 3)), "magic number 00000803 .* found 00000802"),
         (good[:7], "header of 16 bytes, found 7"),
         (b"", "an empty file"),
-        (b"\x1f\x8b" + b"\0" * 9, "expected an IDX file"),
+        (b"\x1f\x8b" + b"\0" * 9, "expected a complete IDX file"),
     ]
     write(labels, idx(np.zeros(4, np.uint8)))
     for data, message in cases:
@@ -387,7 +387,7 @@ def test_a_folder_of_parquet_files_has_splits(tmp_path: Path) -> None:
     test = load(DataConfig(str(tmp_path)), "test")
     assert (len(test), test.labels) == (2, None)  # -1 is never a label
     write_parquet(tmp_path / "extra.parquet", encoded, None)
-    with pytest.raises(DataError, match=r"extra\.parquet: expected a name that begins with"):
+    with pytest.raises(DataError, match=r"extra\.parquet: expected a name that says train"):
         whole(tmp_path)
 
 

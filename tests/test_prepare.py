@@ -275,9 +275,9 @@ def test_blocks_that_were_done_are_not_decoded_again(
     decoded: list[str] = []
     decode = store.decode_image
 
-    def counted(payload: Any, name: str, preprocessing: Any) -> np.ndarray:
+    def counted(payload: Any, name: str, *rest: Any) -> np.ndarray:
         decoded.append(name)
-        return decode(payload, name, preprocessing)
+        return decode(payload, name, *rest)
 
     monkeypatch.setattr(store, "decode_image", counted)
     config = DataConfig(str(source), image_size=4, on_error="skip", test_fraction=0.3)

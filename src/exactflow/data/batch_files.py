@@ -7,26 +7,28 @@ Each holds `data`, (N, 3 S S) uint8 with the planes of red, green and blue one a
 `labels` from 1 on, and in training files `mean`, which is not needed. This is the *new* of the two
 downsampled ImageNets (`known.py`): the old one, PixelRNN's download of 2016, is folders of PNG.
 
-A pickle is a program. Those of these files need nothing but arrays and plain values, and nothing
-else is run: see `_ArraysOnly`.
+A pickle is a program: see `array_pickles.py` for what may be run.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 
+from exactflow.data.array_pickles import load_arrays
 from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload
+from exactflow.data.files import is_hidden, open_regular, require_unpacked
 from exactflow.data.records import (
     Records,
     RowRecords,
@@ -52,6 +54,7 @@ _BROKEN = (
     LookupError,
     MemoryError,
     OSError,
+    RecursionError,
     TypeError,
     ValueError,
 )
@@ -121,7 +124,7 @@ def _groups(folder: Path) -> dict[Split, list[Path]]:
             train[number] = child
         elif _VALIDATION.fullmatch(child.name):
             validation.append(child)
-        elif not child.name.startswith("."):
+        elif not is_hidden(child.name):
             raise DataError(f"{child}: expected train_data_batch_1, ... and val_data only")
     for number in range(1, max(train) + 1):
         if number not in train:
@@ -141,8 +144,9 @@ def _groups(folder: Path) -> dict[Split, list[Path]]:
 def _read(file: Path) -> tuple[np.ndarray, np.ndarray]:
     """Images, (N, 3, S, S) uint8, and labels from 1 on, int64 (N,)."""
     try:
-        content = _read_archive(file) if file.suffix == ".npz" else _read_pickle(file)
-        data, labels = np.asarray(content["data"]), np.asarray(content["labels"])
+        data, labels = _read_archive(file) if file.suffix == ".npz" else _read_pickle(file)
+    except DataError:
+        raise
     except _BROKEN as error:
         raise DataError(f"{file}: expected a whole batch file, found: {error!r}") from error
     data = _whole_numbers(data, "data", 0, 255, file).astype(np.uint8)
@@ -169,47 +173,42 @@ def _whole_numbers(
     return values
 
 
-def _read_archive(file: Path) -> Mapping[str, Any]:
-    with np.load(file, allow_pickle=False) as archive:
-        return {name: archive[name] for name in ("data", "labels")}
+def _read_archive(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    with open_regular(file) as stream:
+        for entry in zipfile.ZipFile(stream).infolist():
+            require_unpacked(file, entry.file_size, entry.compress_size)
+        stream.seek(0)
+        with np.load(stream, allow_pickle=False) as archive:
+            return archive["data"], archive["labels"]
 
 
-def _read_pickle(file: Path) -> Mapping[str, Any]:
-    with file.open("rb") as stream:
-        content = _ArraysOnly(stream, encoding="bytes").load()
+def _read_pickle(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    with open_regular(file) as stream:
+        content = load_arrays(stream)
+        size = os.fstat(stream.fileno()).st_size
     if not isinstance(content, dict):
         raise ValueError(f"a {type(content).__name__} in place of a dict")
     # Python 2 wrote its strings as bytes.
-    return {k.decode() if isinstance(k, bytes) else str(k): v for k, v in content.items()}
+    fields = {k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()}
+    return _numbers(fields["data"], size), _numbers(fields["labels"], size)
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes in the protocols of Python 2."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"text in the encoding {encoding!r}")
-    return text.encode("latin1")
+def _numbers(value: Any, most: int) -> np.ndarray:
+    """An array, or numbers in lists, of which there may be at most so many.
 
-
-# What the pickle of an array may call, by every name that versions of NumPy have given it.
-_reconstruct = np.ndarray((0,)).__reduce__()[0]
-_frombuffer = np.ndarray((0,)).__reduce_ex__(5)[0]
-_scalar = np.uint8(0).__reduce__()[0]
-_ADMITTED: Mapping[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): _latin1,
-    **{(home, "bytes"): bytes for home in ("builtins", "__builtin__")},
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
-    **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
-}
-
-
-@final
-class _ArraysOnly(pickle.Unpickler):
-    """Reads arrays and plain values; whatever else a pickle asks for is refused, and not run."""
-
-    def find_class(self, module: str, name: str, /) -> Any:
-        if (module, name) not in _ADMITTED:
-            raise pickle.UnpicklingError(f"{module}.{name}, which no array needs")
-        return _ADMITTED[module, name]
+    Raises:
+        ValueError: there are more (a list may hold another one many times), or something else.
+    """
+    if isinstance(value, list):
+        count = 0
+        for row in value:
+            cells = row if isinstance(row, list) else [row]
+            count += len(cells)
+            if count > most:
+                raise ValueError(f"more than {most} numbers in a file of {most} bytes")
+            for cell in cells:
+                if not isinstance(cell, int | float | np.number):
+                    raise ValueError(f"a {type(cell).__name__} in place of a number")
+    elif not isinstance(value, np.ndarray):
+        raise ValueError(f"a {type(value).__name__} in place of an array")
+    return np.asarray(value)

@@ -12,16 +12,8 @@ from exactflow.data.augmentation import Augmentation
 Split = Literal["train", "validation", "test"]
 PADDINGS = ("edge", "reflect")
 SPLITS: tuple[Split, ...] = get_args(Split)
+MAX_PIXELS = 89_478_485  # from here on Pillow warns: a quarter of a GiB in RGB
 BUILT_IN = ("digits", "fashion-mnist")  # sources that are no path
-
-# Folder, file and hub names under which a stored split is recognised (compared in lower case).
-SPLIT_NAMES: dict[str, Split] = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "test": "test",
-}
 
 
 @final
@@ -64,6 +56,8 @@ class DataConfig:
             subset of a larger one. It counts before unreadable images are skipped.
         on_error: "raise", or "skip" to leave out (and log, and count) images that cannot be read.
             Broken containers (IDX, parquet) always raise.
+        max_pixels: an image of more pixels is refused before it is read, as it is stored and as it
+            is resized; the bytes of a file are limited by it too, to 4 for each pixel and 1 MiB.
         cache_dir: folder where large sets are decoded to, and shards from elsewhere are kept;
             None means ~/.cache/exactflow.
         cache_gib: GiB of shards from elsewhere that are kept there at most, by all sets together.
@@ -85,6 +79,7 @@ class DataConfig:
     split_seed: int = 0
     limit: int | None = None
     on_error: Literal["raise", "skip"] = "raise"
+    max_pixels: int = MAX_PIXELS
     cache_dir: str | None = None
     cache_gib: float = 20.0
 
@@ -92,6 +87,13 @@ class DataConfig:
         _require(bool(self.source), "source", "a name or a path", self.source)
         _require(
             self.image_size is None or self.image_size > 0, "image_size", "> 0", self.image_size
+        )
+        _require(self.max_pixels > 0, "max_pixels", "> 0", self.max_pixels)
+        _require(
+            self.image_size is None or self.image_size**2 <= self.max_pixels,
+            "image_size",
+            f"at most {math.isqrt(self.max_pixels)}, since data.max_pixels is {self.max_pixels}",
+            self.image_size,
         )
         _require(self.channels in (None, 1, 3), "channels", "None, 1 or 3", self.channels)
         _require(0 <= self.translate < math.inf, "translate", ">= 0", self.translate)

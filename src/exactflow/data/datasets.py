@@ -205,7 +205,9 @@ def select(config: DataConfig, source: Source, split: Split) -> store.Selection:
         DataError: no image is left for the split, or none of the training images is readable.
     """
     home, indices = split_members(config, split, source.stored)
-    preprocessing = Preprocessing(config.image_size, config.channels, config.bits)
+    preprocessing = Preprocessing(
+        config.image_size, config.channels, config.bits, config.max_pixels
+    )
     shape, shape_of = store.first_shape(
         source.splits["train"].records, preprocessing, config.on_error
     )

@@ -4,6 +4,10 @@ Resizing uses BOX (area average, the filter of downsampled ImageNet) to shrink a
 enlarge. Both have non-negative weights, so a resized value is a mean of stored ones: nothing rings,
 nothing is clipped, and a set with 17 levels keeps 17 levels. JPEG's fast "draft" scaling is not
 used and EXIF orientation is not applied, as in the published pipelines.
+
+Formats are those of `_KINDS` and no other: Pillow knows more, and hands an EPS to Ghostscript
+whatever the name of its file. What a file says of itself (depth, size, frames) is asked before its
+pixels are read.
 """
 
 from __future__ import annotations
@@ -11,16 +15,24 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import struct
-import zlib
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 import numpy as np
 from PIL import Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.PpmImagePlugin import PpmImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
-from exactflow.data.config import DataError
+from exactflow.data.config import MAX_PIXELS, DataError
+from exactflow.data.files import open_regular
 
 # What a source hands over for one image: encoded bytes, the file that holds them, or decoded
 # pixels, (H, W) or (H, W, 3) uint8. None stands for a missing value in a table.
@@ -29,27 +41,32 @@ Payload = bytes | Path | np.ndarray | None
 _GREY_MODES = frozenset({"1", "L", "LA"})
 _COLOUR_MODES = frozenset({"RGB", "RGBA", "P", "PA", "CMYK"})
 
-# All that Pillow's decoders raise for broken files.
-_BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
+# The formats that are read, by how their files begin.
+_KINDS: tuple[tuple[re.Pattern[bytes], type[ImageFile.ImageFile]], ...] = (
+    (re.compile(rb"BM"), BmpImageFile),
+    (re.compile(rb"GIF8[79]a"), GifImageFile),
+    (re.compile(rb"\xff\xd8\xff"), JpegImageFile),
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
+    (re.compile(rb"P[1-6]\s"), PpmImageFile),
+    (re.compile(rb"(?:II|MM)(?:[*+]\0|\0[*+])"), TiffImageFile),
+    (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImageFile),
 )
+_NEW_SUBFILE_TYPE = 254  # of a TIFF page; bits: 1 a smaller copy of another page, 4 a mask of one
+_NO_PAGE = 1 | 4
 
 
 @final
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to every stored image; fields as in `DataConfig`."""
+    """What is done to every stored image; fields as in `DataConfig`.
+
+    `max_pixels` changes no pixel, so it is in neither `text` nor `hash`.
+    """
 
     image_size: int | None = None
     channels: int | None = None
     bits: int = 8
+    max_pixels: int = MAX_PIXELS
 
     @property
     def text(self) -> str:
@@ -73,58 +90,124 @@ class Preprocessing:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def decode_image(payload: Payload, name: str, preprocessing: Preprocessing) -> np.ndarray:
+def decode_image(
+    payload: Payload, name: str, preprocessing: Preprocessing, several: list[str] | None = None
+) -> np.ndarray:
     """Decode and preprocess one image.
 
     Args:
         payload: the stored image.
         name: what to call it in an error.
         preprocessing: what to do to it.
+        several: the name is added to it if the image has further frames, which are not read.
 
     Returns:
         The pixels, (C, H, W) uint8, in 0 .. 2**bits - 1.
 
     Raises:
-        DataError: it is missing, broken, not 8 bits per channel, or not fully opaque.
+        DataError: it is missing, broken, too large, not 8 bits per channel, not fully opaque, or a
+            TIFF of several pages.
     """
-    image = _open(payload, name)
+    image, more = _open(payload, name, preprocessing.max_pixels)
+    if more and several is not None:
+        several.append(name)
     if preprocessing.image_size is not None:
-        image = _resize_and_crop(image, preprocessing.image_size)
+        image = _resize(image, preprocessing.image_size, name, preprocessing.max_pixels)
     if preprocessing.channels is not None:
         image = image.convert("L" if preprocessing.channels == 1 else "RGB")
     pixels = np.asarray(image)
+    if preprocessing.image_size is not None:
+        pixels = _crop(pixels, preprocessing.image_size)
     if preprocessing.bits < 8:
         pixels = pixels >> (8 - preprocessing.bits)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def _open(payload: Payload, name: str) -> Image.Image:
-    """The image in mode L or RGB."""
+def require_pixels(width: int, height: int, max_pixels: int, name: str) -> None:
+    """Raise a DataError for an image that is too large."""
+    if width * height > max_pixels:
+        raise DataError(
+            f"{name}: expected at most {max_pixels} pixels (data.max_pixels), "
+            f"found {width} x {height}"
+        )
+
+
+def _open(payload: Payload, name: str, max_pixels: int) -> tuple[Image.Image, bool]:
+    """The image in mode L or RGB, and whether it has further frames."""
     if payload is None:
         raise DataError(f"{name}: expected the bytes of an image, found none")
     if isinstance(payload, np.ndarray):
-        return Image.fromarray(payload)
+        require_pixels(payload.shape[1], payload.shape[0], max_pixels, name)
+        return Image.fromarray(payload), False
     try:
-        encoded = payload.read_bytes() if isinstance(payload, Path) else payload
-        image = Image.open(io.BytesIO(encoded))
-        depth_16 = _stores_16_bits(image)
+        encoded = payload if isinstance(payload, bytes) else _read_file(payload, name, max_pixels)
+        image = _image_file(encoded, name)
+        require_pixels(*image.size, max_pixels, name)
+        bits = _bits(image)
+        if bits > 8:
+            raise DataError(f"{name}: expected 8 bits per channel, found {bits} bits")
+        more = _has_more_frames(image, encoded, name)
         image.load()
-    except _BROKEN as error:
-        raise DataError(f"{name}: expected a complete image, found: {error}") from error
-    if depth_16:
-        raise DataError(f"{name}: expected 8 bits per channel, found 16 bits")
-    return _to_grey_or_rgb(image, name)
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise anything at all for broken files
+        reason = error or type(error).__name__
+        raise DataError(f"{name}: expected a complete image, found: {reason}") from error
+    return _to_grey_or_rgb(image, name), more
 
 
-def _stores_16_bits(image: ImageFile.ImageFile) -> bool:
-    """Whether a channel has 16 bits; asked before `load`, which may drop the lower 8 in silence.
+def _read_file(file: Path, name: str, max_pixels: int) -> bytes:
+    """All bytes of a file, unless they are more than those of the largest image unpacked."""
+    limit = 4 * max_pixels + 2**20
+    with open_regular(file) as stream:
+        found = os.fstat(stream.fileno()).st_size
+        if found > limit:
+            raise DataError(
+                f"{name}: expected at most {limit} bytes, since data.max_pixels is {max_pixels}, "
+                f"found {found}"
+            )
+        return stream.read(limit)
 
-    Pillow opens 16-bit colour PNG and TIFF as plain "RGB"; only the raw mode of the tiles tells.
-    """
-    if image.mode.startswith("I;16"):
-        return True
+
+def _image_file(encoded: bytes, name: str) -> ImageFile.ImageFile:
+    for beginning, kind in _KINDS:
+        if beginning.match(encoded):
+            return kind(io.BytesIO(encoded))
+    raise DataError(
+        f"{name}: expected a complete image in BMP, GIF, JPEG, PNG, PPM, TIFF or WebP, found a "
+        f"file that begins with {encoded[:8]!r}"
+    )
+
+
+def _bits(image: ImageFile.ImageFile) -> int:
+    """Bits of a channel in the file; asked before `load`, which may drop all but 8 in silence."""
+    if isinstance(image, TiffImageFile):
+        return int(np.max(image.tag_v2.get(BITSPERSAMPLE, 1)))
     arguments = [tile.args if isinstance(tile.args, tuple) else (tile.args,) for tile in image.tile]
-    return any(";16" in str(raw_mode) for raw_mode, *_ in arguments)
+    if isinstance(image, PngImageFile):
+        return 16 if any(";16" in str(raw_mode) for raw_mode, *_ in arguments) else 8
+    if isinstance(image, PpmImageFile):  # the largest value comes last, unless it is 255 or 65535
+        largest = [last for *_, last in arguments if isinstance(last, int)]
+        return max(largest, default=65535 if image.mode == "I" else 255).bit_length()
+    return 8
+
+
+def _has_more_frames(image: ImageFile.ImageFile, encoded: bytes, name: str) -> bool:
+    """Whether there are frames after the first.
+
+    Raises:
+        DataError: they are pages of a TIFF, each of which is an image.
+    """
+    if isinstance(image, TiffImageFile):
+        pages = TiffImageFile(io.BytesIO(encoded))
+        for page in range(1, pages.n_frames):
+            pages.seek(page)
+            if not int(pages.tag_v2.get(_NEW_SUBFILE_TYPE, 0)) & _NO_PAGE:
+                raise DataError(f"{name}: expected a TIFF of one page, found several")
+        return False
+    if isinstance(image, GifImageFile):
+        return GifImageFile(io.BytesIO(encoded)).is_animated  # looks ahead, and loses its place
+    return isinstance(image, PngImageFile | WebPImageFile) and image.is_animated
 
 
 def _to_grey_or_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -135,18 +218,26 @@ def _to_grey_or_rgb(image: Image.Image, name: str) -> Image.Image:
         )
     if image.has_transparency_data:
         # Compositing would need a background colour that nobody stated; only a useless alpha goes.
-        lowest = np.asarray(image.convert("RGBA"))[..., 3].min()
+        with_alpha = image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
+        lowest = with_alpha.getchannel("A").getextrema()[0]
         if lowest != 255:
             raise DataError(f"{name}: expected a fully opaque image, found alpha down to {lowest}")
     return image.convert("L" if image.mode in _GREY_MODES else "RGB")
 
 
-def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """The central (size, size) square of the image with its short side resized to `size`."""
+def _resize(image: Image.Image, size: int, name: str, max_pixels: int) -> Image.Image:
+    """The image with its short side resized to `size`."""
     short = min(image.size)
+    if short == size:
+        return image
     width, height = (max(size, round(side * size / short)) for side in image.size)
-    if short != size:
-        filter_ = Image.Resampling.BOX if short > size else Image.Resampling.BILINEAR
-        image = image.resize((width, height), filter_)
+    require_pixels(width, height, max_pixels, f"{name}, its short side resized to {size}")
+    filter_ = Image.Resampling.BOX if short > size else Image.Resampling.BILINEAR
+    return image.resize((width, height), filter_)
+
+
+def _crop(pixels: np.ndarray, size: int) -> np.ndarray:
+    """The central (size, size) square; cut here, since Pillow's own limit holds for its `crop`."""
+    height, width = pixels.shape[:2]
     left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return pixels[top : top + size, left : left + size]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
 import numpy as np
 
-from exactflow.data.config import SPLIT_NAMES, DataError, Split
+from exactflow.data.batch_files import has_batch_files
+from exactflow.data.config import DataError, Split
+from exactflow.data.files import is_hidden, printable, visible
+from exactflow.data.idx import has_idx_files
 from exactflow.data.records import (
     FileRecords,
     Source,
@@ -17,10 +23,9 @@ from exactflow.data.records import (
     relabel,
     version_and_stamp,
 )
+from exactflow.data.splits import is_split_word, named_split, named_splits, refuse_mixed_splits
 
 log = logging.getLogger(__name__)
-
-_Scan = tuple[tuple[Path, ...], tuple[str, ...]]  # the images of a split, its class names
 
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -30,112 +35,190 @@ IMAGE_SUFFIXES = frozenset(
 def open_folder(root: Path) -> Source:
     """Open a folder of images.
 
-    With a `train` folder in the root, `train`, `val` (or `valid`, `validation`) and `test` are its
-    splits; without one, the root is the training split. Inside a split, sub-folders are the classes
-    (sorted by name, searched in depth), or all images lie loose and are unlabelled.
+    With a folder in the root whose name says train (`splits.py`), those that say train, validation
+    and test are its splits; without one, the root is the training split. Inside a split,
+    sub-folders are the classes (sorted by name, searched in depth), or all images lie loose and are
+    unlabelled. Links are followed; what is hidden is left alone.
 
     Raises:
-        DataError: loose images beside folders; a split folder without `train`, which would be
-            read as a class; a folder that is no split beside `train`; an empty class; no image.
+        DataError: loose images beside folders; a split folder without one of training, which would
+            be read as a class; a folder that is no split beside split folders; images whose names
+            say several splits; an empty class; no image; a folder that cannot be listed, or that a
+            link leads to again.
     """
-    folders = _split_folders(root)
-    scanned: dict[Split, _Scan] = {split: _scan(folder) for split, folder in folders.items()}
-    class_names = scanned["train"][1]
+    lister = _Lister()
+    folders = _split_folders(root, lister)
+    scanned: dict[Split, _Scan] = {
+        split: _scan(folder, listing, lister) for split, (folder, listing) in folders.items()
+    }
+    class_names = scanned["train"].class_names
     splits: dict[Split, StoredSplit] = {}
-    for split, (files, found) in scanned.items():
-        stored = StoredSplit(FileRecords(files), _labels(files, folders[split], found))
-        splits[split] = relabel(stored, found, class_names, str(folders[split]))
-    version, stamp = version_and_stamp([f for files, _ in scanned.values() for f in files], root)
+    for split, found in scanned.items():
+        stored = StoredSplit(FileRecords(found.files), found.labels)
+        where = str(folders[split][0])
+        splits[split] = relabel(stored, found.class_names, class_names, where)
+    files = [file for found in scanned.values() for file in found.files]
+    if folders["train"][0] == root:
+        refuse_mixed_splits((str(file.relative_to(root)) for file in files), str(root))
+    version, stamp = version_and_stamp(files, root)
     return Source(local_id(root), version, stamp, class_names, splits)
 
 
-def _split_folders(root: Path) -> dict[Split, Path]:
-    """Which folder is which split."""
-    children = _subfolders(root)
-    named: dict[Path, Split | None] = {
-        child: SPLIT_NAMES.get(child.name.lower()) for child in children
-    }
+@final
+@dataclass(frozen=True)
+class _Listing:
+    """What is in a folder, sorted by name, without what is hidden."""
+
+    folders: list[Path]
+    files: list[Path]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Scan:
+    """The images of one split, sorted by relative path, and their classes; none if it is flat."""
+
+    files: tuple[Path, ...]
+    class_names: tuple[str, ...] = ()
+    labels: np.ndarray | None = None
+
+
+@final
+class _Lister:
+    """Lists folders, each of them once: a link to a folder above would never end."""
+
+    def __init__(self) -> None:
+        self._listed: dict[tuple[int, int], Path] = {}
+
+    def __call__(self, folder: Path) -> _Listing:
+        listing = _Listing([], [])
+        try:
+            status = folder.stat()
+            first = self._listed.setdefault((status.st_dev, status.st_ino), folder)
+            if first != folder:
+                raise DataError(f"{folder}: expected each folder once, found {first} again, a link")
+            with os.scandir(folder) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    if not is_hidden(entry.name):
+                        kind = listing.folders if _is_folder(entry) else listing.files
+                        kind.append(Path(entry.path))
+        except OSError as error:
+            raise DataError(f"{folder}: expected a folder to read, found: {error}") from error
+        return listing
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is one, or a link to one; a link that leads nowhere is a file that is missing."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
+
+
+def _split_folders(root: Path, lister: _Lister) -> dict[Split, tuple[Path, _Listing]]:
+    """Which folder is which split, and what is in it."""
+    listing = lister(root)
+    named = named_splits([child.name for child in listing.folders], str(root))
     if "train" not in named.values():
-        strays = [child.name for child, split in named.items() if split is not None]
+        strays = [name for name, split in named.items() if split is not None]
         if strays:
             raise DataError(
                 f"{root}: expected class folders, or a train folder beside {', '.join(strays)}; "
-                f"without it {strays[0]} would be trained on as a class"
+                f"without it {strays[0]} would be trained on as a class (folders of classes with "
+                f"such a word in their names go into a folder called train)"
             )
-        return {"train": root}
-    folders: dict[Split, Path] = {}
-    for child, split in named.items():
+        return {"train": (root, listing)}
+    folders: dict[Split, tuple[Path, _Listing]] = {}
+    for child in listing.folders:
+        split = named[child.name]
         if split is None or split in folders:
             raise DataError(
                 f"{root}: expected one train, one validation and one test folder at most, "
-                f"found also {child.name}"
+                f"found also {child.name} (folders of classes go into the folder of their split)"
             )
-        folders[split] = child
-    _refuse_loose_images(root, "split folders")
+        folders[split] = child, lister(child)
+    _refuse_loose_images(root, listing, "split folders")
     return folders
 
 
-def _scan(folder: Path) -> _Scan:
-    """The images of one split, sorted by relative path, and its class names (empty if flat)."""
-    classes = _subfolders(folder)
-    if classes:
-        _refuse_loose_images(folder, "class folders")
-        _refuse_split_names(folder, classes)
-        files = [_images_below(child) for child in classes]
-        for child, found in zip(classes, files, strict=True):
+def _scan(folder: Path, listing: _Listing, lister: _Lister) -> _Scan:
+    if listing.folders:
+        _refuse_loose_images(folder, listing, "class folders")
+        _refuse_split_names(folder, listing.folders)
+        files = [_images_below(child, lister) for child in listing.folders]
+        for child, found in zip(listing.folders, files, strict=True):
             if not found:
-                raise DataError(f"{child}: expected images of this class, found none")
-        return tuple(file for found in files for file in found), tuple(c.name for c in classes)
-    files = _images_below(folder)
-    if not files:
-        raise DataError(
-            f"{folder}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), IDX files or "
-            f"parquet files, found none"
+                raise DataError(
+                    f"{child}: expected images of this class, found none{_other_source(child)}"
+                )
+        scan = _Scan(
+            files=tuple(file for found in files for file in found),
+            class_names=tuple(printable(child.name) for child in listing.folders),
+            labels=np.repeat(np.arange(len(files)), [len(found) for found in files]),
         )
-    return tuple(files), ()
+    else:
+        scan = _Scan(tuple(_images(folder, listing.files)))
+        if not scan.files:
+            raise DataError(
+                f"{folder}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), IDX files or "
+                f"parquet files, found none{_other_source(folder)}"
+            )
+    return scan
 
 
-def _labels(
-    files: tuple[Path, ...], folder: Path, class_names: tuple[str, ...]
-) -> np.ndarray | None:
-    if not class_names:
-        return None
-    index_of = {name: index for index, name in enumerate(class_names)}
-    labels = [index_of[file.relative_to(folder).parts[0]] for file in files]
-    return np.array(labels, dtype=np.int64)
+def _images_below(folder: Path, lister: _Lister) -> list[Path]:
+    """Every image file in the folder and below it."""
+    files: list[Path] = []
+    waiting = [folder]
+    while waiting:
+        listing = lister(waiting.pop())
+        waiting += listing.folders
+        files += listing.files
+    return sorted(_images(folder, files), key=lambda file: file.relative_to(folder).as_posix())
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    visible = (child for child in folder.iterdir() if not child.name.startswith("."))
-    return sorted((child for child in visible if child.is_dir()), key=lambda child: child.name)
-
-
-def _images_below(folder: Path) -> list[Path]:
-    """Every image file in the folder and below it; links are followed, hidden files are not."""
-    images: list[Path] = []
-    others: list[Path] = []
-    for parent, children, names in os.walk(folder, followlinks=True):
-        children[:] = [child for child in children if not child.startswith(".")]
-        for name in names:
-            if not name.startswith("."):
-                file = Path(parent, name)
-                (images if file.suffix.lower() in IMAGE_SUFFIXES else others).append(file)
+def _images(folder: Path, files: list[Path]) -> list[Path]:
+    """Those that are images by their names; others are counted in the log."""
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    others = [file for file in files if file.suffix.lower() not in IMAGE_SUFFIXES]
     if others:
         log.warning(
             "%s: %d files are no images and are not read, %s first", folder, len(others), others[0]
         )
-    return sorted(images, key=lambda file: file.relative_to(folder).as_posix())
+    return images
 
 
-def _refuse_loose_images(folder: Path, beside: str) -> None:
-    for child in sorted(folder.iterdir()):
+def _refuse_loose_images(folder: Path, listing: _Listing, beside: str) -> None:
+    for child in listing.files:
         if child.suffix.lower() in IMAGE_SUFFIXES and child.is_file():
             raise DataError(f"{folder}: expected {beside} only, found also the image {child.name}")
 
 
 def _refuse_split_names(folder: Path, classes: list[Path]) -> None:
-    for child in classes:
-        if child.name.lower() in SPLIT_NAMES:
-            raise DataError(
-                f"{folder}: expected class folders, found {child.name}, the name of a split"
-            )
+    """Refuse splits inside a split: the word alone, or class names that all hold one."""
+    words = [child.name for child in classes if is_split_word(child.name)]
+    if not words and all(named_split(child.name) for child in classes):
+        words = [child.name for child in classes]
+    if words:
+        raise DataError(f"{folder}: expected class folders, found {words[0]}, the name of a split")
+
+
+def _other_source(folder: Path) -> str:
+    """The end of an error: where in or below the folder there is a source of another kind."""
+    for below in (folder, *visible(folder, "*"), *visible(folder, "*/*")):
+        if not below.is_dir():
+            continue
+        if has_idx_files(below):
+            kind = "IDX files"
+        elif has_batch_files(below):
+            kind = "batch files"
+        elif visible(below, "*.parquet"):
+            kind = "parquet files"
+        elif visible(below, "*.tar"):
+            kind = "tar files"
+        else:
+            continue
+        return f"; there are {kind} in {below}: name that folder as the source"
+    return ""

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
-from exactflow.data.config import SPLIT_NAMES, DataError, Split
+from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload
 from exactflow.data.label_columns import Part, find_label_column, read_part, unite
 from exactflow.data.records import Records, Source, StoredSplit
+from exactflow.data.splits import SPLIT_WORDS, named_split
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -28,7 +29,8 @@ _ROWS_PER_READ = 256
 def open_hub(name: str, cache_dir: str | None) -> Source:
     """Open "owner/name" of the hub, or a local path that `datasets` can load.
 
-    The splits train, validation (valid, val) and test are used, others are left alone.
+    The splits that are called train, validation and test are used (or by the next word for them
+    in `splits.py`), others are left alone; where none is called train, those whose names say so.
 
     Args:
         name: repository id or path, without the "hub:".
@@ -39,9 +41,7 @@ def open_hub(name: str, cache_dir: str | None) -> Source:
         ImportError: `datasets` is missing; the message names the extra.
     """
     tables = _load(name, cache_dir)
-    found: dict[Split, str] = {
-        SPLIT_NAMES[key.lower()]: key for key in map(str, tables) if key.lower() in SPLIT_NAMES
-    }
+    found = _splits(list(map(str, tables)), name)
     if "train" not in found:
         raise DataError(f"hub:{name}: expected a train split, found {', '.join(map(str, tables))}")
     image, label = _find_columns(tables[found["train"]], name)
@@ -85,6 +85,27 @@ class HubRecords(Records):
             rows = self.table[indices[start : start + _ROWS_PER_READ].tolist()]
             for value in rows[self.column]:
                 yield _payload(value)
+
+
+def _splits(keys: list[str], name: str) -> dict[Split, str]:
+    """Which table is which split: those called so; if none is called train, those that say so."""
+    found: dict[Split, str] = {}
+    called = {key.lower(): key for key in keys}
+    for word, split in SPLIT_WORDS.items():
+        if word in called:
+            found.setdefault(split, called[word])
+    if "train" in found:
+        return found
+    found = {}
+    for key in keys:
+        split = named_split(key)
+        if split is not None and split in found:
+            raise DataError(
+                f"hub:{name}: expected one {split} split, found {found[split]} and {key}"
+            )
+        if split is not None:
+            found[split] = key
+    return found
 
 
 def _payload(value: dict[str, bytes | str | None] | None) -> Payload:

@@ -7,9 +7,12 @@ dimension as a big-endian 32-bit integer, then the values (http://yann.lecun.com
 from __future__ import annotations
 
 import gzip
+import math
+import re
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
@@ -18,7 +21,8 @@ from typing import final
 import numpy as np
 
 from exactflow.data.config import DataError, Split
-from exactflow.data.decode import Payload
+from exactflow.data.decode import Payload, require_pixels
+from exactflow.data.files import open_regular, require_unpacked, visible
 from exactflow.data.records import (
     Records,
     Source,
@@ -29,8 +33,12 @@ from exactflow.data.records import (
     numbered_class_names,
     version_and_stamp,
 )
+from exactflow.data.splits import named_splits
 
-_PREFIXES: dict[Split, str] = {"train": "train", "test": "t10k"}
+# Names before the content: train, t10k, emnist-letters-train, ...
+_IMAGES = re.compile(r"(.*?)[-_.]?images[-._]idx3[-._]ubyte(\.gz)?")
+_LABELS = re.compile(r"(.*?)[-_.]?labels[-._]idx1[-._]ubyte(\.gz)?")
+_TEST = re.compile("t10k", re.IGNORECASE)  # MNIST's word for its test split
 _UNSIGNED_BYTE = 8
 
 # IDX files carry no names; these are the published ones.
@@ -51,25 +59,30 @@ _CLASS_NAMES = {
 
 
 def has_idx_files(folder: Path) -> bool:
-    """Whether the folder holds the training images of an MNIST-style set."""
-    return _find(folder, "train", "images-idx3") is not None
+    """Whether the folder holds the images of an MNIST-style set."""
+    return bool(_found(folder, _IMAGES))
 
 
-def open_idx(folder: Path) -> Source:
-    """Open a folder of train-* and (optionally) t10k-* files; t10k is the test split.
+def open_idx(folder: Path, max_pixels: int) -> Source:
+    """Open a folder of such files; those of t10k are the test split.
+
+    What stands before "images" says the split (`splits.py`), and labels have the same name.
+
+    Args:
+        folder: where they are.
+        max_pixels: as in `DataConfig`.
 
     Raises:
-        DataError: a header is wrong, a label file is truncated, or images and labels differ in
-            number. Truncated image files are found when they are read.
+        DataError: a name says no split, or two say one; a header is wrong, a label file is
+            truncated or has another name, or images and labels differ in number. Truncated image
+            files are found when they are read.
     """
     splits: dict[Split, StoredSplit] = {}
     files: list[Path] = []
-    for split, prefix in _PREFIXES.items():
-        images = _find(folder, prefix, "images-idx3")
-        if images is None:
-            continue
-        labels = _find(folder, prefix, "labels-idx1")
-        splits[split] = _open_split(images, labels)
+    for split, prefix in _prefixes(folder).items():
+        images = _found(folder, _IMAGES)[prefix]
+        labels = _labels_of(prefix, images)
+        splits[split] = _open_split(images, labels, max_pixels)
         files += [file for file in (images, labels) if file is not None]
     name = local_id(folder)
     class_names = _CLASS_NAMES.get(name) or numbered_class_names(list(splits.values()))
@@ -95,61 +108,110 @@ class IdxRecords(Records):
         return f"{self.file}[{index}]"
 
     def read(self, indices: np.ndarray) -> Iterator[Payload]:
-        images = read_idx(self.file, dims=3)
-        return (images[index] for index in indices)
+        """See `Records.read`; one image at a time is in memory, and a file is read to its end."""
+        with _opened(self.file, dims=3) as (stream, (count, height, width)):
+            size = height * width
+            begin = stream.tell()
+            for index in indices.tolist():
+                stream.seek(begin + index * size)
+                content = stream.read(size)
+                if len(content) != size:
+                    raise _wrong_length(self.file, (count, height, width), "fewer")
+                yield np.frombuffer(content, dtype=np.uint8).reshape(height, width)
+            stream.seek(begin + count * size)
+            _require_end(stream, self.file, (count, height, width))
 
 
-def read_idx(file: Path, dims: int) -> np.ndarray:
-    """All values of an IDX file of unsigned bytes with `dims` dimensions, gzipped or not.
-
-    Raises:
-        DataError: wrong magic number, truncated, or longer than its header says.
-    """
-    try:
-        with _open(file) as stream:
-            shape = _read_header(stream, file, dims)
-            values = stream.read()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file}: expected a complete IDX file, found: {error}") from error
-    expected = int(np.prod(shape, dtype=np.int64))
-    if len(values) != expected:
-        raise DataError(f"{file}: expected {expected} values {shape}, found {len(values)}")
-    return np.frombuffer(values, dtype=np.uint8).reshape(shape)
-
-
-def _open_split(images: Path, labels: Path | None) -> StoredSplit:
-    try:
-        with _open(images) as stream:
-            shape = _read_header(stream, images, dims=3)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{images}: expected an IDX file, found: {error}") from error
-    records = IdxRecords(images, shape[0])
+def _open_split(images: Path, labels: Path | None, max_pixels: int) -> StoredSplit:
+    with _opened(images, dims=3) as (_, (count, height, width)):
+        require_pixels(width, height, max_pixels, str(images))
+    records = IdxRecords(images, count)
     if labels is None:
         return StoredSplit(records, None)
-    values = read_idx(labels, dims=1)
-    if len(values) != len(records):
-        raise DataError(
-            f"{labels}: expected {len(records)} labels, one per image of {images.name}, "
-            f"found {len(values)}"
-        )
+    with _opened(labels, dims=1) as (stream, (found,)):
+        if found != count:
+            raise DataError(
+                f"{labels}: expected {count} labels, one per image of {images.name}, found {found}"
+            )
+        content = stream.read(found)
+        if len(content) != found:
+            raise _wrong_length(labels, (found,), str(len(content)))
+        _require_end(stream, labels, (found,))
+    values = np.frombuffer(content, dtype=np.uint8)
     return StoredSplit(records, integer_labels(values, str(labels)))
 
 
-def _find(folder: Path, prefix: str, content: str) -> Path | None:
-    """The file as it is usually named, uncompressed first (both lie there after unpacking)."""
-    for separator in ("-", "."):
-        for suffix in ("", ".gz"):
-            stem = f"{prefix}-{content.replace('-', separator)}-ubyte"
-            file = folder / (stem + suffix)
-            if file.is_file():
-                return file
+def _prefixes(folder: Path) -> dict[Split, str]:
+    """Which prefix is which split."""
+    found = list(_found(folder, _IMAGES))
+    words = {prefix: _TEST.sub("test", prefix) for prefix in found}
+    named = named_splits(words.values(), str(folder))
+    prefixes: dict[Split, str] = {}
+    for prefix in found:
+        split = named[words[prefix]]
+        if split is None or split in prefixes:
+            other = "" if split is None else f", and of {prefixes[split]}, which both say {split}"
+            raise DataError(
+                f"{folder}: expected one train-images-idx3-ubyte, and one of another split at "
+                f"most, found images of {prefix or 'no name'}{other}"
+            )
+        prefixes[split] = prefix
+    if "train" not in prefixes:
+        raise DataError(f"{folder}: expected train-images-idx3-ubyte, found {', '.join(found)}")
+    return prefixes
+
+
+def _found(folder: Path, kind: re.Pattern[str]) -> dict[str, Path]:
+    """Files by what stands before their kind, uncompressed first (both lie there if unpacked)."""
+    found: dict[str, Path] = {}
+    for child in visible(folder, "*ubyte*"):
+        match = kind.fullmatch(child.name)
+        if match and not child.is_dir():
+            found.setdefault(match[1], child)
+    return found
+
+
+def _labels_of(prefix: str, images: Path) -> Path | None:
+    labels = _found(images.parent, _LABELS)
+    if prefix in labels:
+        return labels[prefix]
+    for child in visible(images.parent, "*labels*"):
+        if child.name.startswith(prefix) and child not in labels.values() and child.is_file():
+            raise DataError(f"{child}: expected the labels of {images.name} in idx1-ubyte")
     return None
 
 
-def _open(file: Path) -> BufferedIOBase:
-    with file.open("rb") as stream:
-        gzipped = stream.read(2) == b"\x1f\x8b"
-    return gzip.open(file, "rb") if gzipped else file.open("rb")
+@contextmanager
+def _opened(file: Path, dims: int) -> Iterator[tuple[BufferedIOBase, tuple[int, ...]]]:
+    """An IDX file of unsigned bytes with `dims` dimensions, gzipped or not, behind its header.
+
+    Raises:
+        DataError: wrong magic number, damaged, or longer or shorter than its header says; of a
+            compressed file that is known at its end.
+    """
+    try:
+        with open_regular(file) as raw:
+            gzipped = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            stream = gzip.GzipFile(fileobj=raw) if gzipped else raw
+            shape = _read_header(stream, file, dims)
+            size = file.stat().st_size
+            if gzipped:
+                require_unpacked(file, math.prod(shape), size)
+            elif size - raw.tell() != math.prod(shape):
+                raise _wrong_length(file, shape, str(size - raw.tell()))
+            yield stream, shape
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{file}: expected a complete IDX file, found: {error}") from error
+
+
+def _require_end(stream: BufferedIOBase, file: Path, shape: tuple[int, ...]) -> None:
+    if stream.read(1):
+        raise _wrong_length(file, shape, "more")
+
+
+def _wrong_length(file: Path, shape: tuple[int, ...], found: str) -> DataError:
+    return DataError(f"{file}: expected {math.prod(shape)} values {shape}, found {found}")
 
 
 def _read_header(stream: BufferedIOBase, file: Path, dims: int) -> tuple[int, ...]:

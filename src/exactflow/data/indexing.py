@@ -19,10 +19,11 @@ from urllib.parse import urlsplit
 from exactflow.core.progress import shown_progress
 from exactflow.core.serialization import write_atomically
 from exactflow.data import remote, tar_index
-from exactflow.data.config import SPLIT_NAMES, DataConfig, DataError, Split, cache_folder, is_remote
+from exactflow.data.config import DataConfig, DataError, Split, cache_folder, is_remote
 from exactflow.data.locks import lock, unlock
 from exactflow.data.shard_cache import RemoteShard, ShardCache, sha256_of
 from exactflow.data.shards import shard_groups
+from exactflow.data.splits import is_only_a_split, named_splits
 from exactflow.data.tar_index import TarIndex
 
 INDEX_FILE = "index.json"
@@ -75,7 +76,7 @@ class RemoteSet:
         """Name of the set: of its folder, or of the one above if that is just a split."""
         parts = urlsplit(self.root)
         names = [part for part in (parts.netloc, *parts.path.split("/")) if part] or ["shards"]
-        above = len(names) > 1 and names[-1].lower() in SPLIT_NAMES
+        above = len(names) > 1 and is_only_a_split(names[-1])
         return names[-2] if above else names[-1]
 
     def url(self, name: str) -> str:
@@ -83,27 +84,31 @@ class RemoteSet:
         return self.root + name
 
     def by_split(self, shards: Sequence[TarIndex]) -> dict[Split, list[TarIndex]]:
-        """The shards by the split that their folder, or the beginning of their name, says.
+        """The shards by the split that their folder and name say (`splits.py`).
 
         If none says so, or all say the same, they are all of the training split.
 
         Raises:
             DataError: some say so and others do not, or several splits but no training split.
         """
-        named: dict[str, Split | None] = {shard.name: _split_of(shard.name) for shard in shards}
+        ends = {shard.name: "/".join(PurePosixPath(shard.name).parts[-2:]) for shard in shards}
+        named = named_splits(ends.values(), self.root)
         if len(set(named.values())) == 1:
             return {"train": list(shards)}
         splits: dict[Split, list[TarIndex]] = {}
         for shard in shards:
-            split = named[shard.name]
+            split = named[ends[shard.name]]
             if split is None:
                 raise DataError(
-                    f"{self.url(shard.name)}: expected a name that begins with train-, validation- "
-                    f"or test-, like those of the other shards"
+                    f"{self.url(shard.name)}: expected a name that says train, validation or "
+                    f"test, like those of the other shards"
                 )
             splits.setdefault(split, []).append(shard)
         if "train" not in splits:
-            raise DataError(f"{self.root}: expected train-*.tar, found {', '.join(splits)} only")
+            raise DataError(
+                f"{self.root}: expected shards of the training split too, found "
+                f"{' and '.join(splits)} only"
+            )
         return splits
 
 
@@ -265,10 +270,3 @@ def _kept(found: RemoteSet, cache_dir: str | None) -> Path:
 def _write(file: Path, content: bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, content)
-
-
-def _split_of(name: str) -> Split | None:
-    """The split that a shard's folder, or else the beginning of its name, says."""
-    path = PurePosixPath(name)
-    folder = SPLIT_NAMES.get(path.parent.name.lower())
-    return folder or SPLIT_NAMES.get(path.stem.lower().split("-")[0])

@@ -34,7 +34,7 @@ _ROWS_PER_READ = 1024
 def open_parquet(path: Path) -> Source:
     """Open one parquet file, or a folder of them.
 
-    Files of a folder named train-*, validation-* (or val-*, valid-*) and test-* are its splits;
+    Files of a folder whose names say train, validation and test (`splits.py`) are its splits;
     otherwise all files together, in the order of their names, are the training split.
 
     Raises:

@@ -208,7 +208,7 @@ def _part(
     selection = store.Selection(
         split=stored,
         indices=rows,
-        preprocessing=Preprocessing(),
+        preprocessing=Preprocessing(max_pixels=height * width),
         shape=(channels, height, width),
         shape_of=PREPARED_FILE,
         levels=prepared.identity.levels,

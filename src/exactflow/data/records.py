@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +14,10 @@ from typing import final
 import numpy as np
 
 from exactflow.data.classes import listed, numbered
-from exactflow.data.config import SPLIT_NAMES, DataError, Split
+from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload
-from exactflow.data.splits import Stored
+from exactflow.data.files import printable, regular_files
+from exactflow.data.splits import Stored, is_only_a_split, named_splits
 
 log = logging.getLogger(__name__)
 
@@ -249,42 +251,48 @@ def version_and_stamp(files: Sequence[Path], root: Path) -> tuple[str, str]:
         The version, from relative names and sizes, the same for every copy; and the stamp, from
         full names, sizes and modification times.
     """
-    version, stamp = hashlib.sha256(), hashlib.sha256(str(root.resolve()).encode())
+    version, stamp = hashlib.sha256(), hashlib.sha256(os.fsencode(root.resolve()))
     for file in files:
-        status = file.stat()
-        line = f"{file.relative_to(root).as_posix()}\0{status.st_size}\n".encode()
+        try:
+            status = file.stat()
+            size, changed = status.st_size, status.st_mtime_ns
+        except OSError:  # a link that leads nowhere; whoever reads it raises or skips
+            size = changed = -1
+        line = os.fsencode(file.relative_to(root).as_posix()) + f"\0{size}\n".encode()
         version.update(line)
-        stamp.update(line + str(status.st_mtime_ns).encode())
+        stamp.update(line + str(changed).encode())
     return f"files-{version.hexdigest()[:12]}", stamp.hexdigest()
 
 
 def files_by_split(path: Path, suffix: str) -> dict[Split, list[Path]]:
     """The file itself as the training split, or the files of a folder, by the split they name.
 
-    Files named train-*, validation-* (or val-*, valid-*) and test-* are these splits; if no name
-    begins like that, all together, in the order of their names, are the training split.
+    See `splits.py` for what a name says. Where no name says a split, or all say the same, all files
+    together, in the order of their names, are the training split.
 
     Raises:
         DataError: some files name a split and others do not, or none is of the training split.
     """
     if path.is_file():
         return {"train": [path]}
-    files = sorted(path.glob(f"*{suffix}"))
-    named: dict[Path, Split | None] = {
-        file: SPLIT_NAMES.get(file.stem.lower().split("-")[0]) for file in files
-    }
-    if not any(named.values()):
-        return {"train": files}
+    files = regular_files(path, f"*{suffix}")
+    named = named_splits([file.stem for file in files], str(path))
     groups: dict[Split, list[Path]] = {}
-    for file, split in named.items():
+    if len(set(named.values())) <= 1:
+        return {"train": files}
+    for file in files:
+        split = named[file.stem]
         if split is None:
             raise DataError(
-                f"{file}: expected a name that begins with train-, validation- or test-, "
+                f"{file}: expected a name that says train, validation or test, "
                 f"like those of the files beside it"
             )
         groups.setdefault(split, []).append(file)
     if "train" not in groups:
-        raise DataError(f"{path}: expected train-*{suffix}, found {', '.join(sorted(groups))} only")
+        raise DataError(
+            f"{path}: expected files of the training split too, found "
+            f"{' and '.join(sorted(groups))} only"
+        )
     return groups
 
 
@@ -292,4 +300,4 @@ def local_id(path: Path) -> str:
     """Name of a local source: the file's or folder's own, or its parent's if it is just a split."""
     path = path.resolve()
     stem = path.stem if path.is_file() else path.name
-    return path.parent.name if stem.lower().split("-")[0] in SPLIT_NAMES else stem
+    return printable(path.parent.name if is_only_a_split(stem) else stem)

@@ -17,8 +17,9 @@ from typing import BinaryIO, final
 import numpy as np
 
 from exactflow.core.serialization import write_atomically
-from exactflow.data.config import SPLIT_NAMES, DataError, Split, cache_folder
+from exactflow.data.config import DataError, Split, cache_folder
 from exactflow.data.decode import Payload
+from exactflow.data.files import regular_files, visible
 from exactflow.data.records import (
     Records,
     Source,
@@ -31,6 +32,7 @@ from exactflow.data.records import (
     relabel,
     version_and_stamp,
 )
+from exactflow.data.splits import named_split, named_splits, refuse_mixed_splits, says_a_split
 from exactflow.data.tar_index import Label, TarIndex, index_tar, read_index, write_index
 
 log = logging.getLogger(__name__)
@@ -40,14 +42,14 @@ KEEP_INDEX_FROM = 1000  # images; fewer are soon walked again
 
 def has_shards(folder: Path) -> bool:
     """Whether the folder, or a folder in it that names a split, holds tar files."""
-    return any(folder.glob("*.tar")) or bool(_split_folders(folder))
+    return bool(visible(folder, "*.tar")) or bool(_split_folders(folder))
 
 
 def open_shards(path: Path, cache_dir: str | None = None) -> Source:
     """Open one tar file, or a folder of them, read in the order of their names.
 
-    Files named train-*, validation-* (or val-*, valid-*) and test-*, or folders named so, are the
-    splits; otherwise all files are the training split. The stem of a sample is its path up to the
+    Files or folders whose names say train, validation and test (`splits.py`) are the splits;
+    otherwise all files are the training split. The stem of a sample is its path up to the
     first dot of the file name. A sample has one image, and a label or not: a .cls or .txt file with
     an integer or a class name, or a .json file with an integer, a name, or a field "label",
     "labels", "class" or "cls". Files of other kinds are counted and left alone.
@@ -170,6 +172,8 @@ def source_of(
     for split, found in records.items():
         if not len(found):
             raise DataError(f"{where}: expected images for the {split} split, found none")
+    if len(records) == 1:
+        refuse_mixed_splits(records["train"].members, where)
     labels: dict[Split, list[Label]] = {
         split: [label for shard in shards for label in shard.labels]
         for split, shards in splits.items()
@@ -188,25 +192,37 @@ def shard_groups(path: Path) -> dict[Split, list[Path]]:
     folders = _split_folders(path) if path.is_dir() else {}
     if not folders:
         return files_by_split(path, ".tar")
-    if any(path.glob("*.tar")):
+    if visible(path, "*.tar"):
         raise DataError(f"{path}: expected split folders only, found also loose tar files")
     if "train" not in folders:
         raise DataError(f"{path}: expected a train folder of tar files, found {', '.join(folders)}")
-    for child in sorted(path.iterdir()):
-        if child.is_dir() and not child.name.startswith(".") and child not in folders.values():
+    for child in visible(path, "*"):
+        if child.is_dir() and child not in folders.values():
             raise DataError(f"{path}: expected split folders of tar files only, found {child.name}")
-    return {split: sorted(folder.glob("*.tar")) for split, folder in folders.items()}
+    groups: dict[Split, list[Path]] = {
+        split: regular_files(folder, "*.tar") for split, folder in folders.items()
+    }
+    for split, files in groups.items():
+        for file in files:
+            if named_split(file.stem) not in (None, split):
+                raise DataError(
+                    f"{file}: expected a shard of the {split} split, as its folder says"
+                )
+    return groups
 
 
 def _split_folders(path: Path) -> dict[Split, Path]:
+    children = {
+        child.name: child
+        for child in visible(path, "*")
+        if says_a_split(child.name) and child.is_dir() and visible(child, "*.tar")
+    }
     found: dict[Split, Path] = {}
-    for child in sorted(path.iterdir()):
-        split = SPLIT_NAMES.get(child.name.lower())
-        if split is None or not child.is_dir() or not any(child.glob("*.tar")):
-            continue
+    for name, split in named_splits(children, str(path)).items():
+        assert split is not None  # as it was asked above
         if split in found:
-            raise DataError(f"{path}: expected one {split} folder, found also {child.name}")
-        found[split] = child
+            raise DataError(f"{path}: expected one {split} folder, found also {name}")
+        found[split] = children[name]
     return found
 
 

@@ -13,13 +13,15 @@ import numpy as np
 from exactflow.data.batch_files import has_batch_files, is_batch_file, open_batch_files
 from exactflow.data.config import DataConfig, DataError, is_remote
 from exactflow.data.decode import Payload
+from exactflow.data.files import visible
 from exactflow.data.folders import IMAGE_SUFFIXES, open_folder
 from exactflow.data.hub import open_hub
 from exactflow.data.idx import has_idx_files, open_idx
 from exactflow.data.parquet import open_parquet
 from exactflow.data.prepared import PREPARED_FILE
-from exactflow.data.records import Records, Source, StoredSplit, relabel
+from exactflow.data.records import FileRecords, Records, Source, StoredSplit, relabel
 from exactflow.data.shards import has_shards, open_shards
+from exactflow.data.splits import named_splits
 from exactflow.data.streaming import open_streamed
 
 # Where Debian's package dataset-fashion-mnist puts its files.
@@ -44,7 +46,9 @@ def open_source(config: DataConfig) -> Source:
     else:
         path = _find_fashion_mnist() if config.source == "fashion-mnist" else Path(config.source)
         path = path.expanduser()
-        source = _open_path(path, config.cache_dir)
+        if path.is_dir():
+            _refuse_held_out(path)
+        source = _open_path(path, config)
     if config.validation is None:
         return source
     if is_remote(config.validation):
@@ -55,7 +59,7 @@ def open_source(config: DataConfig) -> Source:
         validation = Path(config.validation).expanduser()
         if path is not None:
             _require_apart(path, validation)
-        other = _open_path(validation, config.cache_dir)
+        other = _open_path(validation, config)
     return _with_validation(source, other, config.validation)
 
 
@@ -94,12 +98,12 @@ class ArrayRecords(Records):
         return (self.images[index] for index in indices)
 
 
-def _open_path(path: Path, cache_dir: str | None) -> Source:
+def _open_path(path: Path, config: DataConfig) -> Source:
     """Open a parquet or a tar file, or a folder by what lies in it."""
     if path.suffix.lower() == ".parquet" and path.is_file():
         return open_parquet(path)
     if path.suffix.lower() == ".tar" and path.is_file():
-        return open_shards(path, cache_dir)
+        return open_shards(path, config.cache_dir)
     if is_batch_file(path) and path.is_file():
         return open_batch_files(path)
     if not path.is_dir():
@@ -111,18 +115,30 @@ def _open_path(path: Path, cache_dir: str | None) -> Source:
     if (path / PREPARED_FILE).is_file():
         raise DataError(f"{path}: expected a source, found a prepared set, which is data.source")
     if has_idx_files(path):
-        return open_idx(path)
+        return open_idx(path, config.max_pixels)
     if has_batch_files(path):
         return open_batch_files(path)
-    kind = "parquet" if any(path.glob("*.parquet")) else "tar" if has_shards(path) else None
+    kind = "parquet" if visible(path, "*.parquet") else "tar" if has_shards(path) else None
     if kind is None:
         return open_folder(path)
-    images = [child.name for child in path.iterdir() if child.suffix.lower() in IMAGE_SUFFIXES]
+    images = [child.name for child in visible(path, "*") if child.suffix.lower() in IMAGE_SUFFIXES]
     if images:
         raise DataError(f"{path}: expected {kind} files only, found also the image {images[0]}")
     if kind == "parquet" and has_shards(path):
         raise DataError(f"{path}: expected parquet files only, found also tar files")
-    return open_parquet(path) if kind == "parquet" else open_shards(path, cache_dir)
+    return open_parquet(path) if kind == "parquet" else open_shards(path, config.cache_dir)
+
+
+def _refuse_held_out(path: Path) -> None:
+    """Refuse a folder of which every file says that it is for validation, or for testing."""
+    for suffix in (".parquet", ".tar"):
+        names = [file.stem for file in visible(path, f"*{suffix}")]
+        found = set(named_splits(names, str(path)).values())
+        if found and not found & {"train", None}:
+            raise DataError(
+                f"{path}: expected {suffix} files of the training split too, found "
+                f"{' and '.join(sorted(map(str, found)))} only"
+            )
 
 
 def _find_fashion_mnist() -> Path:
@@ -154,6 +170,29 @@ def _require_apart(training: Path, validation: Path) -> None:
         )
 
 
+def _require_other_folders(source: Source, other: Source) -> None:
+    """Refuse a validation folder that a link inside the training folder leads to."""
+    trained_on = {_identity(folder): folder for folder in _folders_of(source)}
+    for folder in _folders_of(other):
+        if _identity(folder) in trained_on:
+            raise DataError(
+                f"validation: expected images outside of the training data, found {folder}, which "
+                f"is also {trained_on[_identity(folder)]}"
+            )
+
+
+def _folders_of(source: Source) -> list[Path]:
+    """The folders that hold image files of their own."""
+    parts = [part.records for part in source.splits.values()]
+    files = [file for part in parts if isinstance(part, FileRecords) for file in part.files]
+    return list(dict.fromkeys(file.parent for file in files))
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
 def _with_validation(source: Source, other: Source, path: str) -> Source:
     """The source with the images of another, at `path`, as its validation split."""
     if "validation" in source.splits:
@@ -165,6 +204,7 @@ def _with_validation(source: Source, other: Source, path: str) -> Source:
             f"validation: expected one set of images with {source.levels} levels, found {path} "
             f"with {other.levels} levels and the splits {', '.join(other.splits)}"
         )
+    _require_other_folders(source, other)
     split = relabel(other.splits["train"], other.class_names, source.class_names, path)
     return replace(
         source,

@@ -193,15 +193,22 @@ def decode_blocks(
     """
     total = len(selection.indices)
     payloads = selection.split.records.read(selection.indices[start:])
+    several: list[str] = []
     ahead: deque[tuple[int, Iterator[list[np.ndarray | DataError]]]] = deque()
     with ThreadPoolExecutor(workers or _DECODING_THREADS) as threads:
         for first in range(start, total, _IMAGES_PER_BLOCK):
             block = list(islice(payloads, _IMAGES_PER_BLOCK))
-            ahead.append((first, _decode_block(threads, selection, first, block)))
+            ahead.append((first, _decode_block(threads, selection, first, block, several)))
             if len(ahead) > 1:  # a block is decoded while the next one is read
                 yield _gathered(selection, *ahead.popleft())
         for first, parts in ahead:
             yield _gathered(selection, first, parts)
+    if several:
+        log.warning(
+            "%d images are animations, of which the first frame is read, %s first",
+            len(several),
+            min(several),
+        )
 
 
 def _decode_blocks(selection: Selection) -> Iterator[tuple[np.ndarray, list[int]]]:
@@ -218,14 +225,19 @@ def _decode_blocks(selection: Selection) -> Iterator[tuple[np.ndarray, list[int]
 
 
 def _decode_block(
-    threads: ThreadPoolExecutor, selection: Selection, start: int, block: list[Payload]
+    threads: ThreadPoolExecutor,
+    selection: Selection,
+    start: int,
+    block: list[Payload],
+    several: list[str],
 ) -> Iterator[list[np.ndarray | DataError]]:
     """Start to decode the payloads at positions start, start + 1, ...; results come in order."""
 
     def task(offset: int) -> list[np.ndarray | DataError]:
         part = block[offset : offset + _IMAGES_PER_TASK]
         indices = selection.indices[start + offset :]
-        return [_try_decode(selection, int(i), p) for i, p in zip(indices, part, strict=False)]
+        pairs = zip(indices.tolist(), part, strict=False)
+        return [_try_decode(selection, index, payload, several) for index, payload in pairs]
 
     return threads.map(task, range(0, len(block), _IMAGES_PER_TASK))
 
@@ -249,11 +261,13 @@ def _gathered(
     return np.ascontiguousarray(np.stack(images)), bad  # stacking keeps the colours' order
 
 
-def _try_decode(selection: Selection, index: int, payload: Payload) -> np.ndarray | DataError:
+def _try_decode(
+    selection: Selection, index: int, payload: Payload, several: list[str]
+) -> np.ndarray | DataError:
     """The image, or the error that says why there is none."""
     name = selection.split.records.name(index)
     try:
-        image = decode_image(payload, name, selection.preprocessing)
+        image = decode_image(payload, name, selection.preprocessing, several)
     except DataError as error:
         return error
     if image.shape == selection.shape:
@@ -279,7 +293,8 @@ def _cache_key(selection: Selection, stamp: str) -> str:
     digest = hashlib.sha256(selection.indices.tobytes())
     if selection.split.labels is not None:
         digest.update(selection.split.labels[selection.indices].tobytes())
-    rules = (selection.preprocessing.hash, selection.shape, selection.levels, selection.on_error)
+    done = selection.preprocessing
+    rules = (done.hash, done.max_pixels, selection.shape, selection.levels, selection.on_error)
     digest.update(json.dumps([stamp, *rules, PIL.__version__]).encode())
     return digest.hexdigest()[:32]
 
