@@ -26,6 +26,7 @@ from exactflow.data.shards import shard_groups
 from exactflow.data.tar_index import TarIndex
 
 INDEX_FILE = "index.json"
+LARGEST_INDEX = 2**28  # bytes that are taken from a server; one of a million images has 60 MB
 
 _AT_ONCE = 4  # shards that are fetched or walked
 _Walk = Callable[[str], TarIndex]  # from the name of a shard
@@ -118,7 +119,7 @@ def find_index(pattern: str, cache_dir: str | None) -> tuple[RemoteSet, tuple[Ta
     if kept.is_file():
         return found, tar_index.read_index(kept.read_bytes(), str(kept))
     beside = found.url(INDEX_FILE)
-    content = remote.read(beside)
+    content = remote.read(beside, LARGEST_INDEX)
     if content is None:
         raise DataError(
             f"{pattern}: expected an index of the shards, found neither {beside} nor {kept}; "
