@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
@@ -143,7 +143,7 @@ def _find_columns(file: Path) -> Columns:
     if len(integers) > 1:
         raise DataError(f"{file}: expected one label column, found {', '.join(integers)}")
     label = integers[0] if integers else None
-    return Columns(preferred[0], label, _class_names(schema, label))
+    return Columns(preferred[0], label, _class_names(schema, label, file))
 
 
 def _require_columns(file: Path, schema: pa.Schema, columns: Columns) -> None:
@@ -159,13 +159,33 @@ def _holds_images(type_: pa.DataType) -> bool:
     return types.is_binary(type_) or types.is_large_binary(type_)
 
 
-def _class_names(schema: pa.Schema, label: str | None) -> tuple[str, ...]:
-    """The class names that `datasets` leaves in the metadata of a file, if any."""
+def _class_names(schema: pa.Schema, label: str | None, file: Path) -> tuple[str, ...]:
+    """The class names that `datasets` leaves in the metadata of a file, if any.
+
+    Raises:
+        DataError: they are not laid out as it does.
+    """
     metadata = (schema.metadata or {}).get(b"huggingface")
     if metadata is None or label is None:
         return ()
-    feature = json.loads(metadata).get("info", {}).get("features", {}).get(label, {})
-    return tuple(feature.get("names") or ())
+    where = f"{file}: expected metadata as the datasets library writes them"
+    try:
+        found: Any = json.loads(metadata)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}, found: {error}") from error
+    for key in ("info", "features", label, "names"):
+        if not isinstance(found, dict):
+            raise DataError(f"{where}, found {_shown(found)} in place of what holds {key!r}")
+        found = found.get(key)
+        if found is None:
+            return ()
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise DataError(f"{where}, found {_shown(found)} in place of class names")
+    return tuple(found)
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:60]
 
 
 def _pyarrow() -> ModuleType:
