@@ -300,7 +300,7 @@ def _label(content: bytes, ending: str, where: str) -> Label:
         value = int(value)
     if not _is_label(value):
         raise DataError(
-            f"{where}: expected an integer of 64 bits or a class name of a line of at most "
+            f"{where}: expected an integer or a class name, of 64 bits or a line of at most "
             f"{_LONGEST_CLASS_NAME} characters, found {str(value)[:_LONGEST_CLASS_NAME]!r}"
         )
     return value
