@@ -16,10 +16,11 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, final
 from urllib.parse import urlsplit
 
+from filelock import FileLock, Timeout
+
 from exactflow.core.serialization import write_atomically
 from exactflow.data import remote, tar_index
 from exactflow.data.config import SPLIT_NAMES, DataConfig, DataError, Split, cache_folder, is_remote
-from exactflow.data.locks import lock, unlock
 from exactflow.data.progress import shown_progress
 from exactflow.data.shard_cache import RemoteShard, ShardCache, sha256_of
 from exactflow.data.shards import shard_groups
@@ -215,14 +216,13 @@ def _indexed(names: Sequence[str], walk: _Walk, kept: Path, progress: bool) -> t
 
 @contextmanager
 def _journal(file: Path) -> Iterator[BinaryIO]:
+    """The journal, held against other processes by a file beside it that stays."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a+b") as stream:
-        if not lock(stream, exclusive=True, wait=False):
-            raise DataError(f"{file}: another process is indexing these shards")
-        try:
+    try:
+        with FileLock(file.with_suffix(".lock"), blocking=False), file.open("a+b") as stream:
             yield stream
-        finally:
-            unlock(stream)
+    except Timeout:
+        raise DataError(f"{file}: another process is indexing these shards") from None
 
 
 def _entries(journal: BinaryIO) -> dict[str, TarIndex]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core.images import center, check_images
+from exactflow.data.checked import CheckedImages
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.progress import shown_progress
 from exactflow.data.streaming import StreamedImages
@@ -33,6 +34,7 @@ from exactflow.evaluation.inception import (
 Images = (
     UInt8[Tensor, "n channels height width"]
     | UInt8[np.ndarray, "n channels height width"]
+    | CheckedImages
     | StreamedImages
 )
 
