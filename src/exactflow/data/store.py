@@ -298,11 +298,12 @@ def _read_sidecar(sidecar: Path, pixels: Path, shape: Shape) -> dict[str, Any] |
         return None
     try:
         facts = json.loads(sidecar.read_bytes())
-        intact = isinstance(facts, dict) and is_intact(facts)
     except (ValueError, RecursionError):
-        intact = False
-    if intact and pixels.stat().st_size == facts["count"] * (math.prod(shape) + HASH_BYTES):
-        return facts
+        facts = None
+    if isinstance(facts, dict) and is_intact(facts):
+        size = facts["count"] * (math.prod(shape) + HASH_BYTES)
+        if pixels.stat().st_size == size:
+            return facts
     log.warning(
         "%s: the images that were decoded to it are damaged, or of an earlier version; they are "
         "decoded again",

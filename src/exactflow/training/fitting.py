@@ -15,6 +15,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from exactflow.core.main_guard import require_main_guard
 from exactflow.core.model import FittedFlow
 from exactflow.core.processes import joined
 from exactflow.core.random import generator
@@ -61,7 +62,9 @@ def fit_closed_form(
         ValueError: model, data and configuration do not fit together, or `run_dir` holds another
             run, or another process trains in it.
         OSError: a file could not be written.
+        RuntimeError: as of `fit`.
     """
+    require_main_guard()
     check_compatible(model, dataset)
     if config.reversible:
         check_reversible(model)
