@@ -94,8 +94,8 @@ def _followed(url: str, headers: dict[str, str], timeout: float) -> HTTPResponse
             if error.code not in _REDIRECTS or target is None:
                 raise
             error.close()
-            url = urljoin(url, target)
-            if urlsplit(url).scheme not in ("http", "https"):
+            before, url = urlsplit(url).scheme, urljoin(url, target)
+            if urlsplit(url).scheme not in ("https", before):  # neither to files nor to plain text
                 raise ConnectionError(f"a redirection to {url}") from error
         else:
             assert isinstance(answer, HTTPResponse)  # of our handler
