@@ -36,6 +36,7 @@ from exactflow.data import (
     training_batches,
 )
 from exactflow.data.augmentation import Augmentation
+from exactflow.data.checked import CheckedImages
 from exactflow.data.datasets import split_members
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -474,12 +475,12 @@ def test_the_memory_map_equals_memory(tmp_path: Path, monkeypatch: pytest.Monkey
         patch.setattr(store, "_decode_blocks", None)  # the second time nothing is decoded
         second = whole(tmp_path / "set", **changes)
     for mapped in (first, second, pickle.loads(pickle.dumps(second))):
-        assert isinstance(mapped.images, np.memmap)
+        assert isinstance(mapped.images, CheckedImages)
         np.testing.assert_array_equal(mapped.images, in_memory.images)
         np.testing.assert_array_equal(mapped.labels, in_memory.labels)
         assert mapped.describe() == in_memory.describe()
         assert mapped.skipped == (str(bad),)
-        assert mapped.images.filename is not None  # still a file, not a copy of it
+        assert mapped.images.file.parent == cache  # still a file, not a copy of it
     assert len(list(cache.iterdir())) == 2
     os.utime(bad, ns=(0, 0))
     assert len(whole(tmp_path / "set", **changes)) == 9

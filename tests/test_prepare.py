@@ -35,6 +35,7 @@ from exactflow.data import (
     store,
     training_batches,
 )
+from exactflow.data.checked import CheckedImages
 from test_cli import FAST, TINY, cli
 from test_data import SPLITS, pixels, png, same, whole, write, write_classes, write_idx
 
@@ -80,7 +81,7 @@ def test_it_is_what_the_source_gives(tmp_path: Path, words: dict[str, Any]) -> N
     for split, dataset in made.items():
         direct = load(config, split)
         identical(dataset, direct)
-        assert isinstance(dataset.images, np.memmap)
+        assert isinstance(dataset.images, CheckedImages)
         identical(load(replace(config, source=str(out)), split), direct)
         identical(pickle.loads(pickle.dumps(dataset)), direct)
         for limit in (2, 1000):
@@ -126,7 +127,7 @@ def test_a_part_beyond_memory_is_mapped(tmp_path: Path, monkeypatch: pytest.Monk
     found = DataConfig(str(tmp_path / "out"), limit=3, cache_dir=str(tmp_path / "cache"))
     for split in SPLITS:
         dataset = load(found, split)
-        assert isinstance(dataset.images, np.memmap)
+        assert isinstance(dataset.images, CheckedImages)
         identical(dataset, load(replace(config, limit=3, cache_dir=found.cache_dir), split))
 
 
@@ -189,7 +190,7 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
     for text, message in [
         ("{", "expected what `prepare` writes"),
         ("[]", "expected what `prepare` writes"),
-        (json.dumps({**facts, "format": 2}), "expected format 1, found 2"),
+        (json.dumps({**facts, "format": 3}), "expected format 1 or 2, found 3"),
         (json.dumps({**facts, "colour": 2}), "expected what `prepare` writes"),
     ]:
         (out / "prepared.json").write_text(text)

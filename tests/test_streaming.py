@@ -829,7 +829,7 @@ def test_two_do_not_index_at_once(tmp_path: Path, few: None) -> None:
     fcntl = pytest.importorskip("fcntl")
     source = f"file://{write_shards(tmp_path / 'local')}/{{000..005}}.tar"
     _, kept = index_shards(source, cache_dir=str(tmp_path / "cache"))
-    with kept.with_suffix(".journal").open("w") as held:
+    with kept.with_suffix(".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="another process is indexing"):
             index_shards(source, cache_dir=str(tmp_path / "cache"))

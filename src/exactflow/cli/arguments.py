@@ -137,8 +137,9 @@ class Compare:
     budget: str = "5m"
     """Of each training: 90s, 5m or 2h of optimizer steps, or work such as 1e15flop."""
     inception: str | None = None
-    """Path or URL of the public Inception weights, for FID; else the features are those of a small
-    classifier of this data set, or without labels its low frequencies."""
+    """Path or https:// address of the public Inception weights, for FID; an address ends in the
+    beginning of the file's SHA-256. Else the features are those of a small classifier of this data
+    set, or without labels its low frequencies."""
     out: Path = Path("runs/compare")
     """Folder for the report, the runs and all measurements."""
     device: Device = "auto"

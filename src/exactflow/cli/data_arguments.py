@@ -20,8 +20,8 @@ class Prepare:
 
     source: Annotated[str, tyro.conf.Positional]
     """Folder of images, IDX, parquet, tar or batch files, one such file, URLs of tar files, or
-    hub:owner/name."""
-    out: Annotated[Path, tyro.conf.Positional]
+    hub:owner/name; with --verify alone, a prepared folder."""
+    out: Annotated[Path | None, tyro.conf.Positional] = None
     """Folder to write, outside the source; the same command continues an interrupted one."""
     settings: Settings = ()
     id: str | None = None
@@ -29,6 +29,8 @@ class Prepare:
     two it is, and are refused where shape, number of validation images or labels do not fit."""
     workers: int | None = None
     """Threads that decode; by default one per core."""
+    verify: bool = False
+    """Compare all of the prepared folder with its hashes and fingerprints, at the end or alone."""
 
 
 @final

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from pathlib import Path
 
 from rich.table import Table
 
@@ -9,13 +10,18 @@ from exactflow.cli.arguments import Prepare
 from exactflow.cli.terminal import note, say
 from exactflow.cli.words import parse_words
 from exactflow.core.config import override
-from exactflow.data import DataConfig, prepare
+from exactflow.data import DataConfig, prepare, verify
 
 OF_TRAINING = ("flip", "translate", "padding")
 
 
 def run(command: Prepare) -> None:
-    """Decode every split, and say what is there now."""
+    """Decode every split, and say what is there now; or check what was decoded before."""
+    if command.out is None:
+        if not command.verify:
+            raise ValueError(f"expected a folder to write beside the source {command.source}")
+        _verify(Path(command.source))
+        return
     words = parse_words(command.settings, ("data",)).get("data", {})
     if "source" in words:
         raise ValueError(f"the source is {command.source}: expected no data.source beside it")
@@ -34,6 +40,8 @@ def run(command: Prepare) -> None:
     except KeyboardInterrupt:
         note("interrupted; the same command continues")
         sys.exit(130)
+    if command.verify:
+        _verify(command.out)
     some = splits["train"]
     table = Table(title=f"{some.id}, {some.version}, in {command.out}")
     for name in ("split", "images", "skipped", "shape", "levels", "classes", "fingerprint"):
@@ -45,3 +53,9 @@ def run(command: Prepare) -> None:
         table.add_row(split, *counts, *facts)
     say(table)
     say(f"{time.monotonic() - began:.1f} s; read it with data.source={command.out}")
+
+
+def _verify(folder: Path) -> None:
+    prepared = verify(folder)
+    count = sum(facts.count for facts in prepared.splits.values())
+    say(f"{folder}: all {count:,} images are those that were prepared")

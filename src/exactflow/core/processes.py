@@ -5,22 +5,30 @@ functions that share work say so, and are called by all processes alike.
 """
 
 import os
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, final
 
 import torch
+import torch.distributed
 from torch import Tensor
 
+from exactflow.core.messages import Failure, pickled, unpickled
 from exactflow.core.progress import tracked
 
 LAST_WORDS = 0.1  # seconds for what was sent last before a group is left
-# Others wait so long for one that lives, as the main process reads data or writes files. One that
-# has died is noticed at once, by closed connections and by torchrun.
+# Others wait so long for one that is silent. One that has died is noticed at once, by closed
+# connections and by torchrun; one that works alone, as the main process does that reads data or
+# writes files, tells the others every so many seconds that it lives.
 PATIENCE = timedelta(hours=1)
+BEAT = 60.0
+
+_OF_GLOO = re.compile(r"\[[^\]\n]*\bgloo/[^\]\n]*:\d+\]")
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -57,34 +65,41 @@ class Processes:
         return range(n * self.rank // self.count, n * (self.rank + 1) // self.count)
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, which are pickled, in the order of ranks."""
+        """The values of all processes, which are pickled, in the order of ranks.
+
+        Tensors come back on the CPU: others have other devices.
+        """
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
-        with self._listening():
-            torch.distributed.all_gather_object(values, value)
-        return values
+        with self.explained_loss():
+            torch.distributed.all_gather_object(values, pickled(value))
+        return [unpickled(each) for each in values]
 
     def gather_rows(self, row: Tensor) -> Tensor:
         """Equally shaped tensors on the CPU, one from each process, stacked."""
         if self.count == 1:
             return row[None]
         found = [torch.empty_like(row) for _ in range(self.count)]
-        with self._listening():
+        with self.explained_loss():
             torch.distributed.all_gather(found, row)
         return torch.stack(found)
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What `work` returns in the main process alone, or raises there, for all processes."""
+        """What `work` returns in the main process alone, or raises there, for all processes.
+
+        The others wait as long as it takes.
+        """
         if self.count == 1:
             return work()
         told: list[Any] = [None]
-        if self.is_main:
-            with separately():
-                told = [_attempt(work)]
-        with self._listening():
+        with self._waited_for():
+            if self.is_main:
+                with separately():
+                    told = [self._attempt(work)]
+        with self.explained_loss():
             torch.distributed.broadcast_object_list(told, src=0)
-        return _outcome(told[0])
+        return self._outcome(told[0])
 
     def main_first(self, work: Callable[[], T]) -> T:
         """What `work` returns in each process: the others find what the main one has kept."""
@@ -93,8 +108,15 @@ class Processes:
         return found[0] if found else work()
 
     def share(self, work: Callable[[], T]) -> list[T]:
-        """What each process's `work` returns; the first error of any of them is raised by all."""
-        return [_outcome(told) for told in self.gather(_attempt(work))]
+        """What each process's `work` returns; the first error of any of them is raised by all.
+
+        They wait for each other as long as it takes. Tensors come back on the CPU.
+        """
+        if self.count == 1:
+            return [work()]
+        with self._waited_for():
+            mine = self._attempt(work)
+        return [self._outcome(told) for told in self.gather(mine)]
 
     def spread(
         self, items: Sequence[A], work: Callable[[A], B], *, bar: str | None = None
@@ -121,16 +143,8 @@ class Processes:
         self.gather(None)
 
     @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Says what it means when the others cannot be heard."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise self._lost(error) from error
-
-    @contextmanager
     def explained_loss(self) -> Iterator[None]:
-        """The same for what PyTorch's own engine says inside of steps."""
+        """Turn errors of communication inside into `ProcessLostError`."""
         try:
             yield
         except ProcessLostError:
@@ -139,6 +153,38 @@ class Processes:
             if self.count > 1 and _is_of_communication(error):
                 raise self._lost(error) from error
             raise
+
+    @contextmanager
+    def _waited_for(self) -> Iterator[None]:
+        """What is done inside may take each process as long as it likes; all go on together."""
+        if _beats is None:  # the group is not ours, and keeps its own time
+            yield
+            return
+        ended = threading.Event()
+        thread = threading.Thread(target=_beat, args=(_beats, ended), daemon=True)
+        thread.start()
+        try:
+            yield
+        except BaseException:
+            ended.set()
+            raise
+        with self.explained_loss():
+            ended.set()
+            thread.join()
+            while _any_works(_beats, False):
+                pass
+
+    def _attempt(self, work: Callable[[], Any]) -> bytes | Failure:
+        """What `work` returns, or how it failed, as others can read it."""
+        try:
+            return pickled(work())
+        except Exception as error:
+            return Failure.of(error, f"process {self.rank} of {self.count}")
+
+    def _outcome(self, told: bytes | Failure) -> Any:
+        if isinstance(told, Failure):
+            raise told.error()
+        return unpickled(told)
 
     def _lost(self, error: RuntimeError) -> ProcessLostError:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -150,6 +196,20 @@ class Processes:
 
 ALONE = Processes()
 _separate = False
+_beats: Any = None  # the group over which processes tell that they live; None if not ours
+
+
+def _any_works(beats: Any, mine: bool) -> bool:
+    """Whether any process still works, each of which says so of itself."""
+    working = torch.tensor(int(mine))
+    torch.distributed.all_reduce(working, group=beats)
+    return bool(working)
+
+
+def _beat(beats: Any, ended: threading.Event) -> None:
+    with suppress(RuntimeError):  # who is lost will be missed at the end
+        while not ended.wait(BEAT):
+            _any_works(beats, True)
 
 
 @contextmanager
@@ -198,10 +258,13 @@ def joined() -> Iterator[Processes]:
     if count == 1:
         yield ALONE
         return
+    global _beats
     torch.distributed.init_process_group(_backend(), timeout=PATIENCE)
+    _beats = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
     try:
         yield current()
     finally:
+        _beats = None
         # gloo's threads need the interpreter's lock to let go of what they sent last, and the
         # group's end waits for these threads with that lock in its hands.
         time.sleep(LAST_WORDS)
@@ -222,20 +285,5 @@ def _backend() -> str:
 
 
 def _is_of_communication(error: RuntimeError) -> bool:
-    words = ("gloo", "nccl", "connection", "broken pipe")
-    known = isinstance(error, torch.distributed.DistError)
-    return known or any(word in str(error).lower() for word in words)
-
-
-def _attempt(work: Callable[[], Any]) -> tuple[bool, Any]:
-    try:
-        return True, work()
-    except Exception as error:
-        return False, error
-
-
-def _outcome(told: tuple[bool, Any]) -> Any:
-    succeeded, found = told
-    if not succeeded:
-        raise found
-    return found
+    """Whether a backend raised it: gloo has no type of its own, but tells its source file first."""
+    return isinstance(error, torch.distributed.DistError) or bool(_OF_GLOO.match(str(error)))

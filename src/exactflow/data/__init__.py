@@ -6,6 +6,7 @@ from exactflow.data.datasets import ImageDataset, load
 from exactflow.data.indexing import index_shards
 from exactflow.data.loader import Batch, evaluation_batches, training_batches
 from exactflow.data.preparation import prepare
+from exactflow.data.prepared import verify
 
 __all__ = [
     "Augmentation",
@@ -19,4 +20,5 @@ __all__ = [
     "load",
     "prepare",
     "training_batches",
+    "verify",
 ]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from exactflow.data import store
+from exactflow.data.checked import CheckedImages
 from exactflow.data.config import SPLITS, DataConfig, DataError, Split
 from exactflow.data.decode import Preprocessing
 from exactflow.data.order import epoch_order
@@ -45,8 +46,9 @@ class ImageDataset:
     """One split of an image set, decoded.
 
     Attributes:
-        images: (n, C, H, W) uint8 in 0 .. levels-1; read-only, possibly a memory map, or decoded
-            when rows of them are asked for.
+        images: (n, C, H, W) uint8 in 0 .. levels-1, read-only. A large or prepared set lies in a
+            file and is compared with its hashes as it is read; a streamed one is decoded when rows
+            of it are asked for.
         labels: int64 (n,) in 0 .. num_classes-1, or None.
         id: name of the set.
         version: version of the stored data, the same for every copy of them.
@@ -62,7 +64,7 @@ class ImageDataset:
             be had at any time.
     """
 
-    images: np.ndarray | StreamedImages
+    images: np.ndarray | CheckedImages | StreamedImages
     labels: np.ndarray | None
     id: str
     version: str
@@ -121,20 +123,6 @@ class ImageDataset:
             "skipped": len(self.skipped),
         }
 
-    def __getstate__(self) -> dict[str, Any]:
-        # NumPy would pickle the contents of a memory map: a copy of the set for every worker.
-        state = dict(self.__dict__)
-        if isinstance(self.images, np.memmap):
-            state["images"] = (str(self.images.filename), self.images.shape)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        images = state["images"]
-        if isinstance(images, tuple):
-            file, shape = images
-            images = np.memmap(file, np.uint8, "r", shape=shape)
-        self.__dict__.update(state, images=images)
-
 
 def load(config: DataConfig, split: Split) -> ImageDataset:
     """Read one split of the set that `config` describes.
@@ -148,8 +136,8 @@ def load(config: DataConfig, split: Split) -> ImageDataset:
         split: "train", "validation" or "test".
 
     Returns:
-        The decoded split: in memory up to 1 GiB of pixels for the whole source, beyond that as a
-        memory map of a file in `config.cache_dir`. A split whose shards lie elsewhere is streamed
+        The decoded split: in memory up to 1 GiB of pixels for the whole source, beyond that in a
+        file of `config.cache_dir`. A split whose shards lie elsewhere is streamed
         and never decoded as a whole.
 
     Raises:

@@ -16,17 +16,19 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, final
 from urllib.parse import urlsplit
 
+from filelock import FileLock, Timeout
+
 from exactflow.core.progress import shown_progress
 from exactflow.core.serialization import write_atomically
 from exactflow.data import remote, tar_index
 from exactflow.data.config import DataConfig, DataError, Split, cache_folder, is_remote
-from exactflow.data.locks import lock, unlock
 from exactflow.data.shard_cache import RemoteShard, ShardCache, sha256_of
 from exactflow.data.shards import shard_groups
 from exactflow.data.splits import is_only_a_split, named_splits
 from exactflow.data.tar_index import TarIndex
 
 INDEX_FILE = "index.json"
+LARGEST_INDEX = 2**28  # bytes that are taken from a server; one of a million images has 60 MB
 
 _AT_ONCE = 4  # shards that are fetched or walked
 _Walk = Callable[[str], TarIndex]  # from the name of a shard
@@ -123,7 +125,7 @@ def find_index(pattern: str, cache_dir: str | None) -> tuple[RemoteSet, tuple[Ta
     if kept.is_file():
         return found, tar_index.read_index(kept.read_bytes(), str(kept))
     beside = found.url(INDEX_FILE)
-    content = remote.read(beside)
+    content = remote.read(beside, LARGEST_INDEX)
     if content is None:
         raise DataError(
             f"{pattern}: expected an index of the shards, found neither {beside} nor {kept}; "
@@ -219,14 +221,13 @@ def _indexed(names: Sequence[str], walk: _Walk, kept: Path, progress: bool) -> t
 
 @contextmanager
 def _journal(file: Path) -> Iterator[BinaryIO]:
+    """The journal, held against other processes by a file beside it that stays."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a+b") as stream:
-        if not lock(stream, exclusive=True, wait=False):
-            raise DataError(f"{file}: another process is indexing these shards")
-        try:
+    try:
+        with FileLock(file.with_suffix(".lock"), blocking=False), file.open("a+b") as stream:
             yield stream
-        finally:
-            unlock(stream)
+    except Timeout:
+        raise DataError(f"{file}: another process is indexing these shards") from None
 
 
 def _entries(journal: BinaryIO) -> dict[str, TarIndex]:

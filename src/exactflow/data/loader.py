@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from exactflow.core.main_guard import require_main_guard
 from exactflow.core.processes import ProcessLostError
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation, AugmentedEpoch
 from exactflow.data.datasets import ImageDataset
@@ -80,6 +81,8 @@ def training_batches(
 
     Raises:
         ValueError: at once, if an argument is out of its range.
+        RuntimeError: at once, in a process that another one started and that has come here by
+            importing its script.
         ProcessLostError: on the way, if one of the processes ended.
     """
     if not 1 <= batch_size <= len(dataset):
@@ -165,6 +168,7 @@ def _gather_all(
         requests = dataset.images.read_ahead(requests, lambda request: request.indices)
     if num_workers == 0:
         return (_gather(dataset, request) for request in requests)
+    require_main_guard()
     loader = DataLoader(
         _RequestedBatches(dataset),
         sampler=requests,
@@ -195,11 +199,13 @@ def _from_workers(loader: DataLoader[Batch]) -> Iterator[Batch]:
         if not ended:
             raise
         code = ended[0].exitcode or 0
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        if code < 0:
+            how = f"was ended by {signal.Signals(-code).name}, as when memory runs out"
+        else:
+            how = f"ended with exit code {code}, and has said why"
         raise ProcessLostError(
-            f"process {ended[0].pid}, which loads images, was ended {how}, as when memory runs "
-            "out; run the same command to go on from what is saved, with fewer num_workers if "
-            "need be"
+            f"process {ended[0].pid}, which loads images, {how}; run the same command to go on "
+            "from what is saved, with fewer num_workers if need be"
         ) from error
 
 

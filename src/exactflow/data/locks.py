@@ -1,6 +1,7 @@
 """Locks on open files, between processes and threads; they go with the process, however it ends.
 
-A lock belongs to what one call of `open` gave. Where the system has no such locks (Windows) every
+These are for files that many read and one may remove, which `filelock` has no lock for. A lock
+belongs to what one call of `open` gave. Where the system has no such locks (Windows) every
 lock is granted: see `AVAILABLE`.
 """
 

@@ -8,6 +8,7 @@ not on interruptions, nor on the number of workers.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -19,10 +20,12 @@ from typing import final
 
 import numpy as np
 import PIL
+from filelock import FileLock, Timeout
 
 from exactflow.core.progress import shown_progress
 from exactflow.core.serialization import write_atomically
 from exactflow.data import store
+from exactflow.data.checked import hashes_of
 from exactflow.data.config import SPLITS, DataConfig, DataError, Split, is_path
 from exactflow.data.datasets import ImageDataset, load, select
 from exactflow.data.known import Claim, known_names, require_known
@@ -34,6 +37,7 @@ from exactflow.data.prepared import (
     Identity,
     PreparedSet,
     SplitFacts,
+    hash_file,
     label_file,
     open_prepared,
     pixel_file,
@@ -186,15 +190,18 @@ def _append(
 def _facts(selection: store.Selection, done: _Done, folder: Path, split: Split) -> SplitFacts:
     """What is recorded of a split whose pixels are all there; its labels are written here."""
     labels, names = store.without_skipped(selection, list(done.skipped))
-    if labels is not None:
-        write_atomically(label_file(folder, split), labels.astype("<i8").tobytes())
+    stored = None if labels is None else labels.astype("<i8").tobytes()
+    if stored is not None:
+        write_atomically(label_file(folder, split), stored)
     shape = (done.written, *selection.shape)
     images = np.memmap(pixel_file(folder, split), np.uint8, "r", shape=shape)
+    write_atomically(hash_file(folder, split), hashes_of(images).tobytes())
     return SplitFacts(
         count=done.written,
         labelled=labels is not None,
         fingerprint=store.fingerprint(images, labels, selection.levels),
         skipped=list(zip(done.skipped, names, strict=True)),
+        labels_sha256=None if stored is None else hashlib.sha256(stored).hexdigest(),
     )
 
 
@@ -252,7 +259,8 @@ def _require_name(
 
 def _remove_partial_files(folder: Path) -> None:
     """Remove what a kill left of files that are written under another name first."""
-    for name in (UNFINISHED_FILE, PREPARED_FILE, *(label_file(folder, s).name for s in SPLITS)):
+    parts = (file(folder, split).name for split in SPLITS for file in (label_file, hash_file))
+    for name in (UNFINISHED_FILE, PREPARED_FILE, *parts):
         for file in folder.glob(f".{name}.*.partial"):
             file.unlink()
 
@@ -277,7 +285,7 @@ def _is_finished(folder: Path, identity: Identity) -> bool:
 def _require_same(found: Identity, wanted: Identity, folder: Path) -> None:
     ours = asdict(wanted)
     for name, value in asdict(found).items():
-        if value == ours[name]:
+        if value == ours[name] or name == "format":  # one that was begun earlier goes on
             continue
         what = "the files of the source have changed" if name == "stamp" else f"{name} {value!r}"
         expected = "the same files" if name == "stamp" else repr(ours[name])
@@ -298,22 +306,15 @@ def _require_outside(config: DataConfig, folder: Path) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder against other processes; the lock goes with the process, however it ends."""
+    """Hold the folder against other processes; the lock goes with the process, however it ends.
+
+    Its file stays: another process may have opened it already, and would hold what nobody sees.
+    """
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    file = folder / _LOCK_FILE
-    with file.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{folder}: another process is preparing it") from None
-        try:
+        with FileLock(folder / _LOCK_FILE, blocking=False):
             yield
-        finally:
-            file.unlink(missing_ok=True)
+    except Timeout:
+        raise DataError(f"{folder}: another process is preparing it") from None
 
 
 def _journal_file(folder: Path, split: Split) -> Path:

@@ -4,31 +4,42 @@ A prepared set is a folder:
 
     prepared.json   identity, words, and what every split holds; written last
     SPLIT.bin       pixels, uint8 (n, C, H, W), one image after the other
+    SPLIT.hashes    a hash of each image, with which it is compared when it is first read
     SPLIT.labels    int64, little-endian; missing where the split is unlabelled
+
+Sets of format 1 have no hashes, neither of images nor of labels nor of prepared.json.
 
 While `prepare` runs there is preparing.json in place of prepared.json, and a journal per split.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 
 from exactflow.data import store
+from exactflow.data.checked import HASH_BYTES, CheckedImages, is_intact, sealed
 from exactflow.data.config import DataConfig, DataError, Split, is_path
 from exactflow.data.decode import Payload, Preprocessing
 from exactflow.data.records import Records, StoredSplit
 from exactflow.data.splits import Stored, split_members
 
-FORMAT = 1
+FORMAT = 2
+UNHASHED = 1  # the format before
 PREPARED_FILE = "prepared.json"
 UNFINISHED_FILE = "preparing.json"
+
+_REMEDY = "prepare the source again into another folder"
+
+log = logging.getLogger(__name__)
 
 # The words of `DataConfig` that decide which pixels are stored, and in which split.
 WORDS = (
@@ -91,12 +102,14 @@ class SplitFacts:
         labelled: whether it has labels.
         fingerprint: as of `ImageDataset`.
         skipped: the images left out: positions in the split, and names.
+        labels_sha256: of the file of labels, in hex; None where there is none, or in format 1.
     """
 
     count: int
     labelled: bool
     fingerprint: str
     skipped: list[tuple[int, str]]
+    labels_sha256: str | None = None
 
 
 @final
@@ -111,7 +124,7 @@ class PreparedSet:
     def write(self) -> bytes:
         """The content of prepared.json."""
         splits = {name: asdict(facts) for name, facts in self.splits.items()}
-        text = json.dumps({**asdict(self.identity), "splits": splits}, indent=1)
+        text = json.dumps(sealed({**asdict(self.identity), "splits": splits}), indent=1)
         return (text + "\n").encode()
 
 
@@ -123,6 +136,11 @@ def pixel_file(folder: Path, split: Split) -> Path:
 def label_file(folder: Path, split: Split) -> Path:
     """Where its labels are."""
     return folder / f"{split}.labels"
+
+
+def hash_file(folder: Path, split: Split) -> Path:
+    """Where the hashes of its images are, unless it is of format 1."""
+    return folder / f"{split}.hashes"
 
 
 def open_prepared(source: str) -> PreparedSet | None:
@@ -144,15 +162,21 @@ def open_prepared(source: str) -> PreparedSet | None:
         return None
     try:
         content = json.loads(file.read_text())
+        intact = is_intact(content)
+        content.pop("sha256", None)
         found = content.pop("format")
-        if found != FORMAT:
-            raise DataError(f"{file}: expected format {FORMAT}, found {found}")
+        if found not in (UNHASHED, FORMAT):
+            raise DataError(f"{file}: expected format {UNHASHED} or {FORMAT}, found {found}")
+        if found != UNHASHED and not intact:
+            raise DataError(f"{file}: expected what `prepare` writes, found it damaged or changed")
         splits = {
             name: SplitFacts(**{**facts, "skipped": [tuple(pair) for pair in facts["skipped"]]})
             for name, facts in content.pop("splits").items()
         }
         return PreparedSet(folder, Identity(format=found, **content), splits)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except DataError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: expected what `prepare` writes, found: {error!r}") from error
 
 
@@ -170,6 +194,8 @@ def read_prepared(prepared: PreparedSet, config: DataConfig, split: Split) -> st
     limit = min(config.limit or len(members), len(members))
     _, wanted = split_members(replace(made, limit=limit), split, identity.stored)
     facts = prepared.splits[split]
+    if identity.format == UNHASHED:
+        _tell_unhashed(prepared.folder)
     images, labels = _mapped(prepared, split)
     if len(wanted) == len(members):
         names = tuple(name for _, name in facts.skipped)
@@ -182,23 +208,63 @@ def read_prepared(prepared: PreparedSet, config: DataConfig, split: Split) -> st
     return replace(part, skipped=names)
 
 
-def _mapped(prepared: PreparedSet, split: Split) -> tuple[np.ndarray, np.ndarray | None]:
+@cache
+def _tell_unhashed(folder: Path) -> None:
+    log.warning(
+        "%s: prepared by an earlier version, without hashes: damage to its images would not be "
+        "noticed; `exactflow prepare %s --verify` compares all of them with their fingerprint",
+        folder,
+        folder,
+    )
+
+
+def verify(folder: Path) -> PreparedSet:
+    """Read all of a prepared set, and compare it with its hashes and its fingerprints.
+
+    Raises:
+        DataError: there is no such set, or it is not what was prepared; the message names the file
+            and, but for sets of format 1, the image.
+    """
+    prepared = open_prepared(str(folder.expanduser().resolve()))
+    if prepared is None:
+        raise DataError(f"{folder}: expected a set that `prepare` wrote, found none")
+    for split, facts in prepared.splits.items():
+        images, labels = _mapped(prepared, split)
+        found = store.fingerprint(images, labels, prepared.identity.levels)
+        if found != facts.fingerprint:
+            raise DataError(
+                f"{pixel_file(prepared.folder, split)}: expected the fingerprint "
+                f"{facts.fingerprint}, which was written down, found {found}: {_REMEDY}"
+            )
+    return prepared
+
+
+def _mapped(prepared: PreparedSet, split: Split) -> tuple[CheckedImages, np.ndarray | None]:
     """All pixels and labels of a split, not read yet but for the labels."""
-    facts, shape = prepared.splits[split], prepared.identity.shape
-    pixels = pixel_file(prepared.folder, split)
-    sizes = {pixels: facts.count * math.prod(shape)}
+    folder, facts = prepared.folder, prepared.splits[split]
+    channels, height, width = prepared.identity.shape
+    hashed = prepared.identity.format != UNHASHED
+    pixels, hashes = pixel_file(folder, split), hash_file(folder, split)
+    sizes = {pixels: facts.count * channels * height * width}
+    if hashed:
+        sizes[hashes] = facts.count * HASH_BYTES
     if facts.labelled:
-        sizes[label_file(prepared.folder, split)] = 8 * facts.count
+        sizes[label_file(folder, split)] = 8 * facts.count
     for file, expected in sizes.items():
         found = file.stat().st_size if file.is_file() else None
         if found != expected:
             raise DataError(f"{file}: expected {expected:,} bytes, found {found}")
-    channels, height, width = shape
-    images = np.memmap(pixels, np.uint8, "r", shape=(facts.count, channels, height, width))
-    if not facts.labelled:
-        return images, None
-    labels = np.fromfile(label_file(prepared.folder, split), dtype="<i8")
-    return images, labels.astype(np.int64)
+    shape = facts.count, channels, height, width
+    images = CheckedImages(pixels, shape, (hashes, 0) if hashed else None, _REMEDY)
+    return images, _labels(prepared, split) if facts.labelled else None
+
+
+def _labels(prepared: PreparedSet, split: Split) -> np.ndarray:
+    file, expected = label_file(prepared.folder, split), prepared.splits[split].labels_sha256
+    content = file.read_bytes()
+    if expected is not None and hashlib.sha256(content).hexdigest() != expected:
+        raise DataError(f"{file}: expected the labels that were written, found others: {_REMEDY}")
+    return np.frombuffer(content, dtype="<i8").astype(np.int64)
 
 
 def _part(
@@ -234,7 +300,7 @@ def _require_same_words(prepared: PreparedSet, config: DataConfig) -> None:
 class _Rows(Records):
     """The images of a memory map, as pixels."""
 
-    images: np.ndarray
+    images: CheckedImages
 
     def __len__(self) -> int:
         return len(self.images)

@@ -2,34 +2,42 @@
 
 http(s) is spoken by the standard library; file:// is a path; any other scheme (s3, gs, ...) is
 fsspec's, which says which package it needs. Nothing here knows what a shard is.
+
+A server is trusted neither with time nor with memory. An answer that has not begun after TIMEOUT
+seconds, or brings fewer than LEAST bytes in as many, is given up, and the rest is asked for again;
+after ATTEMPTS answers in a row without as many new ones the file is given up. Nothing is kept
+beyond the size that the caller knows, or allows.
 """
 
 from __future__ import annotations
 
 import http.client
 import logging
+import operator
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeVar, final
+from typing import BinaryIO, Never, TypeVar, final
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
+from exactflow.data import http_client
 from exactflow.data.config import DataError
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 6  # in a row without a new byte
-FIRST_PAUSE = 0.5  # seconds; each is twice the last
-TIMEOUT = 60.0  # seconds without a byte
+ATTEMPTS = 6  # in a row that bring too little
+FIRST_PAUSE = 0.5  # seconds between them; each is twice the last
+TIMEOUT = 15.0  # seconds; see above
+LEAST = 2**16  # bytes; see above
 _CHUNK = 2**20
 
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_TOKEN = re.compile(r"\{[0-9]{1,18}\.\.[0-9]{1,18}\}|[{},]|[^{},]+")
+_RANGE = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
 _MOST_FILES = 1_000_000
 
 # What a network does that may pass; a file that is not there will not come.
@@ -37,33 +45,78 @@ _PASSING = (OSError, http.client.HTTPException)
 _LASTING = (FileNotFoundError, PermissionError)
 
 _Value = TypeVar("_Value")
+_Urls = TypeVar("_Urls", int, list[str])
 
 
 def expand(pattern: str) -> tuple[str, ...]:
     """The URLs that a pattern means: {000..099} is a range, {a,b} a choice; braces may be nested.
 
+    They are counted before the first one is made.
+
     Raises:
-        DataError: braces that are neither.
+        DataError: braces that are neither, or more than a million files.
     """
-    found = _BRACES.search(pattern)
-    if found is None:
-        if "{" in pattern or "}" in pattern:
-            raise DataError(f"{pattern}: expected braces in pairs")
-        return (pattern,)
-    inside = found[1]
-    bounds = _RANGE.fullmatch(inside)
-    if bounds:
-        first, last = int(bounds[1]), int(bounds[2])
-        if not first <= last < first + _MOST_FILES:
-            raise DataError(f"{pattern}: expected a range that rises, found {{{inside}}}")
-        choices = [f"{number:0{len(bounds[1])}}" for number in range(first, last + 1)]
-    elif "," in inside:
-        choices = inside.split(",")
-    else:
-        raise DataError(f"{pattern}: expected {{000..099}} or {{a,b}}, found {{{inside}}}")
-    before, after = pattern[: found.start()], pattern[found.end() :]
-    urls = (url for choice in choices for url in expand(f"{before}{choice}{after}"))
+    count = _evaluated(
+        pattern, lambda text: 1, lambda first, last, width: last - first + 1, operator.mul
+    )
+    if count > _MOST_FILES:
+        raise DataError(f"{pattern}: expected at most {_MOST_FILES:,} files, found more")
+    urls = _evaluated(pattern, lambda text: [text], _numbers, _joined)
     return tuple(dict.fromkeys(urls))
+
+
+def _evaluated(
+    pattern: str,
+    of_text: Callable[[str], _Urls],
+    of_range: Callable[[int, int, int], _Urls],
+    then: Callable[[_Urls, _Urls], _Urls],
+) -> _Urls:
+    """What a pattern stands for, or how much; choices are added up.
+
+    Raises:
+        DataError: braces that are neither a range nor a choice.
+    """
+    read = [of_text("")]  # outside of braces, then within each that is open, since its last comma
+    choices: list[_Urls | None] = []  # of each that is open, up to its last comma
+    for token in _TOKEN.findall(pattern):
+        if token == "{":
+            read.append(of_text(""))
+            choices.append(None)
+        elif token == "," and choices:
+            before = choices[-1]
+            choices[-1] = read[-1] if before is None else before + read[-1]
+            read[-1] = of_text("")
+        elif token == "}":
+            before = choices.pop() if choices else _unpaired(pattern)
+            if before is None:
+                raise DataError(f"{pattern}: expected {{000..099}} or {{a,b}} in braces")
+            last = before + read.pop()
+            read[-1] = then(read[-1], last)
+        else:
+            bounds = _RANGE.fullmatch(token)
+            part = of_range(*_bounds(bounds, pattern)) if bounds else of_text(token)
+            read[-1] = then(read[-1], part)
+    return _unpaired(pattern) if choices else read[0]
+
+
+def _unpaired(pattern: str) -> Never:
+    raise DataError(f"{pattern}: expected braces in pairs")
+
+
+def _bounds(found: re.Match[str], pattern: str) -> tuple[int, int, int]:
+    """First and last number of a range, and how many digits they have at least."""
+    first, last = int(found[1]), int(found[2])
+    if not first <= last < first + _MOST_FILES:
+        raise DataError(f"{pattern}: expected a range that rises, found {found[0]}")
+    return first, last, len(found[1])
+
+
+def _numbers(first: int, last: int, width: int) -> list[str]:
+    return [f"{number:0{width}}" for number in range(first, last + 1)]
+
+
+def _joined(heads: list[str], tails: list[str]) -> list[str]:
+    return [head + tail for head, tail in product(heads, tails)]
 
 
 def size_of(url: str) -> int:
@@ -83,24 +136,33 @@ def size_of(url: str) -> int:
     return size
 
 
-def read(url: str) -> bytes | None:
-    """The content of a small file; None if it is not there.
+def read(url: str, limit: int) -> bytes | None:
+    """The content of a file of at most `limit` bytes; None if it is not there.
 
     Raises:
-        DataError: it cannot be reached.
+        DataError: it cannot be reached, or is larger.
     """
 
     def ask() -> bytes | None:
         try:
             with _open(url, 0) as answer:
-                content = answer.stream.read()
+                _require_within(limit, answer.total or 0, url)
+                content = bytearray()
+                for chunk in _chunks(answer):
+                    content += chunk
+                    _require_within(limit, len(content), url)
         except _LASTING:  # servers forbid what is not there, too
             return None
         if answer.total is not None and len(content) != answer.total:
             raise ConnectionError(f"the end after {len(content):,} of {answer.total:,} bytes")
-        return content
+        return bytes(content)
 
     return _patiently(url, ask)
+
+
+def _require_within(limit: int, found: int, url: str) -> None:
+    if found > limit:
+        raise DataError(f"{url}: expected at most {limit:,} bytes, found {found:,} or more")
 
 
 def download(url: str, stream: BinaryIO, size: int) -> None:
@@ -111,25 +173,21 @@ def download(url: str, stream: BinaryIO, size: int) -> None:
     Raises:
         DataError: the file is missing or of another size, cannot be reached, or not be written.
     """
-    _patiently(url, lambda: _append(url, stream, size), lambda: stream.tell())
+    enough = min(LEAST, size // 4 + 1)
+    _patiently(url, lambda: _append(url, stream, size), lambda: stream.tell(), enough)
 
 
 @final
 @dataclass(frozen=True)
 class _Answer:
-    """What is read from `start` on, of a file of `total` bytes (None: unknown)."""
+    """What is read from `start` on, of a file of `total` bytes (None: unknown).
 
-    stream: "_Readable"
+    `read` gives at most so many bytes, without waiting for all of them where it can do that.
+    """
+
+    read: Callable[[int], bytes]
     start: int
     total: int | None
-
-
-class _Readable(Protocol):
-    """What bytes are read from."""
-
-    def read(self, size: int = -1, /) -> bytes:
-        """At most so many bytes; none at the end."""
-        ...
 
 
 def _append(url: str, stream: BinaryIO, size: int) -> None:
@@ -141,13 +199,29 @@ def _append(url: str, stream: BinaryIO, size: int) -> None:
             raise _changed(url, size, answer.total)
         have = stream.seek(answer.start)
         stream.truncate()
-        while chunk := answer.stream.read(min(_CHUNK, size - have + 1)):
+        for chunk in _chunks(answer):
             have += len(chunk)
             if have > size:
                 raise _changed(url, size, None)
             _write(url, stream, chunk)
     if have < size:
         raise ConnectionError(f"the end after {have:,} of {size:,} bytes")
+
+
+def _chunks(answer: _Answer) -> Iterator[bytes]:
+    """The pieces of an answer. Raises TimeoutError where they are too small for their time."""
+    count, waited = 0, 0.0  # since LEAST bytes were there last, without what the caller does
+    while True:
+        began = time.monotonic()
+        chunk = answer.read(_CHUNK)
+        if not chunk:
+            return
+        count, waited = count + len(chunk), waited + time.monotonic() - began
+        if count >= LEAST:
+            count, waited = 0, 0.0
+        elif waited > TIMEOUT:
+            raise TimeoutError(f"{count:,} bytes in {waited:.0f} s")
+        yield chunk
 
 
 def _write(url: str, stream: BinaryIO, chunk: bytes) -> None:
@@ -170,9 +244,12 @@ def _changed(url: str, size: int, found: int | None) -> DataError:
 
 
 def _patiently(
-    url: str, action: Callable[[], _Value], progress: Callable[[], int] = lambda: 0
+    url: str,
+    action: Callable[[], _Value],
+    progress: Callable[[], int] = lambda: 0,
+    enough: int = LEAST,
 ) -> _Value:
-    """Do something over a network, again and again with longer pauses while it makes no progress.
+    """Do something over a network, again and again with longer pauses until `enough` bytes came.
 
     Raises:
         DataError: it fails for good.
@@ -184,7 +261,7 @@ def _patiently(
         except _LASTING as error:
             raise DataError(f"{url}: expected a file, found: {error}") from error
         except _PASSING as error:
-            if progress() > furthest:
+            if progress() >= furthest + enough:
                 failures, furthest = 0, progress()
             failures += 1
             if failures == ATTEMPTS:
@@ -205,14 +282,16 @@ def _open(url: str, start: int) -> Iterator[_Answer]:
     """
     scheme = urlsplit(url).scheme
     if scheme in ("http", "https"):
-        with _open_http(url, start) as answer:
-            yield answer
+        with http_client.opened(url, start, TIMEOUT) as answer:
+            yield _Answer(answer.body.read1, answer.start, answer.total)
         return
     if scheme == "file":
-        path = Path(urllib.request.url2pathname(urlsplit(url).path))
+        path = Path(url2pathname(urlsplit(url).path))
+        if not path.is_file():  # a pipe would be waited for
+            raise FileNotFoundError("no regular file")
         with path.open("rb") as stream:
             stream.seek(start)
-            yield _Answer(stream, start, path.stat().st_size)
+            yield _Answer(stream.read, start, path.stat().st_size)
         return
     with _explained():
         import fsspec.core
@@ -223,35 +302,7 @@ def _open(url: str, start: int) -> Iterator[_Answer]:
             raise DataError(f"{url}: expected a known kind of URL, found: {error}") from error
         with system.open(path, "rb") as stream:
             stream.seek(start)
-            yield _Answer(stream, start, system.size(path))
-
-
-@contextmanager
-def _open_http(url: str, start: int) -> Iterator[_Answer]:
-    headers = {"Accept-Encoding": "identity", "User-Agent": "exactflow"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    try:
-        with urllib.request.urlopen(
-            urllib.request.Request(url, headers=headers), timeout=TIMEOUT
-        ) as answer:
-            if answer.status == 206:
-                span, _, total = answer.headers["Content-Range"].partition("/")
-                begin = int(span.removeprefix("bytes ").partition("-")[0])
-                yield _Answer(answer, begin, int(total) if total.isdecimal() else None)
-            else:
-                length = answer.headers["Content-Length"]
-                yield _Answer(answer, 0, None if length is None else int(length))
-    except urllib.error.HTTPError as error:
-        if start and error.code == 416:  # it is shorter than that
-            with _open_http(url, 0) as answer:
-                yield answer
-            return
-        if error.code in (404, 410):
-            raise FileNotFoundError(f"HTTP status {error.code}") from error
-        if error.code in (401, 403):
-            raise PermissionError(f"HTTP status {error.code}") from error
-        raise
+            yield _Answer(stream.read, start, system.size(path))
 
 
 @contextmanager

@@ -131,7 +131,8 @@ class ShardCache:
                     stream.seek(0)
                     return stream
         except BaseException:
-            _let_go(stream)
+            with suppress(OSError):  # what could not be written may still be in its buffer
+                _let_go(stream)
             raise
         _let_go(stream)
         return None

@@ -259,13 +259,18 @@ def _version(shards: Sequence[TarIndex]) -> str:
     """Of names and sizes of files, names, sizes and labels of images: equal for every copy."""
     files = hashlib.sha256()
     for shard in shards:
-        files.update(f"{shard.name}\0{shard.size}\n".encode())
+        files.update(_bytes_of(f"{shard.name}\0{shard.size}\n"))
     contents = hashlib.sha256(f"files-{files.hexdigest()[:12]}".encode())
     for shard in shards:  # sizes of padded archives tell little
         images = zip(shard.members, shard.sizes.tolist(), shard.labels, strict=True)
         for member, size, label in images:
-            contents.update(f"{member}\0{size}\0{label}\n".encode())
+            contents.update(_bytes_of(f"{member}\0{size}\0{label}\n"))
     return f"files-{contents.hexdigest()[:12]}"
+
+
+def _bytes_of(text: str) -> bytes:
+    """The bytes of names as they are stored, which need not be UTF-8."""
+    return text.encode(errors="surrogateescape")
 
 
 def _labelled(

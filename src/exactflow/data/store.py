@@ -17,11 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import numpy as np
 import PIL
 
+from exactflow.core.serialization import write_atomically
+from exactflow.data.checked import HASH_BYTES, CheckedImages, hashes_of, is_intact, sealed
 from exactflow.data.config import DataError, cache_folder
 from exactflow.data.decode import Payload, Preprocessing, decode_image
 from exactflow.data.records import Records, StoredSplit
@@ -67,7 +69,7 @@ class Selection:
 class Decoded:
     """The result: images (n, C, H, W) uint8, labels int64 (n,) or None, names of the skipped."""
 
-    images: np.ndarray
+    images: np.ndarray | CheckedImages
     labels: np.ndarray | None
     skipped: tuple[str, ...]
     fingerprint: str
@@ -134,9 +136,10 @@ def decode_to_memory(selection: Selection) -> Decoded:
 def decode_to_file(selection: Selection, stamp: str, folder: Path) -> Decoded:
     """Decode into a file of `folder` and map it; if it is there already, only map it.
 
-    The pixels come first, then a JSON file that says they are complete; both are written under
-    temporary names and renamed. Processes that decode the same split at once do double work, but
-    never read half a file.
+    The pixels come first, with a hash of each image behind them, then a JSON file that says they
+    are complete; both are written under temporary names, are on disk, and are renamed. What is
+    damaged, or has no hashes, is decoded again. Processes that decode the same split at once do
+    double work, but never read half a file.
 
     Args:
         selection: what to decode.
@@ -149,22 +152,27 @@ def decode_to_file(selection: Selection, stamp: str, folder: Path) -> Decoded:
     folder.mkdir(parents=True, exist_ok=True)
     key = _cache_key(selection, stamp)
     pixels, sidecar = folder / f"{key}.bin", folder / f"{key}.json"
-    facts = _read_sidecar(sidecar, pixels)
+    facts = _read_sidecar(sidecar, pixels, selection.shape)
     if facts is None:
         skipped = _write_pixels(selection, pixels)
-        shape = (len(selection.indices) - len(skipped), *selection.shape)
-        images = np.memmap(pixels, np.uint8, "r", shape=shape)
+        count = len(selection.indices) - len(skipped)
         labels, _ = without_skipped(selection, skipped)
-        digest = fingerprint(images, labels, selection.levels)
-        facts = {"shape": shape, "skipped": skipped, "fingerprint": digest}
-        with _atomic_file(sidecar) as path:
-            path.write_text(json.dumps(facts))
+        digest = fingerprint(_mapped(pixels, count, selection.shape), labels, selection.levels)
+        facts = {"count": count, "skipped": skipped, "fingerprint": digest}
+        write_atomically(sidecar, json.dumps(sealed(facts)).encode())
     labels, names = without_skipped(selection, facts["skipped"])
-    images = np.memmap(pixels, np.uint8, "r", shape=tuple(facts["shape"]))
+    images = _mapped(pixels, facts["count"], selection.shape)
     return Decoded(images, labels, names, facts["fingerprint"])
 
 
-def fingerprint(images: np.ndarray, labels: np.ndarray | None, levels: int) -> str:
+def _mapped(pixels: Path, count: int, shape: Shape) -> CheckedImages:
+    """What `_write_pixels` wrote."""
+    remedy = "remove it, and its images are decoded again"
+    hashes = pixels, count * math.prod(shape)
+    return CheckedImages(pixels, (count, *shape), hashes, remedy)
+
+
+def fingerprint(images: np.ndarray | CheckedImages, labels: np.ndarray | None, levels: int) -> str:
     """sha256 (hex) of the shape, the levels, the labels and all pixels, in order."""
     header = {"shape": list(images.shape), "levels": levels, "labelled": labels is not None}
     digest = hashlib.sha256(json.dumps(header).encode())
@@ -299,22 +307,38 @@ def _cache_key(selection: Selection, stamp: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def _read_sidecar(sidecar: Path, pixels: Path) -> dict | None:
+def _read_sidecar(sidecar: Path, pixels: Path, shape: Shape) -> dict[str, Any] | None:
     """What is known of complete pixels; None where they have to be decoded."""
-    try:
-        facts = json.loads(sidecar.read_text())
-        return facts if pixels.stat().st_size == int(np.prod(facts["shape"])) else None
-    except FileNotFoundError:
+    if not sidecar.is_file() or not pixels.is_file():
         return None
+    try:
+        facts = json.loads(sidecar.read_bytes())
+    except (ValueError, RecursionError):
+        facts = None
+    if isinstance(facts, dict) and is_intact(facts):
+        size = facts["count"] * (math.prod(shape) + HASH_BYTES)
+        if pixels.stat().st_size == size:
+            return facts
+    log.warning(
+        "%s: the images that were decoded to it are damaged, or of an earlier version; they are "
+        "decoded again",
+        pixels,
+    )
+    return None
 
 
 def _write_pixels(selection: Selection, file: Path) -> list[int]:
-    """Write the decoded images one after the other; returns the positions that were skipped."""
+    """Write the decoded images, then the hash of each; returns the positions that were skipped."""
     skipped: list[int] = []
+    hashes: list[np.ndarray] = []
     with _atomic_file(file) as path, path.open("wb") as stream:
         for block, bad in _decode_blocks(selection):
             stream.write(block.data)
+            hashes.append(hashes_of(block))
             skipped += bad
+        stream.write(np.concatenate(hashes).data)
+        stream.flush()
+        os.fsync(stream.fileno())  # a rename may reach the disk before the content does
     return skipped
 
 

@@ -2,6 +2,7 @@
 
 An archive is walked once and must be whole to its end mark; nothing in it is passed over in
 silence. What was found is kept as JSON, a line for each shard, so that nobody has to walk it again.
+Sizes are compared with the limits below before anything of that size is read.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, final
+from typing import Any, BinaryIO, TypeGuard, final
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from exactflow.data.folders import IMAGE_SUFFIXES
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+LARGEST_IMAGE = 2**28  # bytes of one encoded image
+LARGEST_PART = 2**20  # bytes of a header, and of a file that holds a label
 
 _LABEL_FIELDS = ("label", "labels", "class", "cls")  # of a .json file
 _LABEL_ENDINGS = ("cls", "json", "txt")  # the first that gives a label counts
@@ -78,8 +81,9 @@ def index_tar(stream: BinaryIO, name: str, size: int, sha256: str | None, where:
     ignored: Counter[str] = Counter()
     last = "its beginning"
     stream.seek(0)
+    bounded: Any = _Bounded(stream)  # tarfile needs no more of a file
     try:
-        with tarfile.open(fileobj=stream, mode="r:") as archive:
+        with tarfile.open(fileobj=bounded, mode="r:") as archive:
             files: list[tarfile.TarInfo] = []
             for info in archive:
                 last = info.name
@@ -87,7 +91,9 @@ def index_tar(stream: BinaryIO, name: str, size: int, sha256: str | None, where:
                     files.append(info)
             _require_end(stream, archive.offset)
             samples = [_sample(archive, where, parts, ignored) for parts in _by_stem(where, files)]
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except DataError:
+        raise
+    except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
         raise DataError(
             f"{where}: expected a whole tar file, found after {last}: {error}"
         ) from error
@@ -124,28 +130,46 @@ def to_line(shard: TarIndex) -> str:
 def from_fields(fields: Any, where: str) -> TarIndex:
     """A shard from what its line holds. Raises DataError for anything else."""
     try:
-        members = tuple(fields["members"])
-        labels = (None,) * len(members) if fields["labels"] is None else tuple(fields["labels"])
+        members = _texts(fields["members"])
+        count, name, size = len(members), fields["name"], fields["size"]
         shard = TarIndex(
-            name=fields["name"],
-            size=fields["size"],
+            name=name,
+            size=size,
             sha256=fields["sha256"],
             members=members,
-            offsets=np.array(fields["offsets"], dtype=np.int64),
-            sizes=np.array(fields["sizes"], dtype=np.int64),
-            labels=labels,
-            ignored=fields["ignored"],
+            offsets=_integers(fields["offsets"]),
+            sizes=_integers(fields["sizes"]),
+            labels=(None,) * count if fields["labels"] is None else tuple(fields["labels"]),
+            ignored=dict(fields["ignored"]),
         )
-        if len({len(members), len(shard.offsets), len(shard.sizes), len(labels)}) != 1:
-            raise ValueError(f"lists of different lengths for {shard.name}")
+        if type(name) is not str or type(size) is not int or not 0 <= size < 2**63:
+            raise ValueError(f"{name!r} of {size!r} bytes")
+        if len({count, len(shard.offsets), len(shard.sizes), len(shard.labels)}) != 1:
+            raise ValueError(f"lists of different lengths for {name}")
         if shard.sha256 is not None and not _SHA256.fullmatch(shard.sha256):
-            raise ValueError(f"no SHA-256 for {shard.name}")  # it becomes the name of a file
-        outside = (shard.offsets < 0) | (shard.sizes < 0)
-        if (outside | (shard.offsets + shard.sizes > shard.size)).any():
-            raise ValueError(f"images outside of {shard.name}")
+            raise ValueError(f"no SHA-256 for {name}")  # it becomes the name of a file
+        sizes, offsets = shard.sizes, shard.offsets
+        if ((offsets < 0) | (sizes < 0) | (sizes > size) | (offsets > size - sizes)).any():
+            raise ValueError(f"images outside of {name}")
+        if sizes.max(initial=0) > LARGEST_IMAGE:
+            raise ValueError(f"an image of more than {LARGEST_IMAGE:,} bytes in {name}")
+        if not all(label is None or _is_label(label) for label in shard.labels):
+            raise ValueError(f"labels of {name} that are neither integers nor names")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{where}: expected an index of tar shards, found: {error!r}") from error
     return shard
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    if type(values) is not list or not all(type(value) is str for value in values):
+        raise TypeError("a list of names that is none")
+    return tuple(values)
+
+
+def _integers(values: Any) -> np.ndarray:
+    if type(values) is not list or not all(type(value) is int for value in values):
+        raise TypeError("a list of integers that is none")
+    return np.array(values, dtype=np.int64)
 
 
 def write_index(shards: Sequence[TarIndex]) -> bytes:
@@ -163,11 +187,25 @@ def read_index(content: bytes, where: str) -> tuple[TarIndex, ...]:
     try:
         found = json.loads(content)
         version, lines = found["format"], list(found["shards"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{where}: expected an index of tar shards, found: {error!r}") from error
     if version != FORMAT:
         raise DataError(f"{where}: expected an index of format {FORMAT}, found {version}")
     return tuple(from_fields(line, where) for line in lines)
+
+
+@final
+class _Bounded:
+    """A file of which at most so many bytes are read at once: no header, no label is larger."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.seek, self.tell = stream.seek, stream.tell
+        self._stream = stream
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= LARGEST_PART:
+            raise tarfile.ReadError(f"a header or a label of {size:,} bytes")
+        return self._stream.read(size)
 
 
 def _require_end(stream: BinaryIO, offset: int) -> None:
@@ -225,14 +263,24 @@ def _sample(
             f"{shard}[{first}]: expected one image in the sample, found "
             f"{', '.join(parts[ending].name for ending in images) or 'none'}"
         )
+    image = parts[images[0]]
+    _require_size(image, LARGEST_IMAGE, shard)
     label: Label = None
     for ending in _LABEL_ENDINGS:
         if label is None and ending in parts:
+            _require_size(parts[ending], LARGEST_PART, shard)
             stream = archive.extractfile(parts[ending])
             assert stream is not None  # a plain file
             label = _label(stream.read(), ending, f"{shard}[{parts[ending].name}]")
     ignored.update(parts.keys() - {images[0], *_LABEL_ENDINGS})
-    return parts[images[0]], label
+    return image, label
+
+
+def _require_size(info: tarfile.TarInfo, limit: int, shard: str) -> None:
+    if info.size > limit:
+        raise DataError(
+            f"{shard}[{info.name}]: expected at most {limit:,} bytes, found {info.size:,}"
+        )
 
 
 def _label(content: bytes, ending: str, where: str) -> Label:
@@ -241,18 +289,26 @@ def _label(content: bytes, ending: str, where: str) -> Label:
         value = content.decode().strip()
         if ending == "json":
             value = json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: expected a class label, found: {error}") from error
     if isinstance(value, dict):
         fields = [value[name] for name in _LABEL_FIELDS if name in value]
         if not fields:
             return None
         value = fields[0]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if not isinstance(value, str) or not 0 < len(value) <= _LONGEST_CLASS_NAME or "\n" in value:
+    if isinstance(value, str) and value.removeprefix("-").isdecimal() and _is_label(value):
+        value = int(value)
+    if not _is_label(value):
         raise DataError(
-            f"{where}: expected an integer or a class name of a line of at most "
+            f"{where}: expected an integer or a class name, of 64 bits or a line of at most "
             f"{_LONGEST_CLASS_NAME} characters, found {str(value)[:_LONGEST_CLASS_NAME]!r}"
         )
-    return int(value) if value.removeprefix("-").isdecimal() else value
+    return value
+
+
+def _is_label(value: Any) -> TypeGuard[int | str]:
+    if isinstance(value, str):
+        # Half of a pair of UTF-16, which JSON can say, is in no file and on no terminal.
+        whole = not any("\ud800" <= character <= "\udfff" for character in value)
+        return whole and 0 < len(value) <= _LONGEST_CLASS_NAME and "\n" not in value
+    return type(value) is int and -(2**63) <= value < 2**63

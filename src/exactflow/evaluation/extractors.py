@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from exactflow.core.images import center, check_images
 from exactflow.core.progress import shown_progress
+from exactflow.data.checked import CheckedImages
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.streaming import StreamedImages
 from exactflow.evaluation.feature_classifier import HIDDEN, prepared, trained_classifier, weights_of
@@ -33,6 +34,7 @@ from exactflow.evaluation.inception import (
 Images = (
     UInt8[Tensor, "n channels height width"]
     | UInt8[np.ndarray, "n channels height width"]
+    | CheckedImages
     | StreamedImages
 )
 

@@ -8,8 +8,6 @@ releases. Averages leave the padding out of their count, and the last block take
 import hashlib
 import io
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core.serialization import write_atomically
+from exactflow.data import remote
 
 PUBLIC_FILE = "pt_inception-2015-12-05-6726825d.pth"  # 95,628,359 bytes, 566 tensors
 PUBLIC_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+LARGEST_FILE = 2**28  # bytes that are read
 IMAGE_SIZE = 299  # pixels a side
 FEATURES = 2048
 _CLASSES = 1008
@@ -246,25 +246,38 @@ def read_inception(
     """The network with the weights of a file, in evaluation mode, and the file's SHA-256 (hex).
 
     Args:
-        path_or_url: a PyTorch file of plain tensors with the public names; or its address, from
-            which it is fetched once.
+        path_or_url: a PyTorch file of plain tensors with the public names; or its address (https://
+            or file://), from which it is fetched once.
         sha256: what the file's hash must be, or begin with; None takes the hexadecimal digits at
-            the end of the file's name, where it has them (`PUBLIC_FILE` does).
+            the end of the file's name, where it has them (`PUBLIC_FILE` does). Of a file of this
+            machine it may be unknown: it is returned, and is in the name of the extractor.
         cache_dir: where fetched files are kept; None is ~/.cache/exactflow.
 
     Raises:
         FileNotFoundError: no such file, or the address gives none.
-        ValueError: another hash, or no such file of weights; nothing else in it is loaded.
+        ValueError: an address that others can read or change on the way, or whose content nobody
+            has said the hash of; another hash; no such file of weights (nothing else in it is
+            loaded).
     """
     text = str(path_or_url)
     found = _NAMED_HASH.search(text)
     expected = (sha256 or (found[1] if found else "")).lower()
-    if text.startswith(("https://", "http://", "file://")):
+    scheme = text.partition("://")[0].lower() if "://" in text else ""
+    if scheme == "http":
+        raise ValueError(f"expected Inception weights from https://, got {text}")
+    if scheme == "https" and not expected:
+        raise ValueError(
+            f"{text}: expected to know the file's SHA-256 before it is fetched: give it as "
+            f"sha256=..., or an address that ends in the beginning of it, as {PUBLIC_FILE} does"
+        )
+    if scheme in ("https", "file"):
         path = _fetched(text, expected, cache_dir or Path("~/.cache/exactflow").expanduser())
     else:
         path = Path(text)
     if not path.is_file():
         raise FileNotFoundError(f"expected a file of Inception weights, got {text!r}: no such file")
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{path}: expected Inception weights of at most {LARGEST_FILE:,} bytes")
     content = path.read_bytes()
     digest = _checked(content, expected, str(path))
     return _network(content, str(path)), digest
@@ -276,11 +289,9 @@ def _fetched(url: str, expected: str, folder: Path) -> Path:
     path = folder / f"{address}-{url.rsplit('/', 1)[-1]}"
     if path.is_file():
         return path
-    try:
-        with urllib.request.urlopen(url, timeout=60) as answer:
-            content = answer.read()
-    except (urllib.error.URLError, OSError) as error:
-        raise FileNotFoundError(f"expected Inception weights at {url}: {error}") from error
+    content = remote.read(url, LARGEST_FILE)
+    if content is None:
+        raise FileNotFoundError(f"expected Inception weights at {url}, found none")
     _checked(content, expected, url)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)

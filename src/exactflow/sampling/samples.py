@@ -16,6 +16,8 @@ from exactflow.sampling.inversion import Pass
 class Samples:
     """What `sample` drew.
 
+    Tensors are on the model's device, or on the CPU where several processes drew them.
+
     Attributes:
         x: images in [-1, 1] (not clipped), float32 or the model's float64.
         images: the same as grey levels 0 .. levels-1.

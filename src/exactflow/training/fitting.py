@@ -14,6 +14,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from exactflow.core.main_guard import require_main_guard
 from exactflow.core.model import FittedFlow
 from exactflow.core.processes import joined
 from exactflow.core.progress import tracked
@@ -63,7 +64,9 @@ def fit_closed_form(
         ValueError: model, data and configuration do not fit together, or `run_dir` holds another
             run, or another process trains in it.
         OSError: a file could not be written.
+        RuntimeError: as of `fit`.
     """
+    require_main_guard()
     check_compatible(model, dataset)
     if config.reversible:
         check_reversible(model)

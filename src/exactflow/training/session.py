@@ -27,10 +27,13 @@ class Interrupted(Exception):
     """
 
     def __init__(self, step: int, signum: int) -> None:
-        self.step = step
+        self.step, self._signum = step, signum
         self.exit_code = 128 + signum
         name = signal.Signals(signum).name
         super().__init__(f"stopped by {name} after step {step}; run the same command to resume")
+
+    def __reduce__(self) -> tuple[type["Interrupted"], tuple[int, int]]:
+        return Interrupted, (self.step, self._signum)
 
 
 @final

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exactflow.core.main_guard import require_main_guard
 from exactflow.core.model import DataInitialized, GenerativeModel, NonFiniteError
 from exactflow.core.processes import Processes, joined
 from exactflow.core.random import derive_seed, generator
@@ -80,7 +81,9 @@ def fit(
         ProcessLostError: another process, or one that loads images, ended.
         Interrupted: SIGTERM or SIGINT came; the state is saved.
         OSError: a file could not be written.
+        RuntimeError: a helper imports the script, see `core/main_guard.py`.
     """
+    require_main_guard()
     check_compatible(model, dataset)
     model.class_names = dataset.class_names if model.num_classes else ()
     cuda = [model.device] if model.device.type == "cuda" else []

@@ -1,0 +1,74 @@
+"""Values and errors as processes tell them to each other: pickled, with all tensors on the CPU."""
+
+import copyreg
+import io
+import pickle
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor
+
+
+def pickled(value: Any) -> bytes:
+    """A value for another process, which need not have the devices of this one."""
+    content = io.BytesIO()
+    pickler = pickle.Pickler(content, pickle.HIGHEST_PROTOCOL)
+    pickler.dispatch_table = copyreg.dispatch_table | {Tensor: _from_cpu}
+    pickler.dump(value)
+    return content.getvalue()
+
+
+def unpickled(content: bytes) -> Any:
+    """What `pickled` was given, by a process of the same program."""
+    return pickle.loads(content)
+
+
+@final
+@dataclass(frozen=True)
+class Failure:
+    """An exception for other processes.
+
+    Attributes:
+        content: the pickled exception. One that pickle cannot give back (its constructor takes
+            something else than the message) is told as the nearest built-in one.
+        told: where it was raised.
+    """
+
+    content: bytes
+    told: str
+
+    @classmethod
+    def of(cls, error: Exception, where: str) -> "Failure":
+        """What is told of `error`, which was raised in `where`."""
+        lines = "".join(traceback.format_exception(error))
+        return cls(_survivor(error), f"\nIn {where}:\n\n{lines}")
+
+    def error(self) -> Exception:
+        """The exception; a note on it has its traceback."""
+        found = pickle.loads(self.content)
+        found.add_note(self.told)
+        return found
+
+
+def _survivor(error: Exception) -> bytes:
+    """The error pickled, or the nearest one that comes back as it was sent."""
+    text = f"{type(error).__name__}: {error}"
+    built_in = [kind for kind in type(error).__mro__ if kind.__module__ == "builtins"]
+    attempts: list[Callable[[], Any]] = [lambda: error]
+    attempts += [lambda kind=kind: kind(text) for kind in built_in]
+    for attempt in attempts:
+        try:
+            sent = attempt()
+            content = pickle.dumps(sent)
+            found = pickle.loads(content)
+        except Exception:
+            continue
+        if type(found) is type(sent) and str(found) == str(sent):
+            return content
+    return pickle.dumps(Exception(text))
+
+
+def _from_cpu(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
