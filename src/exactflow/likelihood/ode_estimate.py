@@ -113,8 +113,8 @@ def ode_log_likelihood(
 ) -> OdeEstimate:
     """Score integer images; noise and probes of image i are functions of (seed, i).
 
-    With a fixed grid the result does not depend on the batch size beyond rounding; "dopri5" shares
-    its steps over a batch and agrees to its tolerance.
+    The result does not depend on the batch size beyond rounding: "dopri5" chooses the steps of
+    every image by itself.
 
     Args:
         model: a model of a path; scored in evaluation mode.
@@ -159,7 +159,8 @@ def ode_log_likelihood(
         draws, evaluations = [], 0
         for name in names:
             vectors = None if trace == "exact" else _probes(model, name, probe, probes)
-            densities, count = trajectory.score(_noisy(model, images[rows], name), chunk, vectors)
+            x = _noisy(model, images[rows], name)
+            densities, count = trajectory.score(x, chunk, vectors, numbers)
             draws.append(densities)
             evaluations += count * len(name)
         return *_averaged(torch.stack(draws)), evaluations
@@ -168,7 +169,7 @@ def ode_log_likelihood(
     with _evaluating(model):
         results = current().spread(starts, score, bar="scoring" if progress else None)
     nats = torch.cat([mean for mean, _, _ in results])
-    _check_finite(nats)
+    check_finite(nats, first, "the model's velocity overflows on it")
     fixed = solver != "dopri5"
     return OdeEstimate(
         nats=nats - model.dims * grey.nats_per_level_interval(model.levels),
@@ -203,12 +204,14 @@ class _Trajectory:
         x: Float[Tensor, "batch channels height width"],
         label: Int[Tensor, " batch"] | None,
         vectors: Float[Tensor, "probes batch channels height width"] | None,
+        numbers: range,
     ) -> tuple[Float[Tensor, "batch probes"], int]:
         """ln p(x) in nats by each probe, one column if exact, float64 on the CPU; evaluations."""
         count = 1 if vectors is None else len(vectors)
         log_abs_det = x.new_zeros(len(x), count)
         field = with_divergence(self.model, label, vectors)
-        solved = solve(field, (x, log_abs_det), self.times, self.solver, self.tolerance)
+        names = [f"image {number}" for number in numbers]
+        solved = solve(field, (x, log_abs_det), self.times, self.solver, self.tolerance, names)
         z, log_abs_det = solved.state
         prior = DiagonalGaussian(torch.ones_like(z[0])).log_prob(z)
         return (prior[:, None] + log_abs_det).double().cpu(), solved.evaluations
@@ -228,11 +231,10 @@ def with_divergence(
             None: the trace itself, one backward pass per dimension, as one column.
     """
 
-    def field(t: float, state: State) -> State:
+    def field(t: Tensor, state: State) -> State:
         with torch.enable_grad():
             x = state[0].detach().requires_grad_()
-            times = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
-            v = model.velocity(x, times, label)
+            v = model.velocity(x, t, label)
         probes = _basis(x) if vectors is None else vectors
         traces = []
         for index, z in enumerate(probes):
@@ -307,13 +309,19 @@ def _blur(model: PathModel) -> float:
     return float(data.sigma / data.alpha)
 
 
-def _check_finite(nats: Tensor) -> None:
-    if not bool(nats.isfinite().all()):
-        index = int((~nats.isfinite()).nonzero()[0, 0])
+def check_finite(nats: Float[Tensor, " n"], first: int, why: str) -> None:
+    """Raise NonFiniteError that names the first image that has no finite likelihood.
+
+    Args:
+        nats: of each image.
+        first: number of the first of them in the set that they are a part of.
+        why: what it means.
+    """
+    failed = (~nats.isfinite()).nonzero()[:, 0].tolist()
+    if failed:
         raise NonFiniteError(
-            f"log-likelihood of image {index} is {float(nats[index])} "
-            f"({int((~nats.isfinite()).sum())} of {len(nats)} are not finite): "
-            "the model's velocity overflows on it"
+            f"log-likelihood of image {first + failed[0]} is {float(nats[failed[0]])} "
+            f"({len(failed)} of {len(nats)} are not finite): {why}"
         )
 
 

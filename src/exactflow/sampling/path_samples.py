@@ -40,7 +40,7 @@ def sample_path(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Samples:
-    """Draw `n` samples; sample k is a function of seed + k (with "dopri5" to its tolerance).
+    """Draw `n` samples; sample k is a function of seed + k, whatever its batch.
 
     Args:
         model: a model on a path.
@@ -78,7 +78,8 @@ def sample_path(
         for first in track(starts, "sampling", transient=True) if progress else starts:
             seeds = range(seed + first, seed + min(first + batch_size, n))
             chunk = None if label is None else label[first : first + len(seeds)]
-            x, passes = _solved(guided, _noise(model, seeds), chunk, solver, count, tolerance)
+            noise = _noise(model, seeds)
+            x, passes = _solved(guided, noise, seeds, chunk, solver, count, tolerance)
             _check_finite(x, seeds)
             parts.append(x)
             evaluations += passes * (2 if scale else 1)
@@ -95,6 +96,7 @@ def _noise(model: PathModel, seeds: range) -> Tensor:
 def _solved(
     model: PathModel,
     noise: Tensor,
+    seeds: range,
     label: Tensor | None,
     solver: str,
     steps: int,
@@ -107,13 +109,12 @@ def _solved(
         found = dpm_solver(model, sigma * noise, times, label)
         return found.x, found.evaluations
 
-    def field(t: float, state: State) -> State:
-        (x,) = state
-        at = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
-        return (model.velocity(x, at, label),)
+    def field(t: Tensor, state: State) -> State:
+        return (model.velocity(state[0], t, label),)
 
     method = cast("OdeSolver", solver)  # checked by `sample_path`
-    solution = solve(field, (sigma * noise,), times, method, tolerance or TOLERANCE)
+    names = [f"the sample of seed {seed}" for seed in seeds]
+    solution = solve(field, (sigma * noise,), times, method, tolerance or TOLERANCE, names)
     return solution.state[0], solution.evaluations
 
 
