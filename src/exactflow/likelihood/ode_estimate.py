@@ -102,11 +102,11 @@ def ode_log_likelihood(
     k: int = 1,
     seed: int = 0,
     solver: OdeSolver = "dopri5",
-    steps: int = 100,
-    tolerance: float = 1e-5,
+    steps: int | None = None,
+    tolerance: float | None = None,
     trace: Trace = "hutchinson",
-    probe: Probe = "rademacher",
-    probes: int = 1,
+    probe: Probe | None = None,
+    probes: int | None = None,
     first: int = 0,
     batch_size: int = 64,
     progress: bool = False,
@@ -123,19 +123,26 @@ def ode_log_likelihood(
         k: dequantisation draws per image.
         seed: names noise and probes.
         solver: see `paths.ode.solve`.
-        steps: of a fixed grid; "dopri5" chooses its own.
-        tolerance: of "dopri5".
+        steps: of a fixed grid, 100 where None; "dopri5" chooses its own.
+        tolerance: of "dopri5", 1e-5 where None.
         trace: divergence by random probes (Hutchinson), or by all dims basis vectors.
-        probe: law of the probes: "rademacher" is exact for diagonal Jacobians.
-        probes: number of probes.
+        probe: law of random probes, "rademacher" where None: exact for diagonal Jacobians.
+        probes: number of random probes, 1 where None.
         first: number of the first image, where these are a part of a set.
         batch_size: images solved together.
         progress: show a bar over batches.
 
     Raises:
-        ValueError: for images that are not such integers, or labels the model cannot take.
+        ValueError: for images that are not such integers, labels the model cannot take, or an
+            option that has no meaning for this solver or trace.
         NonFiniteError: names the first image whose likelihood is not finite.
     """
+    fixed = solver != "dopri5"
+    _refuse(solver, tolerance=tolerance if fixed else None, steps=None if fixed else steps)
+    if trace == "exact":
+        _refuse("exact trace", probe=probe, probes=probes)
+    steps, tolerance = 100 if steps is None else steps, 1e-5 if tolerance is None else tolerance
+    probe, probes = probe or "rademacher", 1 if probes is None else probes
     if min(k, batch_size, probes, steps) < 1:
         raise ValueError(
             "expected k, batch_size, probes and steps of at least 1, "
@@ -170,7 +177,6 @@ def ode_log_likelihood(
         results = current().spread(starts, score, bar="scoring" if progress else None)
     nats = torch.cat([mean for mean, _, _ in results])
     check_finite(nats, first, "the model's velocity overflows on it")
-    fixed = solver != "dopri5"
     return OdeEstimate(
         nats=nats - model.dims * grey.nats_per_level_interval(model.levels),
         dims=model.dims,
@@ -187,6 +193,13 @@ def ode_log_likelihood(
         prior_gap=_prior_gap(model, images),
         blur=_blur(model),
     )
+
+
+def _refuse(what: str, **options: object) -> None:
+    """Raise ValueError for the first option that is given."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name} has no meaning for {what}: expected none, got {value!r}")
 
 
 @final

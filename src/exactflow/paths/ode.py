@@ -56,6 +56,7 @@ def solve(
     solver: OdeSolver = "heun",
     tolerance: float = 1e-5,
     names: Sequence[object] | None = None,
+    lost: Literal["raise", "nan"] = "raise",
 ) -> Solution:
     """Follow d state / dt = field(t, state) from the first of `times` to the last.
 
@@ -68,6 +69,7 @@ def solve(
         tolerance: relative and absolute error of a step of "dopri5": in each row, the largest over
             the state's tensors, the log-determinant included, of the root mean square over values.
         names: of the rows, for an error.
+        lost: what a row does in which "dopri5" cannot meet its tolerance: an error, or NaN.
 
     Raises:
         ValueError: for an unknown solver, times that do not rise or fall, no tolerance.
@@ -79,7 +81,7 @@ def solve(
     if not steps or not (min(steps) > 0 or max(steps) < 0):
         raise ValueError(f"expected at least two times, rising or falling, got {list(times)}")
     if solver == "dopri5":
-        return _dopri5(field, state, (times[0], times[-1]), tolerance, names)
+        return _dopri5(field, state, (times[0], times[-1]), tolerance, names, lost)
 
     def at(t: float, here: State) -> State:
         return field(here[0].new_full((len(here[0]),), t), here)
@@ -151,6 +153,7 @@ def _dopri5(
     ends: tuple[float, float],
     tolerance: float,
     names: Sequence[object] | None,
+    lost: Literal["raise", "nan"],
 ) -> Solution:
     """Every row has a time and a step of its own; all rows are evaluated until the last is done.
 
@@ -172,6 +175,7 @@ def _dopri5(
     place = torch.zeros(len(like), dtype=torch.float64, device=like.device)
     slope = rate(place, state)
     step = _first_steps(rate, state, slope, tolerance)
+    stuck = torch.zeros_like(place, dtype=torch.bool)
     for _ in range(MOST_STEPS):
         step = torch.minimum(step, 1 - place)  # 0 where a row is done
         slopes, moved = [slope], state
@@ -183,14 +187,18 @@ def _dopri5(
         good = error <= 1  # not if NaN
         place = torch.where(good, place + step, place)  # exact: few bits each
         state, slope = _chosen(good, moved, state), _chosen(good, slopes[-1], slope)
-        if bool((place == 1).all()):
-            return Solution(state, evaluations)
         wish = (SAFETY * error**-0.2).nan_to_num(LEAST_FACTOR, posinf=MOST_FACTOR)
         wish = wish.clamp(LEAST_FACTOR, MOST_FACTOR)
         step = _power_of_two(step * torch.where(good, wish.clamp(min=1), wish))
-        if bool(((place < 1) & (step < LEAST_STEP)).any()):
-            break
-    row = int((place < 1).nonzero()[0, 0])
+        stuck = (place < 1) & (step < LEAST_STEP)
+        if bool(stuck.any()):
+            if lost == "raise":
+                break
+            state = _chosen(stuck, tuple(torch.full_like(y, math.nan) for y in state), state)
+            place = torch.where(stuck, 1.0, place)
+        if bool((place == 1).all()):
+            return Solution(state, evaluations)
+    row = int((stuck if bool(stuck.any()) else place < 1).nonzero()[0, 0])
     of = "" if names is None else f" for {names[row]}"
     at = float(torch.lerp(first, last, place[row]))
     raise NonFiniteError(
