@@ -126,23 +126,6 @@ def test_a_plan_survives_its_file_and_is_used_by_default(
     assert read_plans(saved.home) == [plan, wider]
 
 
-def test_another_machine_or_dtype_is_measured_anew(
-    saved: Flow, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert saved.home is not None
-    pretend(monkeypatch, sequential=1.0, adaptive=0.5)
-    elsewhere = replace(make_plan(saved, 2), machine="another machine")
-    keep_plans(saved.home, [elsewhere])
-    with pytest.warns(UserWarning, match=r"measured elsewhere \(another machine, float32\)"):
-        found = planned_solvers(saved, 2, None)
-    assert all(isinstance(solver, Adaptive) for solver in found)
-    machines = [plan.machine for plan in read_plans(saved.home)]
-    assert machines == ["another machine", planner.machine(saved.device)]
-    with pytest.warns(UserWarning, match="measured elsewhere"):
-        planned_solvers(saved.double(), 2, None)
-    assert read_plans(saved.home)[-1].dtype == "float64"
-
-
 def test_a_plan_does_not_outlive_its_weights(saved: Flow) -> None:
     assert saved.home is not None
     keep_plans(saved.home, [make_plan(saved, 1)])

@@ -6,6 +6,7 @@ orientations by turns. Encoding is one parallel pass; decoding goes row by row, 
 autoregressive transforms. Written from the paper's mathematics.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
@@ -41,6 +42,7 @@ class MaCowConfig:
     factor: int = 4
     additive: bool = False  # masked convolutions and couplings only shift
     additive_prior: bool = False  # so do the conditional priors
+    soft_clip: float = 0.0  # c > 0: raw shifts and scales r become c tanh(r / c); ours, not MaCow's
     dequantization: Literal["uniform", "variational"] = "uniform"
     dequantizer_steps: Steps = ((4,), (4,))
     dequantizer_hidden: tuple[int, ...] = (24, 256)
@@ -60,6 +62,8 @@ class MaCowConfig:
             )
         if min(self.factor, self.dequantizer_factor) < 2 or self.context < 1:
             raise ValueError("expected factors >= 2 and context >= 1")
+        if not 0 <= self.soft_clip < math.inf:
+            raise ValueError(f"expected a finite soft_clip >= 0, got {self.soft_clip}")
         self._check("", self.steps, self.hidden, self.kernel, self.factor)
         if self.dequantization == "variational":
             self._check(
@@ -123,6 +127,7 @@ class Dequantizer(nn.Module):
             config.dequantizer_kernel,
             config.dequantizer_factor,
             context=config.context,
+            soft_clip=config.soft_clip,
         )
 
     def forward(
@@ -161,6 +166,7 @@ class MaCow(DequantizingFlow, DataInitialized):
             config.factor,
             config.additive,
             config.additive_prior,
+            soft_clip=config.soft_clip,
         )
         self.dequantizer = Dequantizer(config) if config.dequantization == "variational" else None
         self.register_buffer("initialized", torch.tensor(False))

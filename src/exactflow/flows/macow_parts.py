@@ -38,6 +38,7 @@ class StepPlan:
     kernel: tuple[int, int]
     additive: bool
     context: int
+    soft_clip: float = 0.0
 
 
 @final
@@ -56,7 +57,7 @@ class GlowStep(Composition):
         if moved:
             kept, outputs = channels - moved, moved if additive else 2 * moved
             network = CouplingNetwork(kept + plan.context, plan.hidden, outputs)
-            self.coupling = Coupling(network, kept, additive)
+            self.coupling = Coupling(network, kept, additive, plan.soft_clip)
 
     @property
     def parts(self) -> list[ReversibleTransform]:
@@ -89,7 +90,13 @@ class Unit(nn.Module):
 
         def conv(orientation: Orientation) -> MaskedConvolution:
             return MaskedConvolution(
-                channels, plan.size, plan.kernel, orientation, plan.additive, plan.context
+                channels,
+                plan.size,
+                plan.kernel,
+                orientation,
+                plan.additive,
+                plan.context,
+                plan.soft_clip,
             )
 
         self.parts = nn.ModuleList(
@@ -242,6 +249,7 @@ class MultiScale(nn.Module):
         additive: whether steps only shift.
         additive_prior: whether priors do.
         context: channels of the context at full size; 0: none.
+        soft_clip: of raw parameters, see `shift_and_log_scale`.
     """
 
     def __init__(
@@ -254,10 +262,11 @@ class MultiScale(nn.Module):
         additive: bool = False,
         additive_prior: bool = False,
         context: int = 0,
+        soft_clip: float = 0.0,
     ) -> None:
         super().__init__()
         channels, height, width = image_shape
-        plan = StepPlan((height, width), 0, kernel, additive, context)
+        plan = StepPlan((height, width), 0, kernel, additive, context, soft_clip)
         levels: list[Level] = []
         for index, runs in enumerate(steps):
             if index:

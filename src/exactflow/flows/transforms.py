@@ -209,11 +209,15 @@ class Coupling(AffineCoupling):
         network: takes the kept channels, then the context, and gives the parameters.
         kept: how many channels are not changed.
         additive: whether there are shifts only.
+        soft_clip: see `shift_and_log_scale`.
     """
 
-    def __init__(self, network: nn.Module, kept: int, additive: bool = False) -> None:
+    def __init__(
+        self, network: nn.Module, kept: int, additive: bool = False, soft_clip: float = 0.0
+    ) -> None:
         super().__init__()
         self.network, self.kept, self.additive = network, kept, additive
+        self.soft_clip = soft_clip
 
     def move(
         self,
@@ -224,13 +228,23 @@ class Coupling(AffineCoupling):
     ]:
         """See `AffineCoupling.move`."""
         seen = kept if context is None else torch.cat([kept, context.to(kept.dtype)], dim=1)
-        return shift_and_log_scale(self.network(seen).to(kept.dtype), self.additive)
+        raw = self.network(seen).to(kept.dtype)
+        return shift_and_log_scale(raw, self.additive, self.soft_clip)
 
 
 def shift_and_log_scale(
-    raw: Float[Tensor, "batch parameters *place"], additive: bool
+    raw: Float[Tensor, "batch parameters *place"], additive: bool, soft_clip: float = 0.0
 ) -> tuple[Float[Tensor, "batch channels *place"], Float[Tensor, "batch channels *place"]]:
-    """mu and ln s = ln sigmoid(r + 2) of raw parameters (mu, r); ln s = 0 if additive."""
+    """mu and ln s = ln sigmoid(r + 2) of raw parameters (mu, r); ln s = 0 if additive.
+
+    Args:
+        raw: what the network says.
+        additive: whether these are shifts only.
+        soft_clip: c > 0: raw parameters r become c tanh(r / c), so that s >= sigmoid(2 - c) and the
+            inverse, which divides by s, is bounded; 0: they are taken as they are (published).
+    """
+    if soft_clip:
+        raw = soft_clip * torch.tanh(raw / soft_clip)
     if additive:
         return raw, torch.zeros_like(raw)
     shift, r = raw.chunk(2, dim=1)
@@ -252,6 +266,7 @@ class MaskedConvolution(AutoregressiveTransform):
         orientation: order of the lines.
         additive: s = 1.
         context: channels of the context; 0: none.
+        soft_clip: see `shift_and_log_scale`.
     """
 
     def __init__(
@@ -262,13 +277,14 @@ class MaskedConvolution(AutoregressiveTransform):
         orientation: Orientation,
         additive: bool = False,
         context: int = 0,
+        soft_clip: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_tokens, across = size if orientation in "AB" else size[::-1]
         self.channels, self.seen = channels, kernel[0]
         self.conditional = Affine(channels * across)
         self.orientation: Orientation = orientation
-        self.additive = additive
+        self.additive, self.soft_clip = additive, soft_clip
         hidden = 4 * channels if channels <= 96 else min(2 * channels, 512)
         outputs = channels if additive else 2 * channels
         window, padding = kernel, (0, kernel[1] // 2)
@@ -340,4 +356,4 @@ class MaskedConvolution(AutoregressiveTransform):
         first, last = missing[::-1] if self.orientation in "BD" else missing
         padding = (0, 0, first, last) if self.orientation in "AB" else (first, last, 0, 0)
         raw = self.network(F.pad(x, padding), hidden, cache).to(x.dtype)
-        return shift_and_log_scale(raw, self.additive)
+        return shift_and_log_scale(raw, self.additive, self.soft_clip)

@@ -137,7 +137,7 @@ def chain_bound(
     if not bool(terms.isfinite().all()):
         image, step = (~terms.isfinite()).nonzero()[0].tolist()
         raise NonFiniteError(
-            f"term {step} of the bound of image {image} is {float(terms[image, step])} "
+            f"term {step} of the bound of image {first + image} is {float(terms[image, step])} "
             f"({int((~terms.isfinite()).sum())} of {terms.numel()} terms are not finite)"
         )
     timesteps = tuple(chain.timesteps.tolist())

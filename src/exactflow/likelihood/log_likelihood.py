@@ -15,14 +15,13 @@ from exactflow.core.model import (
     DequantizingFlow,
     Flow,
     GenerativeModel,
-    NonFiniteError,
     evaluating,
     log_density,
 )
 from exactflow.core.processes import current
 from exactflow.core.random import generator, normal_rows, uniform_rows
 from exactflow.likelihood.bound import ChainBound, chain_bound
-from exactflow.likelihood.ode_estimate import OdeEstimate, ode_log_likelihood
+from exactflow.likelihood.ode_estimate import OdeEstimate, check_finite, ode_log_likelihood
 from exactflow.paths.chain_model import ChainModel
 from exactflow.paths.path_model import PathModel
 
@@ -189,13 +188,7 @@ def _of_flow(
     with evaluating(model):
         nats = current().spread(starts, score, bar="scoring" if progress else None)
     result = torch.cat(nats)
-    if not bool(result.isfinite().all()):
-        index = int((~result.isfinite()).nonzero()[0, 0])
-        raise NonFiniteError(
-            f"log-likelihood of image {index} is {float(result[index])} "
-            f"({int((~result.isfinite()).sum())} of {len(result)} are not finite): "
-            "the model's scales overflow on it"
-        )
+    check_finite(result, first, "the model's scales overflow on it")
     kind, dequantization = _kind(model)
     return LogLikelihood(result, kind, model.dims, model.levels, k, data, dequantization)
 

@@ -102,19 +102,19 @@ def ode_log_likelihood(
     k: int = 1,
     seed: int = 0,
     solver: OdeSolver = "dopri5",
-    steps: int = 100,
-    tolerance: float = 1e-5,
+    steps: int | None = None,
+    tolerance: float | None = None,
     trace: Trace = "hutchinson",
-    probe: Probe = "rademacher",
-    probes: int = 1,
+    probe: Probe | None = None,
+    probes: int | None = None,
     first: int = 0,
     batch_size: int = 64,
     progress: bool = False,
 ) -> OdeEstimate:
     """Score integer images; noise and probes of image i are functions of (seed, i).
 
-    With a fixed grid the result does not depend on the batch size beyond rounding; "dopri5" shares
-    its steps over a batch and agrees to its tolerance.
+    The result does not depend on the batch size beyond rounding: "dopri5" chooses the steps of
+    every image by itself.
 
     Args:
         model: a model of a path; scored in evaluation mode.
@@ -123,19 +123,26 @@ def ode_log_likelihood(
         k: dequantisation draws per image.
         seed: names noise and probes.
         solver: see `paths.ode.solve`.
-        steps: of a fixed grid; "dopri5" chooses its own.
-        tolerance: of "dopri5".
+        steps: of a fixed grid, 100 where None; "dopri5" chooses its own.
+        tolerance: of "dopri5", 1e-5 where None.
         trace: divergence by random probes (Hutchinson), or by all dims basis vectors.
-        probe: law of the probes: "rademacher" is exact for diagonal Jacobians.
-        probes: number of probes.
+        probe: law of random probes, "rademacher" where None: exact for diagonal Jacobians.
+        probes: number of random probes, 1 where None.
         first: number of the first image, where these are a part of a set.
         batch_size: images solved together.
         progress: show a bar over batches.
 
     Raises:
-        ValueError: for images that are not such integers, or labels the model cannot take.
+        ValueError: for images that are not such integers, labels the model cannot take, or an
+            option that has no meaning for this solver or trace.
         NonFiniteError: names the first image whose likelihood is not finite.
     """
+    fixed = solver != "dopri5"
+    _refuse(solver, tolerance=tolerance if fixed else None, steps=None if fixed else steps)
+    if trace == "exact":
+        _refuse("exact trace", probe=probe, probes=probes)
+    steps, tolerance = 100 if steps is None else steps, 1e-5 if tolerance is None else tolerance
+    probe, probes = probe or "rademacher", 1 if probes is None else probes
     if min(k, batch_size, probes, steps) < 1:
         raise ValueError(
             "expected k, batch_size, probes and steps of at least 1, "
@@ -159,7 +166,8 @@ def ode_log_likelihood(
         draws, evaluations = [], 0
         for name in names:
             vectors = None if trace == "exact" else _probes(model, name, probe, probes)
-            densities, count = trajectory.score(_noisy(model, images[rows], name), chunk, vectors)
+            x = _noisy(model, images[rows], name)
+            densities, count = trajectory.score(x, chunk, vectors, numbers)
             draws.append(densities)
             evaluations += count * len(name)
         return *_averaged(torch.stack(draws)), evaluations
@@ -168,8 +176,7 @@ def ode_log_likelihood(
     with _evaluating(model):
         results = current().spread(starts, score, bar="scoring" if progress else None)
     nats = torch.cat([mean for mean, _, _ in results])
-    _check_finite(nats)
-    fixed = solver != "dopri5"
+    check_finite(nats, first, "the model's velocity overflows on it")
     return OdeEstimate(
         nats=nats - model.dims * grey.nats_per_level_interval(model.levels),
         dims=model.dims,
@@ -188,6 +195,13 @@ def ode_log_likelihood(
     )
 
 
+def _refuse(what: str, **options: object) -> None:
+    """Raise ValueError for the first option that is given."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name} has no meaning for {what}: expected none, got {value!r}")
+
+
 @final
 @dataclass(frozen=True)
 class _Trajectory:
@@ -203,12 +217,14 @@ class _Trajectory:
         x: Float[Tensor, "batch channels height width"],
         label: Int[Tensor, " batch"] | None,
         vectors: Float[Tensor, "probes batch channels height width"] | None,
+        numbers: range,
     ) -> tuple[Float[Tensor, "batch probes"], int]:
         """ln p(x) in nats by each probe, one column if exact, float64 on the CPU; evaluations."""
         count = 1 if vectors is None else len(vectors)
         log_abs_det = x.new_zeros(len(x), count)
         field = with_divergence(self.model, label, vectors)
-        solved = solve(field, (x, log_abs_det), self.times, self.solver, self.tolerance)
+        names = [f"image {number}" for number in numbers]
+        solved = solve(field, (x, log_abs_det), self.times, self.solver, self.tolerance, names)
         z, log_abs_det = solved.state
         prior = DiagonalGaussian(torch.ones_like(z[0])).log_prob(z)
         return (prior[:, None] + log_abs_det).double().cpu(), solved.evaluations
@@ -228,11 +244,10 @@ def with_divergence(
             None: the trace itself, one backward pass per dimension, as one column.
     """
 
-    def field(t: float, state: State) -> State:
+    def field(t: Tensor, state: State) -> State:
         with torch.enable_grad():
             x = state[0].detach().requires_grad_()
-            times = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
-            v = model.velocity(x, times, label)
+            v = model.velocity(x, t, label)
         probes = _basis(x) if vectors is None else vectors
         traces = []
         for index, z in enumerate(probes):
@@ -307,13 +322,19 @@ def _blur(model: PathModel) -> float:
     return float(data.sigma / data.alpha)
 
 
-def _check_finite(nats: Tensor) -> None:
-    if not bool(nats.isfinite().all()):
-        index = int((~nats.isfinite()).nonzero()[0, 0])
+def check_finite(nats: Float[Tensor, " n"], first: int, why: str) -> None:
+    """Raise NonFiniteError that names the first image that has no finite likelihood.
+
+    Args:
+        nats: of each image.
+        first: number of the first of them in the set that they are a part of.
+        why: what it means.
+    """
+    failed = (~nats.isfinite()).nonzero()[:, 0].tolist()
+    if failed:
         raise NonFiniteError(
-            f"log-likelihood of image {index} is {float(nats[index])} "
-            f"({int((~nats.isfinite()).sum())} of {len(nats)} are not finite): "
-            "the model's velocity overflows on it"
+            f"log-likelihood of image {first + failed[0]} is {float(nats[failed[0]])} "
+            f"({len(failed)} of {len(nats)} are not finite): {why}"
         )
 
 

@@ -1,27 +1,43 @@
-"""Ordinary differential equations along a path: fixed grids of our own, dopri5 of torchdiffeq.
+"""Ordinary differential equations along a path, on fixed grids and by steps chosen on the way.
 
-A state is a tuple of tensors, such as (x, ln det). On a fixed grid every sample is computed by
-itself, so that its result does not depend on its batch; the adaptive solver shares one step size.
+A state is a tuple of tensors of one row per sample, such as (x, ln det). Every row is computed by
+itself, the steps of the adaptive solver included: its result does not depend on its batch mates.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Literal, final, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from exactflow.core.model import NonFiniteError
 from exactflow.paths.path import Path
 
 State = tuple[Tensor, ...]
-Field = Callable[[float, State], State]  # time, state -> rate of the state
+Field = Callable[[Tensor, State], State]  # time of each row, state -> rate of the state
+_Field = Callable[[float, State], State]  # one time for all rows
 OdeSolver = Literal["euler", "midpoint", "heun", "dopri5"]
 
 EVALUATIONS_PER_STEP = {"euler": 1, "midpoint": 2, "heun": 2}
+# Dormand and Prince, A family of embedded Runge-Kutta formulae, 1980: the last stage is the result,
+# and its slope the first of the next step.
+NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
+WEIGHTS = (
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+ERROR_WEIGHTS = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+SAFETY, LEAST_FACTOR, MOST_FACTOR = 0.9, 0.2, 10.0  # from one step to the next
+LEAST_STEP = 1e-14  # of the whole way
+MOST_STEPS = 10_000
 
 
 @final
@@ -39,22 +55,25 @@ def solve(
     times: Sequence[float],
     solver: OdeSolver = "heun",
     tolerance: float = 1e-5,
+    names: Sequence[object] | None = None,
+    lost: Literal["raise", "nan"] = "raise",
 ) -> Solution:
     """Follow d state / dt = field(t, state) from the first of `times` to the last.
 
     Args:
         field: rate of every tensor of the state.
-        state: where to start; all tensors floating, for "dopri5" of one dtype.
+        state: where to start; all tensors floating, of one row per sample.
         times: rising or falling. Fixed solvers take one step between neighbours; "dopri5" (Dormand
             & Prince, order 5) chooses its own steps between the first and the last.
         solver: "euler" (order 1), "midpoint", "heun" (order 2), "dopri5".
-        tolerance: relative and absolute error of a step of "dopri5": the largest over the state's
-            tensors, the log-determinant included, of the root mean square over its values.
+        tolerance: relative and absolute error of a step of "dopri5": in each row, the largest over
+            the state's tensors, the log-determinant included, of the root mean square over values.
+        names: of the rows, for an error.
+        lost: what a row does in which "dopri5" cannot meet its tolerance: an error, or NaN.
 
     Raises:
         ValueError: for an unknown solver, times that do not rise or fall, no tolerance.
-        ModuleNotFoundError: "dopri5" without torchdiffeq.
-        NonFiniteError: "dopri5" cannot meet its tolerance.
+        NonFiniteError: "dopri5" cannot meet its tolerance, and in which row.
     """
     if solver not in get_args(OdeSolver):
         raise ValueError(f"expected solver {' | '.join(get_args(OdeSolver))}, got {solver!r}")
@@ -62,10 +81,14 @@ def solve(
     if not steps or not (min(steps) > 0 or max(steps) < 0):
         raise ValueError(f"expected at least two times, rising or falling, got {list(times)}")
     if solver == "dopri5":
-        return _dopri5(field, state, times[0], times[-1], tolerance)
+        return _dopri5(field, state, (times[0], times[-1]), tolerance, names, lost)
+
+    def at(t: float, here: State) -> State:
+        return field(here[0].new_full((len(here[0]),), t), here)
+
     advance = {"euler": _euler, "midpoint": _midpoint, "heun": _heun}[solver]
     for t, step in zip(times, steps, strict=False):
-        state = advance(field, t, step, state)
+        state = advance(at, t, step, state)
     return Solution(state, EVALUATIONS_PER_STEP[solver] * len(steps))
 
 
@@ -109,55 +132,123 @@ def _moved(state: State, step: float, rate: State) -> State:
     return tuple(y + step * dy for y, dy in zip(state, rate, strict=True))
 
 
-def _euler(field: Field, t: float, step: float, state: State) -> State:
+def _euler(field: _Field, t: float, step: float, state: State) -> State:
     return _moved(state, step, field(t, state))
 
 
-def _midpoint(field: Field, t: float, step: float, state: State) -> State:
+def _midpoint(field: _Field, t: float, step: float, state: State) -> State:
     half = _moved(state, step / 2, field(t, state))
     return _moved(state, step, field(t + step / 2, half))
 
 
-def _heun(field: Field, t: float, step: float, state: State) -> State:
+def _heun(field: _Field, t: float, step: float, state: State) -> State:
     here = field(t, state)
     there = field(t + step, _moved(state, step, here))
     return _moved(_moved(state, step / 2, here), step / 2, there)
 
 
-def _dopri5(field: Field, state: State, first: float, last: float, tolerance: float) -> Solution:
-    """The whole way is one unit of the solver's time, whose end is a step's end.
+def _dopri5(
+    field: Field,
+    state: State,
+    ends: tuple[float, float],
+    tolerance: float,
+    names: Sequence[object] | None,
+    lost: Literal["raise", "nan"],
+) -> Solution:
+    """Every row has a time and a step of its own; all rows are evaluated until the last is done.
 
-    So the field is never asked for beyond the last time, where a path may be singular.
+    The whole way is one unit of time, and steps are powers of two: what other rows change in the
+    rounding of a row does not change its steps, unless an error lies on a threshold itself. The
+    field is never asked for beyond the last time, where a path may be singular.
     """
     if not 0 < tolerance < math.inf:
         raise ValueError(f"expected tolerance > 0, got {tolerance}")
-    try:
-        odeint = import_module("torchdiffeq").odeint
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the solver 'dopri5' needs torchdiffeq: pip install 'torchdiffeq>=0.2.5'"
-        ) from error
-    evaluations = 0
+    evaluations, like = 0, state[0]
+    first, last = torch.tensor(ends, dtype=torch.float64, device=like.device)
 
-    def rate(unit: Tensor, here: State) -> State:
+    def rate(place: Tensor, here: State) -> State:
         nonlocal evaluations
         evaluations += 1
-        moved = field(first + float(unit.detach()) * (last - first), here)
-        return tuple((last - first) * dy for dy in moved)
+        moved = field(torch.lerp(first, last, place).to(like.dtype), here)
+        return tuple((ends[1] - ends[0]) * dy for dy in moved)
 
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=state[0].device)
-    try:
-        solved = odeint(
-            rate,
-            state,
-            ends,
-            rtol=tolerance,
-            atol=tolerance,
-            method="dopri5",
-            options={"step_t": ends[1:]},
-        )
-    except AssertionError as error:  # how torchdiffeq reports a step that vanishes
-        raise NonFiniteError(
-            f"dopri5 does not get from t = {first} to {last} with tolerance {tolerance}: {error}"
-        ) from error
-    return Solution(tuple(y[-1] for y in solved), evaluations)
+    place = torch.zeros(len(like), dtype=torch.float64, device=like.device)
+    slope = rate(place, state)
+    step = _first_steps(rate, state, slope, tolerance)
+    stuck = torch.zeros_like(place, dtype=torch.bool)
+    for _ in range(MOST_STEPS):
+        step = torch.minimum(step, 1 - place)  # 0 where a row is done
+        slopes, moved = [slope], state
+        for node, weights in zip(NODES, WEIGHTS, strict=True):
+            moved = _along(state, step, slopes, weights)
+            slopes.append(rate(place + node * step, moved))
+        nothing = tuple(torch.zeros_like(y) for y in state)
+        error = _size(_along(nothing, step, slopes, ERROR_WEIGHTS), state, moved, tolerance)
+        good = error <= 1  # not if NaN
+        place = torch.where(good, place + step, place)  # exact: few bits each
+        state, slope = _chosen(good, moved, state), _chosen(good, slopes[-1], slope)
+        wish = (SAFETY * error**-0.2).nan_to_num(LEAST_FACTOR, posinf=MOST_FACTOR)
+        wish = wish.clamp(LEAST_FACTOR, MOST_FACTOR)
+        step = _power_of_two(step * torch.where(good, wish.clamp(min=1), wish))
+        stuck = (place < 1) & (step < LEAST_STEP)
+        if bool(stuck.any()):
+            if lost == "raise":
+                break
+            state = _chosen(stuck, tuple(torch.full_like(y, math.nan) for y in state), state)
+            place = torch.where(stuck, 1.0, place)
+        if bool((place == 1).all()):
+            return Solution(state, evaluations)
+    row = int((stuck if bool(stuck.any()) else place < 1).nonzero()[0, 0])
+    of = "" if names is None else f" for {names[row]}"
+    at = float(torch.lerp(first, last, place[row]))
+    raise NonFiniteError(
+        f"dopri5 does not get from t = {ends[0]} to {ends[1]} with tolerance {tolerance}{of}: at "
+        f"t = {at:.6g} its step is {float(step[row]):.1e} of the way (a velocity that is "
+        f"not finite or too steep, or a tolerance below the rounding of {like.dtype})"
+    )
+
+
+def _first_steps(
+    rate: Callable[[Tensor, State], State], state: State, slope: State, tolerance: float
+) -> Float[Tensor, " batch"]:
+    """Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4."""
+    position, speed = (_size(y, state, state, tolerance) for y in (state, slope))
+    small = (position < 1e-5) | (speed < 1e-5)
+    trial = torch.where(small, 1e-6, 0.01 * position / speed).nan_to_num(1e-6).clamp(1e-6, 1)
+    there = rate(trial, _along(state, trial, [slope], (1.0,)))
+    change = tuple(b - a for a, b in zip(slope, there, strict=True))
+    bend = torch.maximum(speed, _size(change, state, state, tolerance) / trial)
+    step = torch.where(bend <= 1e-15, (1e-3 * trial).clamp(min=1e-6), (0.01 / bend) ** 0.2)
+    return _power_of_two(torch.minimum(100 * trial, step).nan_to_num(1e-6).clamp(1e-6, 1))
+
+
+def _power_of_two(step: Tensor) -> Tensor:
+    """The largest that is not above each step; 0 for 0."""
+    return torch.where(step > 0, step.log2().floor().exp2(), 0.0)
+
+
+def _along(state: State, step: Tensor, slopes: Sequence[State], weights: Sequence[float]) -> State:
+    """state + step * (weighted sum of slopes), each row by its own step."""
+    found = []
+    for index, y in enumerate(state):
+        total = sum(w * k[index] for w, k in zip(weights, slopes, strict=True) if w)
+        found.append(y + _spread(step.to(y.dtype), y) * total)
+    return tuple(found)
+
+
+def _chosen(good: Tensor, yes: State, no: State) -> State:
+    return tuple(torch.where(_spread(good, b), a, b) for a, b in zip(yes, no, strict=True))
+
+
+def _size(error: State, before: State, after: State, tolerance: float) -> Float[Tensor, " batch"]:
+    """In units of the tolerance: of each row, the largest root mean square over the tensors."""
+    sizes = []
+    for e, a, b in zip(error, before, after, strict=True):
+        scale = tolerance * (1 + torch.maximum(a.abs(), b.abs()).double())
+        sizes.append((e.double() / scale).square().reshape(len(e), -1).mean(1).sqrt())
+    return torch.stack(sizes).amax(0)
+
+
+def _spread(values: Tensor, like: Tensor) -> Tensor:
+    """One value per row, shaped to meet `like`."""
+    return values.reshape(-1, *(1,) * (like.dim() - 1))

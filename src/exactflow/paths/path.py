@@ -221,7 +221,8 @@ class DiscreteBetas(Path):
     def at(self, t: Float[Tensor, "*times"]) -> Point:
         knots, place = self._log_alpha.to(t), self.step_of(t) + 1
         below = place.floor().clamp(0, len(self.betas) - 1)
-        left, right = knots[below.long()], knots[below.long() + 1]
+        index = below.nan_to_num().long()  # a time that is NaN gives NaN
+        left, right = knots[index], knots[index + 1]
         log_alpha = left + (place - below) * (right - left)
         return _variance_preserving(log_alpha, (left - right) * len(self.betas))
 
@@ -285,7 +286,8 @@ class InterpolatedCosine(Path):
 
     def time_of(self, log_snr: Float[Tensor, "*times"]) -> Float[Tensor, "*times"]:
         wanted = log_snr.double()
-        return _bisect(lambda t: self._log_snr(t)[0] < wanted, wanted).to(log_snr.dtype)
+        found = _bisect(lambda t: self._log_snr(t)[0] < wanted, wanted)
+        return found.where(~wanted.isnan(), wanted).to(log_snr.dtype)
 
     def _log_snr(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Log-SNR and its rate."""

@@ -3,6 +3,7 @@
 Guided samples no longer follow the model's density.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -44,9 +45,9 @@ class Guidance:
             raise ValueError(
                 f"expected guidance schedule 'linear' or 'constant', got {self.schedule!r}"
             )
-        if not self.scale >= 0 or not self.temperature > 0:
+        if not 0 <= self.scale < math.inf or not self.temperature > 0:
             raise ValueError(
-                "expected guidance scale >= 0 and temperature > 0, "
+                "expected a finite guidance scale >= 0 and temperature > 0, "
                 f"got {self.scale}, {self.temperature}"
             )
 

@@ -1,8 +1,9 @@
 """Samples of models on a path, by its differential equation or by its chain."""
 
+import math
 import time
 from collections.abc import Sequence
-from typing import ClassVar, cast, final
+from typing import ClassVar, Literal, cast, final
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +25,7 @@ ODE_SOLVERS = ("euler", "midpoint", "heun", "dopri5", "dpm++")
 CHAIN_SOLVERS = ("ancestral", "ddim")
 STEPS = {"ancestral": 250, "ddim": 50, "dpm++": 50}  # where none are given; others take 50
 TOLERANCE = 1e-5  # of "dopri5"
+OnNonFinite = Literal["raise", "omit"]
 SIGMA_MAX, SIGMA_MIN = 160.0, 1e-2  # noise levels that HDiT is sampled between
 
 
@@ -38,9 +40,10 @@ def sample_path(
     steps: int | None = None,
     tolerance: float | None = None,
     batch_size: int = 64,
+    on_nonfinite: OnNonFinite = "raise",
     progress: bool = False,
 ) -> Samples:
-    """Draw `n` samples; sample k is a function of seed + k (with "dopri5" to its tolerance).
+    """Draw `n` samples; sample k is a function of seed + k, whatever its batch.
 
     Args:
         model: a model on a path.
@@ -51,14 +54,16 @@ def sample_path(
             chain "ancestral" or "ddim" besides; "auto": ancestral, dpm++ on a path of log-SNRs,
             heun.
         scale: of classifier-free guidance, w in (1 + w) conditional - w unconditional.
-        steps: of the solver; "dopri5" chooses its own.
+        steps: of the solver, of a chain at most its own; "dopri5" chooses its own.
         tolerance: of "dopri5".
         batch_size: samples drawn together.
+        on_nonfinite: what a NaN or an infinity does: an error, or left out and reported.
         progress: show a bar.
 
     Raises:
         NonFiniteError: names the first seed whose sample is not finite.
-        ValueError: for a solver or steps that the model does not have.
+        ValueError: for a solver or steps that the model does not have, and for an option that has
+            no meaning for this solver.
     """
     known = (*CHAIN_SOLVERS, *ODE_SOLVERS) if isinstance(model, ChainModel) else ODE_SOLVERS
     if solver == "auto":
@@ -66,23 +71,50 @@ def sample_path(
         solver = "ancestral" if isinstance(model, ChainModel) else "dpm++" if fine else "heun"
     if solver not in known:
         raise ValueError(f"expected solver auto | {' | '.join(known)}, got {solver!r}")
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"expected a finite guidance scale >= 0, got {scale}")
     if scale and label is None:
         raise ValueError("guidance needs labels to guide to")
-    count = STEPS.get(solver, 50) if steps is None else steps
+    count = _steps(model, solver, steps)
+    if solver != "dopri5" and tolerance is not None:
+        raise ValueError(f"tolerance has no meaning for the solver {solver!r}: it is of 'dopri5'")
+    began = time.perf_counter()
     if isinstance(model, ChainModel) and solver in CHAIN_SOLVERS:
-        return _by_chain(model, n, label, seed, solver, scale, count, batch_size, progress)
-    began, evaluations, parts = time.perf_counter(), 0, []
+        x, evaluations = _by_chain(
+            model, n, label, seed, solver, scale, count, batch_size, progress
+        )
+        failures = _failures(x, range(seed, seed + n), on_nonfinite)
+        return _samples(model, x, label, seed, evaluations, failures, began)
+    evaluations, parts, failures = 0, [], {}
     guided = ClassifierFree(model, scale) if scale else model
     starts = range(0, n, batch_size)
     with evaluating(model):
         for first in tracked(starts, len(starts), "sampling", shown=progress):
             seeds = range(seed + first, seed + min(first + batch_size, n))
             chunk = None if label is None else label[first : first + len(seeds)]
-            x, passes = _solved(guided, _noise(model, seeds), chunk, solver, count, tolerance)
-            _check_finite(x, seeds)
+            noise = _noise(model, seeds)
+            lost = "raise" if on_nonfinite == "raise" else "nan"
+            x, passes = _solved(guided, noise, seeds, chunk, solver, count, tolerance, lost)
+            failures |= _failures(x, seeds, on_nonfinite)
             parts.append(x)
             evaluations += passes * (2 if scale else 1)
-    return _samples(model, torch.cat(parts), label, seed, evaluations, began)
+    return _samples(model, torch.cat(parts), label, seed, evaluations, failures, began)
+
+
+def _steps(model: PathModel, solver: str, steps: int | None) -> int:
+    """How many this solver takes. Raises ValueError for a number that it cannot take."""
+    most, least = None, 1
+    if isinstance(model, ChainModel) and solver in CHAIN_SOLVERS:
+        most, least = model.chain.steps, min(2, model.chain.steps)
+    if steps is None:
+        usual = STEPS.get(solver, 50)
+        return usual if most is None else min(usual, most)
+    if solver == "dopri5":
+        raise ValueError("steps has no meaning for the solver 'dopri5', which chooses its own")
+    if steps < least or (most is not None and steps > most):
+        allowed = f"steps >= {least}" if most is None else f"{least} .. {most} steps of this chain"
+        raise ValueError(f"expected {allowed}, got {steps}")
+    return steps
 
 
 def _noise(model: PathModel, seeds: range) -> Tensor:
@@ -95,10 +127,12 @@ def _noise(model: PathModel, seeds: range) -> Tensor:
 def _solved(
     model: PathModel,
     noise: Tensor,
+    seeds: range,
     label: Tensor | None,
     solver: str,
     steps: int,
     tolerance: float | None,
+    lost: Literal["raise", "nan"],
 ) -> tuple[Tensor, int]:
     """The end of the probability flow from noise, and passes of the network."""
     times = _times(model, solver, steps)
@@ -107,13 +141,13 @@ def _solved(
         found = dpm_solver(model, sigma * noise, times, label)
         return found.x, found.evaluations
 
-    def field(t: float, state: State) -> State:
-        (x,) = state
-        at = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
-        return (model.velocity(x, at, label),)
+    def field(t: Tensor, state: State) -> State:
+        return (model.velocity(state[0], t, label),)
 
     method = cast("OdeSolver", solver)  # checked by `sample_path`
-    solution = solve(field, (sigma * noise,), times, method, tolerance or TOLERANCE)
+    names = [f"the sample of seed {seed}" for seed in seeds]
+    tolerance = TOLERANCE if tolerance is None else tolerance
+    solution = solve(field, (sigma * noise,), times, method, tolerance, names, lost)
     return solution.state[0], solution.evaluations
 
 
@@ -138,9 +172,8 @@ def _by_chain(
     steps: int,
     batch_size: int,
     progress: bool,
-) -> Samples:
-    began, whole = time.perf_counter(), model.chain.steps
-    respacing = "" if steps >= whole else str(steps)
+) -> tuple[Tensor, int]:
+    respacing = "" if steps == model.chain.steps else str(steps)
     with evaluating(model):
         drawn = sample_chain(
             model,
@@ -151,39 +184,51 @@ def _by_chain(
             respacing=respacing,
             wrap=(lambda network: classifier_free(network, network, scale)) if scale else None,
             batch_size=batch_size,
+            check_finite=False,  # by the caller, which may leave samples out
             progress=progress,
         )
-    return _samples(model, drawn.x, label, seed, drawn.evaluations, began)
+    return drawn.x, drawn.evaluations
 
 
 def _samples(
-    model: PathModel, x: Tensor, label: Tensor | None, seed: int, evaluations: int, began: float
+    model: PathModel,
+    x: Tensor,
+    label: Tensor | None,
+    seed: int,
+    evaluations: int,
+    failures: dict[int, str],
+    began: float,
 ) -> Samples:
+    """Without the samples that failed."""
+    kept = [row for row in range(len(x)) if seed + row not in failures]
+    x = x[kept]
     return Samples(
         x=x,
         images=model.to_grey_levels(x),
-        seeds=tuple(range(seed, seed + len(x))),
-        label=label,
+        seeds=tuple(seed + row for row in kept),
+        label=None if label is None else label[kept],
         evaluations=evaluations,
         iterations=(),
         seconds=time.perf_counter() - began,
         certificate=torch.full((len(x),), torch.nan),
         repairs=(),
         beyond_tolerance=(),
-        failures={},
+        failures=failures,
         trace=None,
         passes=None,
     )
 
 
-def _check_finite(x: Tensor, seeds: range) -> None:
+def _failures(x: Tensor, seeds: range, on_nonfinite: OnNonFinite) -> dict[int, str]:
+    """Seed -> place of samples that are not finite. Raises NonFiniteError unless told to omit."""
     finite = x.flatten(1).isfinite().all(1)
-    if not bool(finite.all()):
-        seed = seeds[int((~finite).nonzero()[0, 0])]
+    failed = [seeds[row] for row in (~finite).nonzero()[:, 0].tolist()]
+    if failed and on_nonfinite == "raise":
         raise NonFiniteError(
-            f"the sample of seed {seed} is not finite "
-            f"({int((~finite).sum())} of {len(seeds)} samples of this batch are not)"
+            f"the sample of seed {failed[0]} is not finite "
+            f"({len(failed)} of {len(seeds)} samples of this batch are not)"
         )
+    return dict.fromkeys(failed, "the image")
 
 
 @final

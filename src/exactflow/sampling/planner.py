@@ -27,7 +27,6 @@ from exactflow.sampling.plan import (
     Candidate,
     InversionPlan,
     Measured,
-    keep_plans,
     read_plans,
 )
 
@@ -233,9 +232,9 @@ class _Probe:
 def planned_solvers(model: Flow, rows: int, tolerance: float | None) -> Sequence[Solver]:
     """What the plan beside the model says for `rows` samples at once; sequential without a plan.
 
-    A plan made on another machine or for another dtype is measured anew and kept beside it. One
-    for fewer samples does not count, since more samples leave parallel passes less to win; nor
-    one that allows for more error than `tolerance`.
+    A plan of another machine or dtype does not count, and a warning says so. One for fewer samples
+    does not either, since more samples leave parallel passes less to win; nor one that allows for
+    more error than `tolerance`. Nothing is measured or written here: `make_plan` is asked for.
     """
     sequential = [Sequential(Decoding())] * number_of_blocks(model)
     if model.home is None or not (model.home / PLAN_FILE).is_file():
@@ -244,12 +243,11 @@ def planned_solvers(model: Flow, rows: int, tolerance: float | None) -> Sequence
     here = [p for p in plans if (p.machine, p.dtype) == _identity(model)]
     if plans and not here:
         warnings.warn(
-            f"{model.home / PLAN_FILE} was measured elsewhere ({plans[0].machine}, "
-            f"{plans[0].dtype}): measuring anew for {rows} samples",
+            f"{model.home / PLAN_FILE} is not used: it was measured on {plans[0].machine}, "
+            f"{plans[0].dtype}, and this is {', '.join(_identity(model))}; "
+            "`exactflow plan` measures here",
             stacklevel=3,
         )
-        here = [make_plan(model, rows, tolerance=tolerance)]
-        keep_plans(model.home, here)
     limit = tolerance_of(autoregressive_parts(model)[0], tolerance) if here else 0.0
     fitting = [p for p in here if p.batch_size >= rows and p.tolerance <= limit]
     return min(fitting, key=lambda p: p.batch_size).solvers() if fitting else sequential

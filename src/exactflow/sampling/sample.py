@@ -58,9 +58,10 @@ def sample(
         guidance: scale of the published rule with its linear ramp, or a `Guidance`; on a path, of
             classifier-free guidance.
         steps: of a solver on a path; None: its usual number.
-        tolerance: backward error that counts as exact, of a block for solvers and repairs, of the
-            whole for `Samples.beyond_tolerance`; None: what rounding leaves of the network's dtype;
-            0: named solvers compute every token from its final prefix.
+        tolerance: of a flow, backward error that counts as exact, of a block for solvers and
+            repairs, of the whole for `Samples.beyond_tolerance`; None: what rounding leaves of the
+            network's dtype; 0: named solvers compute every token from its final prefix. On a path,
+            of "dopri5".
         denoise: one step of score denoising; None: for models trained with Gaussian noise.
         temperature: factor on the prior's standard deviation.
         batch_size: samples decoded together.
@@ -71,7 +72,8 @@ def sample(
 
     Raises:
         NonFiniteError: names the block, token and seed.
-        ValueError: for labels or guidance the model cannot take.
+        ValueError: for labels or guidance the model cannot take, and for an option that has no
+            meaning for this model and solver.
     """
     if n < 1 or batch_size < 1 or not temperature >= 0:
         raise ValueError(
@@ -109,15 +111,26 @@ def sample(
     began = time.perf_counter()
     if isinstance(model, PathModel):
         _refuse(denoise=denoise, trace=trace, profile=profile, temperature=temperature != 1)
-        if not isinstance(solver, str) or isinstance(guidance, Guidance):
-            raise ValueError("a model on a path takes the name of a solver and a guidance scale")
-        options = {"steps": steps, "tolerance": tolerance, "batch_size": batch_size}
+        if not isinstance(solver, str):
+            raise ValueError(f"a model on a path takes the name of a solver, got {solver!r}")
         return sample_path(
-            model, n, labels, seed, solver, float(guidance), **options, progress=progress
+            model,
+            n,
+            labels,
+            seed,
+            solver,
+            _scale(guidance),
+            steps=steps,
+            tolerance=tolerance,
+            batch_size=batch_size,
+            on_nonfinite=on_nonfinite,
+            progress=progress,
         )
     if not isinstance(model, Flow):
         raise ValueError(f"expected a flow or a model on a path, got {model.kind!r}")
-    _refuse(steps=steps)
+    _refuse(steps=steps is not None)
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise ValueError(f"expected a finite tolerance >= 0, got {tolerance}")
     rule = _guidance(model, guidance, labels)
     if isinstance(solver, str):
         rows = min(n, batch_size) * (1 if rule is None else 2)
@@ -165,6 +178,20 @@ def _refuse(**options: object) -> None:
     for name, value in options.items():
         if value:
             raise ValueError(f"{name} has no meaning for this model")
+
+
+def _scale(guidance: float | Guidance) -> float:
+    """Of classifier-free guidance, which has nothing else to choose."""
+    if not isinstance(guidance, Guidance):
+        return float(guidance)
+    for name in ("rule", "schedule", "temperature"):
+        given = getattr(guidance, name)
+        if given != getattr(Guidance(guidance.scale), name):
+            raise ValueError(
+                f"the guidance {name} {given!r} has no meaning for this model: a model on a path "
+                "is guided by a scale alone"
+            )
+    return guidance.scale
 
 
 def _named(model: Flow, name: str, rows: int, tolerance: float | None) -> Solver | Sequence[Solver]:

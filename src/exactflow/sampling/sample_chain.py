@@ -54,6 +54,7 @@ def sample_chain(
     wrap: Callable[[Network], Network] | None = None,
     low: Float[Tensor, "n channels low_height low_width"] | None = None,
     batch_size: int = 64,
+    check_finite: bool = True,
     progress: bool = False,
 ) -> ChainSamples:
     """Draw `n` samples; sample k is a function of seed + k, whatever `n` and `batch_size`.
@@ -71,6 +72,7 @@ def sample_chain(
             still counted.
         low: the small images that an upsampler enlarges, in [-1, 1].
         batch_size: samples drawn together.
+        check_finite: whether a sample that is not finite is an error; else it is in the result.
         progress: show a bar over steps.
 
     Raises:
@@ -84,7 +86,7 @@ def sample_chain(
     chain = model.chain.respaced(respacing)
     if model.num_classes or guidance is None:
         model.check_label(label, n)
-    batches = _Batches(model, chain, rule, guidance, wrap)
+    batches = _Batches(model, chain, rule, guidance, wrap, check_finite)
     parts, starts = [], range(0, n, batch_size)
     total = len(starts) * chain.steps
     with shown_progress(total, "sampling", unit="evaluations", quiet=not progress) as advance:
@@ -117,9 +119,10 @@ class _Batches:
         rule: ReverseRule,
         guidance: ClassifierGuidance | None,
         wrap: Callable[[Network], Network] | None,
+        check_finite: bool,
     ) -> None:
         self._model, self._chain, self._rule, self._guidance = model, chain, rule, guidance
-        self._wrap = wrap or (lambda network: network)
+        self._wrap, self._check_finite = wrap or (lambda network: network), check_finite
         self.evaluations = 0
 
     def draw(
@@ -139,7 +142,7 @@ class _Batches:
             x = self._rule.advance(self._chain, network, x, step, label, fresh, self._guidance)
             advanced()
         finite = x.flatten(1).isfinite().all(1)
-        if not bool(finite.all()):
+        if self._check_finite and not bool(finite.all()):
             failed = seeds[int((~finite).nonzero()[0, 0])]
             raise NonFiniteError(f"the sample of seed {failed} is not finite")
         return x

@@ -1,0 +1,119 @@
+"""An option that this model and solver do not have is refused, on paths as for flows."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import exactflow
+from exactflow.core.model import GenerativeModel, NonFiniteError
+from exactflow.likelihood.ode_estimate import ode_log_likelihood
+from exactflow.paths.path_model import PathModel
+from exactflow.sampling.guidance import Guidance
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, GenerativeModel]:
+    torch.manual_seed(0)
+    return {
+        "flow": exactflow.build("tarflow-tiny", num_classes=2),
+        "path": exactflow.build("flow-matching-tiny", num_classes=2),
+        "chain": exactflow.build("iddpm-tiny", num_classes=2),
+        "levels": exactflow.build("hdit-tiny"),
+    }
+
+
+NO_MEANING: list[tuple[str, dict[str, Any], str]] = [
+    ("chain", {"steps": 21}, r"expected 2 \.\. 20 steps of this chain, got 21"),
+    ("chain", {"solver": "ddim", "steps": 21}, r"expected 2 \.\. 20 steps of this chain, got 21"),
+    ("chain", {"steps": 0}, r"expected 2 \.\. 20 steps of this chain, got 0"),
+    ("chain", {"tolerance": 1e-3}, "tolerance has no meaning for the solver 'ancestral'"),
+    ("chain", {"guidance": -1.0, "label": 0}, "expected a finite guidance scale >= 0, got -1"),
+    ("path", {"steps": 0}, "expected steps >= 1, got 0"),
+    ("path", {"solver": "heun", "tolerance": 1e-3}, "tolerance has no meaning .* 'heun'"),
+    ("path", {"solver": "heun", "tolerance": 0.0}, "tolerance has no meaning .* 'heun'"),
+    ("path", {"solver": "dopri5", "tolerance": 0.0}, "expected tolerance > 0, got 0"),
+    ("path", {"solver": "dopri5", "steps": 9}, "steps has no meaning for the solver 'dopri5'"),
+    ("path", {"guidance": -1.0, "label": 0}, "expected a finite guidance scale >= 0, got -1"),
+    ("path", {"guidance": math.inf, "label": 0}, "expected a finite guidance scale >= 0, got inf"),
+    ("path", {"temperature": 0.5}, "temperature has no meaning for this model"),
+    ("path", {"guidance": Guidance(1.0, rule="gaussian-score")}, "guidance rule 'gaussian-score'"),
+    ("path", {"guidance": Guidance(1.0, schedule="constant")}, "guidance schedule 'constant'"),
+    ("chain", {"guidance": Guidance(0.0, temperature=0.3)}, "guidance temperature 0.3 has no"),
+    ("levels", {"tolerance": 1e-3}, "tolerance has no meaning for the solver 'dpm\\+\\+'"),
+    ("flow", {"steps": 0}, "steps has no meaning for this model"),
+    ("flow", {"tolerance": -1.0}, "expected a finite tolerance >= 0, got -1"),
+    ("flow", {"tolerance": math.nan}, "expected a finite tolerance >= 0, got nan"),
+    ("flow", {"guidance": math.inf, "label": 0}, "expected a finite guidance scale >= 0"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "message"), NO_MEANING)
+def test_what_has_no_meaning_is_refused(
+    kind: str, options: dict[str, Any], message: str, models: dict[str, GenerativeModel]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        exactflow.sample(models[kind], 1, **options)
+
+
+def test_what_has_one_meaning_may_be_said_in_both_ways(models: dict[str, GenerativeModel]) -> None:
+    """A scale, or a rule that is nothing but its scale."""
+    plain = exactflow.sample(models["path"], 1, 0, guidance=1.5, solver="euler", steps=2)
+    ruled = exactflow.sample(models["path"], 1, 0, guidance=Guidance(1.5), solver="euler", steps=2)
+    assert torch.equal(plain.x, ruled.x)
+    whole = exactflow.sample(models["chain"], 1, 0)
+    assert torch.equal(exactflow.sample(models["chain"], 1, 0, steps=20).x, whole.x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": "heun", "tolerance": 1e-3}, "tolerance has no meaning for heun"),
+        ({"steps": 5}, "steps has no meaning for dopri5"),
+        ({"trace": "exact", "probes": 2}, "probes has no meaning for exact trace"),
+        ({"trace": "exact", "probe": "gaussian"}, "probe has no meaning for exact trace"),
+        ({"tolerance": 0.0}, "expected tolerance > 0, got 0"),
+    ],
+)
+def test_an_estimate_refuses_them_too(
+    options: dict[str, Any], message: str, models: dict[str, GenerativeModel]
+) -> None:
+    model = models["path"]
+    assert isinstance(model, PathModel)
+    with pytest.raises(ValueError, match=message):
+        ode_log_likelihood(model, torch.zeros(1, *model.event_shape, dtype=torch.int64), **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "solver"),
+    [("path", "euler"), ("path", "dopri5"), ("chain", "ancestral"), ("chain", "dopri5")],
+)
+def test_a_sample_that_fails_is_left_out_where_that_is_asked_for(
+    kind: str, solver: str, models: dict[str, GenerativeModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`on_nonfinite` was without effect on paths: a training's grid of samples ended the run."""
+    model = models[kind]
+    settings: dict[str, Any] = {"solver": solver, "seed": 5, "batch_size": 2}
+    settings |= {"tolerance": 1e-2} if solver == "dopri5" else {"steps": 3}
+    labels = torch.tensor([0, 1, 0])
+    whole = exactflow.sample(model, 3, labels, **settings)
+
+    def broken(
+        network: torch.nn.Module, given: tuple[Any, ...], said: torch.Tensor
+    ) -> torch.Tensor:
+        """NaN for class 1, whose only sample has seed 6."""
+        return said.masked_fill((given[2] == 1).view(-1, 1, 1, 1), math.nan)
+
+    handle = model.get_submodule("network").register_forward_hook(broken)
+    try:
+        with pytest.raises(NonFiniteError, match="sample of seed 6"):
+            exactflow.sample(model, 3, labels, **settings)
+        drawn = exactflow.sample(model, 3, labels, **settings, on_nonfinite="omit")
+    finally:
+        handle.remove()
+    assert drawn.seeds == (5, 7)
+    assert drawn.failures == {6: "the image"}
+    assert drawn.label is not None
+    assert drawn.label.tolist() == [0, 0]
+    torch.testing.assert_close(drawn.x, whole.x[[0, 2]], rtol=0, atol=1e-5)
