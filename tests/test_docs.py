@@ -26,6 +26,7 @@ from exactflow.cli import arguments, main, running
 from exactflow.likelihood import log_likelihood as scoring
 from exactflow.likelihood.ode_estimate import ode_log_likelihood
 from exactflow.sampling import planner
+from processes import run
 from test_prepare import samples, tar
 
 ROOT = Path(__file__).parents[1]
@@ -67,15 +68,9 @@ class Newcomer:
 
     def launches(self, words: list[str]) -> None:
         """Run a command of exactflow in two processes."""
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         words = ["-m", "exactflow", *words, *SHORT.get(words[0], [])]
-        command = [sys.executable, *start, *words]
-        paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        done = subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[-3000:]}"
+        said = run(*words, cwd=self.folder, torchrun=2)
+        assert said.returncode == 0, f"{shlex.join(words)}\n{said.stderr[-3000:]}"
 
 
 def blocks(page: Path) -> list[tuple[str, bool, str]]:

@@ -32,7 +32,7 @@ from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.sampling.sample import sample
 from exactflow.training import TrainConfig
 from exactflow.training.fitting import fit_closed_form
-from test_cli import cli
+from processes import call as cli
 
 CPU = torch.device("cpu")
 SHAPES = {
