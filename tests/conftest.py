@@ -19,6 +19,8 @@ if "exactflow" in sys.modules:
 if find_spec("beartype") is not None and find_spec("jaxtyping") is not None:
     from jaxtyping import install_import_hook
 
+    import typechecker  # noqa: F401 - before the hook takes jaxtyping's decorator
+
     install_import_hook("exactflow", "typechecker.check")
 
 import pytest  # noqa: E402
