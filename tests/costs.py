@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 COST = "processor seconds"
-SLOW = 2.0  # seconds from which a test is to be marked as slow: `make quick` leaves it out
+SLOW = 1.0  # seconds from which a test is to be marked as slow: `make quick` leaves it out
 
 
 def seconds() -> float:

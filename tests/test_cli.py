@@ -112,6 +112,7 @@ def test_convert_reads_a_published_file(tmp_path: Path, golden: Path) -> None:
     assert "data.source" in done.stderr
 
 
+@pytest.mark.slow
 def test_info(run: Path, tmp_path: Path) -> None:
     listed = cli("info", cwd=tmp_path).stdout
     assert "460,142,784" in listed
@@ -159,6 +160,7 @@ def test_help_needs_no_torch() -> None:
     assert "PRESET" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_how_to_go_on_and_does(signum: int, tmp_path: Path) -> None:
     long = [*TINY, "training.steps=4000", "training.log_every=1", "training.batch_size=8"]

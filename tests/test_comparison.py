@@ -23,7 +23,10 @@ from exactflow.likelihood.ode_estimate import ode_log_likelihood
 from exactflow.training.fitting import GreyLevelPasses
 from processes import Command, Said, call
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*for the covariance of")  # few images are meant
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*for the covariance of"),  # few images are meant
+]
 SMALL = Protocol(
     images=20,
     estimate_images=6,

@@ -236,6 +236,7 @@ def pixels(png: bytes) -> tuple[int, int]:
     return picture.size
 
 
+@pytest.mark.slow
 def test_pictures_of_convergence() -> None:
     pytest.importorskip("matplotlib")
     several = convergence(make("two heads, deep"), some_images(make("two heads, deep")))
@@ -246,6 +247,7 @@ def test_pictures_of_convergence() -> None:
         assert width > 1000 > height > 400
 
 
+@pytest.mark.slow
 def test_pictures_of_passes() -> None:
     pytest.importorskip("matplotlib")
     sequential = [Pass(t, t + 1, 2, t + 1, t + 1) for t in range(1, 16)]

@@ -19,6 +19,7 @@ from processes import carry_out
 from test_training import assert_same_bits, final_state, read_log
 from training_worker import make_data
 
+pytestmark = pytest.mark.slow
 PLAIN = {"precision": "float32"}  # of the toy's training; reduced precision rounds differently
 ALONE = {"job": "train", "count": 1}
 WAYS = {  # name -> how many processes share the model, and how

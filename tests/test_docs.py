@@ -17,7 +17,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import exactflow
@@ -26,6 +25,7 @@ from exactflow.cli import arguments, main, running
 from exactflow.likelihood import log_likelihood as scoring
 from exactflow.likelihood.ode_estimate import ode_log_likelihood
 from exactflow.sampling import planner
+from flows import blueprint
 from processes import run
 from test_prepare import samples, tar
 
@@ -105,6 +105,7 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Newcomer:
     return newcomer
 
 
+@pytest.mark.slow
 def test_the_demo_leaves_a_report(newcomer: Newcomer) -> None:
     report = (newcomer.folder / "runs" / "demo" / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 4
@@ -112,6 +113,7 @@ def test_the_demo_leaves_a_report(newcomer: Newcomer) -> None:
         assert part in report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_examples_run(page: Path, newcomer: Newcomer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(newcomer.folder)
@@ -175,8 +177,7 @@ def test_every_family_has_a_page_with_its_presets(family: str) -> None:
     (text,) = (p.read_text() for p in pages if all(f"| `{n}` |" in p.read_text() for n in presets))
     for name, preset in presets.items():
         if not preset.published:  # the counts of published ones are tested with their families
-            with torch.device("meta"):
-                model = registry.build(name)
+            model = blueprint(name)
             shape = "x".join(map(str, model.event_shape))
             assert f"| `{name}` | {shape} | {model.num_parameters:,} |" in text
 
@@ -202,6 +203,7 @@ def test_links_and_pictures_exist(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("sphinx") is None, reason="needs the extra `docs`")
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -502,27 +503,36 @@ def test_a_run_resumes_to_the_same_bits(
 
 @contextmanager
 def watched(folder: Path) -> Iterator[list[int]]:
-    """Sizes that the files of a folder take in all, again and again."""
+    """Sizes that the files of a folder take in all, again and again.
+
+    Files come and go while a look is taken: only what two looks see alike was there at once.
+    """
     found, ended = [0], threading.Event()
 
-    def look() -> None:
-        while not ended.is_set():
-            total = 0
-            for file in folder.glob("*"):
-                try:
-                    total += file.stat().st_size
-                except FileNotFoundError:
-                    continue
-            found.append(total)
-            time.sleep(0.0005)
+    def look() -> dict[str, int]:
+        seen = {}
+        for file in folder.glob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                seen[file.name] = file.stat().st_size
+        return seen
 
-    thread = threading.Thread(target=look)
+    def watch() -> None:
+        before = look()
+        while not ended.is_set():
+            time.sleep(0.0005)
+            now = look()
+            if now == before:
+                found.append(sum(now.values()))
+            before = now
+
+    thread = threading.Thread(target=watch)
     thread.start()
     try:
         yield found
     finally:
         ended.set()
         thread.join()
+        found.append(sum(look().values()))  # what is left at the end is seen for certain
 
 
 def test_no_more_than_so_many_bytes_are_here(server: Shards, tmp_path: Path) -> None:
@@ -611,7 +621,7 @@ def test_a_download_that_was_killed_is_taken_up(server: Shards, tmp_path: Path) 
     for file in cached(tmp_path):
         file.unlink()
     server.asked.clear()
-    server.pause = 0.2
+    server.pause = 0.5  # of every 1000 bytes: it is not through before it is killed
     words = [str(shard_server.__file__), tmp_path / "cache", config.source, 1, 5]
     process = Command(*words, cwd=tmp_path)
     partial = (tmp_path / "cache" / "shards").glob

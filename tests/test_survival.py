@@ -93,6 +93,7 @@ def full(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path,
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
     tmp_path: Path, full: tuple[Path, str, Any, Any]
 ) -> None:
@@ -153,6 +154,7 @@ def test_a_read_only_file_system_is_told_before_any_step(tmp_path: Path) -> None
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_rights_that_are_taken_away_are_told(tmp_path: Path) -> None:
     under = []
     if os.geteuid() == 0:  # whom rights do not stop
@@ -186,6 +188,7 @@ def test_rights_that_are_taken_away_are_told(tmp_path: Path) -> None:
 # --- processes ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_loader_is_told_and_the_run_goes_on(tmp_path: Path) -> None:
     loaders = {"num_workers": 2}
     strike = [0, 11, "kill loader", signal.SIGKILL]
@@ -289,6 +292,7 @@ time_t time(time_t *told) {
 """
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(tmp_path: Path) -> None:
     """The system's own cannot be moved here: the C library's is, for Python and PyTorch alike."""
     compiler = shutil.which("cc")

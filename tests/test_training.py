@@ -401,6 +401,7 @@ def abandon_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return arrange
 
 
+@pytest.mark.slow
 def test_killed_runs_end_in_the_same_bits(tmp_path: Path, uninterrupted: Path) -> None:
     """20 steps = kill -9 at three points and the same command again, with everything turned on."""
     first, second = sorted(random.Random(0).sample(range(2, 11), 2))

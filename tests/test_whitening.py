@@ -522,6 +522,7 @@ def test_without_a_training_split_the_score_stands_alone(tmp_path: Path) -> None
     assert json.loads((tmp_path / "e.json").read_text())["baselines"] == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["whitening-full", "gaussianisation-tiny"])
 def test_every_verb_of_the_command_line(preset: str, tmp_path: Path) -> None:
     words = ("data.source=digits", "data.limit=700")
