@@ -6,12 +6,16 @@ BUDGET ?= 5m
 BIN    := .venv/bin
 STAMP  := .venv/.stamp
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
+# Tests that stand together stay together, for what they share, until a process has none left.
+PYTEST  = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 unexport VIRTUAL_ENV
 unexport PYTHONHOME
+# Else every process of the tests compiles all modules anew, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test lint docs clean
+.PHONY: help setup demo compare test quick lint docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,7 +43,10 @@ compare: $(STAMP) ## train and compare all families, BUDGET=5m each (writes runs
 
 test: lint ## lint, then all tests
 	@echo "==> pytest"
-	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	@$(PYTEST) --costs 15
+
+quick: $(STAMP) ## the tests that take a moment each, for the daily round
+	@$(PYTEST) -m "not slow"
 
 lint: $(STAMP) ## style, format, types and the order of imports
 	@echo "==> ruff check"

@@ -19,10 +19,14 @@ if "exactflow" in sys.modules:
 if find_spec("beartype") is not None and find_spec("jaxtyping") is not None:
     from jaxtyping import install_import_hook
 
+    import typechecker  # noqa: F401 - before the hook takes jaxtyping's decorator
+
     install_import_hook("exactflow", "typechecker.check")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from costs import Costs  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -37,8 +41,15 @@ if find_spec("hypothesis") is not None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="torch device the tests run on (default: cpu)")
+    parser.addoption(
+        "--costs", type=int, default=0, help="list so many tests that took the most processor time"
+    )
     if find_spec("pytest_timeout") is None:  # a machine without it may still run the tests
         parser.addini("timeout", "seconds a test may take; not enforced without pytest-timeout")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Costs(config.getoption("--costs")))
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,11 @@
 """Models that the laws are tested on: the registry's tiny presets, and the edge cases by name."""
 
+from functools import cache
+
 import torch
 
 from exactflow import registry
-from exactflow.core.model import Flow
+from exactflow.core.model import Flow, GenerativeModel
 from exactflow.flows.tarflow import TarFlow, TarFlowConfig
 
 SMALL = {"width": 64, "blocks": 2, "layers_per_block": 1}
@@ -51,6 +53,13 @@ TINY = [  # other families have laws of their own, and those of test_contract.py
     if name.endswith("-tiny") and registry.family_of(name).model is TarFlow
 ]
 NAMES = [*TINY, *CONFIGS]
+
+
+@cache
+def blueprint(preset: str) -> GenerativeModel:
+    """The model of a preset without memory for its weights; building a large one takes seconds."""
+    with torch.device("meta"):
+        return registry.build(preset)
 
 
 def perturb(model: Flow, scale: float = 0.2, seed: int = 0) -> Flow:

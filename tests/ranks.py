@@ -1,27 +1,35 @@
-"""Processes that train together, forked from one that has everything imported.
+"""Processes forked from one that has everything imported; tests/processes.py asks for them.
 
     python ranks.py
 
-reads lines, each a JSON list of rounds, carries them out one after the other, and answers with a
-line, a JSON list of what became of each round's processes. A round names a `job` of this file, how
-many processes do it (`count`), its `options`, and `node`, how many of them torchrun would have
-started on one machine.
+reads lines of JSON and answers each with one: the `answer`, and the `seconds` of a processor that
+all processes have taken since the line before. A line is either
+
+- a list of rounds, carried out one after the other. A round names a `job` of this file, how many
+  processes do it together (`count`), its `options`, and `node`, how many of them torchrun would
+  have started on one machine. The answer is what became of each round's processes.
+- `words`, which a process does as `python WORDS` would; the answer is its number.
+- such a number that has `ended`; the answer is its exit status, or null before its end.
 """
 
+import contextlib
 import json
 import os
+import runpy
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint  # before processes are forked: it takes seconds
+from torch.distributed import run as torchrun
+from torch.distributed.launcher.api import elastic_launch
 
 import faults
 from exactflow import registry
@@ -37,7 +45,7 @@ from exactflow.training import Progress, TrainConfig, fit
 from exactflow.training.log import LOG_FILE
 from training_worker import EVERYTHING, Toy, ToyConfig, make_data, make_toy
 
-DEADLINE = 60.0  # seconds in which all processes must end once one of them has
+DEADLINE = 300.0  # seconds in which all processes must end once one of them has
 
 
 def free_port() -> int:
@@ -237,13 +245,78 @@ JOBS: dict[str, Callable[..., Any]] = {
 }
 
 
+def python(words: Sequence[str]) -> None:
+    """Be `python WORDS` for the rest of this process's life."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    first, *rest = words
+    if first == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        exec(rest[0], {"__name__": "__main__"})
+    elif first == "-m":
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(words)
+        runpy.run_path(first, run_name="__main__")
+
+
+def launch(count: int, words: Sequence[str]) -> None:
+    """The same in `count` processes: what `torchrun` does, but for importing."""
+    options = ["--nproc-per-node", str(count), "--master-port", str(free_port())]
+    config, _, _ = torchrun.config_from_args(torchrun.parse_args([*options, "-m", "exactflow"]))
+    config.start_method = "fork"
+    elastic_launch(config, python)(words)
+
+
+@cache
+def import_digits() -> None:
+    """What the built-in images need, before those who read them are forked: two seconds."""
+    with contextlib.suppress(ImportError):
+        import sklearn.datasets  # noqa: F401
+
+
+def start(words: Sequence[str], cwd: str, torchrun: int, out: str, errors: str) -> int:
+    """Fork a process that does this. In it, this function ends with SystemExit, as Python does."""
+    import_digits()
+    child = os.fork()
+    if child:
+        return child
+    os.setsid()
+    os.chdir(cwd)
+    for file, place in ((out, 1), (errors, 2)):
+        opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(opened, place)
+        os.close(opened)
+    if torchrun:
+        launch(torchrun, words)
+    else:
+        python(words)
+    sys.exit()
+
+
+def ended(child: int) -> int | None:
+    """The exit status of a process, negative where a signal ended it, once it has ended."""
+    found, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
+
+
+def answer(request: Any) -> Any:
+    if isinstance(request, list):
+        return [carry_out(**rounds) for rounds in request]
+    return ended(request["ended"]) if "ended" in request else start(**request)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed
+    before = 0.0
     for line in sys.stdin:
-        answers.write(json.dumps([carry_out(**rounds) for rounds in json.loads(line)]) + "\n")
+        found = {"answer": answer(json.loads(line))}
+        now = sum(os.times()[:4])
+        answers.write(json.dumps({**found, "seconds": now - before}) + "\n")
         answers.flush()
+        before = now
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from processes import run
 
 EXPECTED = {
     "encode: shape": ("ValueError", r"\(batch, 1, 4, 4\).*got .*\(1, 3, 4, 4\)"),
@@ -65,13 +65,10 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    script = Path(__file__).with_name("bad_input.py")
     folder = tmp_path_factory.mktemp("broken")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    said = run(Path(__file__).with_name("bad_input.py"), folder, cwd=folder)
+    assert said.returncode == 0, said.stderr
+    return json.loads(said.stdout)
 
 
 def test_every_case_is_expected(errors: dict[str, list[str]]) -> None:

@@ -51,6 +51,7 @@ def close(first: Tensor, second: Tensor) -> bool:
     return script("measure").relative_error(first, second) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_baseline_is_the_same_model(name: str) -> None:
     config = CONFIGS[name]
@@ -99,6 +100,7 @@ def test_variants_are_refused() -> None:
         script("baseline").Baseline(TarFlowConfig(**SIZES, soft_clip=4.0))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*training noise:UserWarning")
 @pytest.mark.parametrize("case", ["uncond", "cond", "vp"])
 def test_baseline_gives_the_published_numbers(case: str, golden: Path) -> None:
@@ -152,6 +154,7 @@ def test_comparison_runs_and_checks_itself(monkeypatch: pytest.MonkeyPatch) -> N
                 benchmark.run_job(job, 1, cpu, memory=False, at_least=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*Matplotlib.*:DeprecationWarning")
 def test_all_solvers_are_compared_on_trained_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -226,6 +229,7 @@ def test_the_floor_is_the_larger_of_reading_and_multiplying() -> None:
     assert limits.floor(model, 8) == pytest.approx(2 * reading)
 
 
+@pytest.mark.slow
 def test_gpu_sections_run_on_a_tiny_model() -> None:
     gpu = script("gpu")
     cpu = torch.device("cpu")
@@ -279,6 +283,7 @@ def test_planning_ends_when_time_is_up() -> None:
     assert row["failed"].startswith("TimeoutError: no time left to plan block 1 of 3")
 
 
+@pytest.mark.slow
 def test_ways_of_training_are_weighed_and_checked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,6 +323,7 @@ def test_trained_families_have_about_as_many_parameters(size: str) -> None:
                 assert families.Plan(1.0).first % recipe.common["batch_size"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*Matplotlib.*:DeprecationWarning")
 def test_families_are_compared_and_results_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -358,6 +364,7 @@ def test_families_are_compared_and_results_kept(
     assert sum(score in line for line in lines) == 2  # in the first table and in the second
 
 
+@pytest.mark.slow
 def test_a_family_that_fails_costs_the_others_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

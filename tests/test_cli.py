@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,21 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import exactflow
+from processes import Command
+from processes import call as cli
 
 TINY = ["model.width=64", "model.blocks=2", "model.layers_per_block=1", "data.limit=64"]
 FAST = ["training.steps=6", "training.warmup_steps=2", "training.batch_size=16"]
-
-
-def cli(*words: str | Path, cwd: Path, fails: bool = False) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "-m", "exactflow", *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        check=False,
-    )
-    assert (done.returncode != 0) is fails, done.stdout + done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +112,7 @@ def test_convert_reads_a_published_file(tmp_path: Path, golden: Path) -> None:
     assert "data.source" in done.stderr
 
 
+@pytest.mark.slow
 def test_info(run: Path, tmp_path: Path) -> None:
     listed = cli("info", cwd=tmp_path).stdout
     assert "460,142,784" in listed
@@ -170,33 +160,29 @@ def test_help_needs_no_torch() -> None:
     assert "PRESET" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_how_to_go_on_and_does(signum: int, tmp_path: Path) -> None:
     long = [*TINY, "training.steps=4000", "training.log_every=1", "training.batch_size=8"]
-    words = [sys.executable, "-m", "exactflow", "train", "tarflow-digits", *long, "--out", "run"]
-    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    words = ["-m", "exactflow", "train", "tarflow-digits", *long, "--out", "run"]
     log = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (log.exists() and log.read_text().count("\n") > 3):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.kill(process.pid, signum)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum, errors
-    assert "run the same command to resume" in errors
-    assert "Traceback" not in errors
+
+    def steps() -> list[int]:
+        whole = log.read_text().rpartition("\n")[0] if log.exists() else ""
+        return [json.loads(line)["step"] for line in whole.splitlines()]
+
+    first = Command(*words, cwd=tmp_path)
+    first.wait_until(lambda: len(steps()) > 3)
+    os.kill(first.pid, signum)
+    said = first.end()
+    assert said.returncode == 128 + signum, said
+    assert "run the same command to resume" in said.stderr
+    assert "Traceback" not in said.stderr
     saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert saved
-    again = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    again = Command(*words, cwd=tmp_path)
     reached = int(saved[-1].name.split("_")[1])
-    while True:
-        steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-        if steps and steps[-1] > reached + 2:
-            break
-        assert time.monotonic() < deadline + 60
-        time.sleep(0.05)
+    again.wait_until(lambda: steps()[-1] > reached + 2)
     os.kill(again.pid, signal.SIGINT)
-    again.communicate(timeout=60)
-    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == list(range(1, steps[-1] + 1)), "the log goes on without a gap"
+    again.end()
+    assert steps() == list(range(1, steps()[-1] + 1)), "the log goes on without a gap"

@@ -12,6 +12,7 @@ from PIL import Image
 from exactflow import registry
 from exactflow.cli import main
 
+pytestmark = pytest.mark.slow  # two models are trained
 VERBS = ("attributes", "classify", "outliers", "restore")
 SMALL = ["model.width=64", "model.blocks=2", "model.layers_per_block=1"]
 FAST = ["training.steps=120", "training.warmup_steps=20", "training.batch_size=32"]

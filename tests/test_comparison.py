@@ -1,12 +1,8 @@
 """Comparisons: kinds apart, costs, what is kept, what is refused, and a killed one that goes on."""
 
-import contextlib
-import io
 import json
+import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,6 @@ import pytest
 import torch
 
 import exactflow
-from exactflow.cli import main
 from exactflow.core.model import FittedFlow, GenerativeModel, NonFiniteError
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.evaluation import comparison, protocol
@@ -26,8 +21,12 @@ from exactflow.likelihood.bound import chain_bound
 from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.likelihood.ode_estimate import ode_log_likelihood
 from exactflow.training.fitting import GreyLevelPasses
+from processes import Command, Said, call
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*for the covariance of")  # few images are meant
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*for the covariance of"),  # few images are meant
+]
 SMALL = Protocol(
     images=20,
     estimate_images=6,
@@ -291,29 +290,16 @@ WORDS = [
 CONTENDERS = ["whitening-tiny", "tarflow-digits", "flow-matching-digits"]
 
 
-def compare(*words: str | Path, cwd: Path) -> tuple[int, str, str]:
-    """Exit status, output and errors of `exactflow compare`, in this process."""
-    out, errors = io.StringIO(), io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(errors),
-    ):
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["exactflow", "compare", *map(str, words)])
-        try:
-            main()
-        except SystemExit as end:
-            return int(end.code or 0), out.getvalue(), errors.getvalue()
-    return 0, out.getvalue(), errors.getvalue()
+def compare(*words: str | Path, cwd: Path, fails: bool = False) -> Said:
+    """What `exactflow compare` says."""
+    return call("compare", *words, cwd=cwd, fails=fails)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
-    status, out, errors = compare(*CONTENDERS, *WORDS, "--out", "runs/compare", cwd=folder)
-    assert status == 0, errors
-    assert "open runs/compare/report.html" in out
+    said = compare(*CONTENDERS, *WORDS, "--out", "runs/compare", cwd=folder)
+    assert "open runs/compare/report.html" in said.stdout
     return folder / "runs" / "compare"
 
 
@@ -339,8 +325,7 @@ def test_a_finished_comparison_measures_nothing_again(finished: Path) -> None:
     kept = [path for name in ("*.json", "*/*.npz") for path in finished.glob(f"models/*/{name}")]
     before = {path: path.stat().st_mtime_ns for path in kept}
     report = json.loads((finished / "report.json").read_text())
-    status, _, errors = compare(*CONTENDERS, *WORDS, "--out", finished, cwd=finished.parent)
-    assert status == 0, errors
+    compare(*CONTENDERS, *WORDS, "--out", finished, cwd=finished.parent)
     assert {path: path.stat().st_mtime_ns for path in kept} == before
     again = json.loads((finished / "report.json").read_text())
     assert again["results"] == report["results"]
@@ -349,21 +334,15 @@ def test_a_finished_comparison_measures_nothing_again(finished: Path) -> None:
 def test_a_killed_comparison_goes_on(finished: Path, tmp_path: Path) -> None:
     """kill -9 as soon as the second model's training or measurement has begun, then the rest."""
     words = [*CONTENDERS, *WORDS, "--out", "out"]
-    start = [sys.executable, "-m", "exactflow", "compare", *words]
-    process = subprocess.Popen(start, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    process = Command("-m", "exactflow", "compare", *words, cwd=tmp_path)
     begun = tmp_path / "out" / "models" / "tarflow-digits" / "budget.json"
-    deadline = time.monotonic() + 100
-    while not begun.is_file():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.wait_until(begun.is_file)
+    os.kill(process.pid, signal.SIGKILL)
+    process.end()
     assert not (tmp_path / "out" / "report.json").exists()
     kept = tmp_path / "out" / "models" / "whitening-tiny" / "likelihood" / "identity.json"
     before = kept.stat().st_mtime_ns
-    status, _, errors = compare(*words, cwd=tmp_path)
-    assert status == 0, errors
+    compare(*words, cwd=tmp_path)
     assert kept.stat().st_mtime_ns == before  # not measured again
     whole, resumed = (
         json.loads((folder / "report.json").read_text()) for folder in (finished, tmp_path / "out")
@@ -373,8 +352,7 @@ def test_a_killed_comparison_goes_on(finished: Path, tmp_path: Path) -> None:
 
 def test_runs_and_model_folders_take_part(finished: Path, tmp_path: Path) -> None:
     run = finished / "models" / "tarflow-digits"
-    status, _, errors = compare(run, *WORDS, "--out", tmp_path, cwd=tmp_path)
-    assert status == 0, errors
+    compare(run, *WORDS, "--out", tmp_path, cwd=tmp_path)
     (found,) = json.loads((tmp_path / "report.json").read_text())["results"]
     whole = json.loads((finished / "report.json").read_text())["results"][1]
     assert found["likelihood"]["bits_per_dim"] == whole["likelihood"]["bits_per_dim"]
@@ -403,9 +381,9 @@ def test_bad_input_is_one_error_before_any_training(
     exactflow.from_pretrained(run).save_pretrained(other, card=card)
     places = {"RUN": str(run), "OTHER": str(other)}
     words = [word.replace("RUN", places["RUN"]).replace("OTHER", places["OTHER"]) for word in words]
-    status, _, errors = compare("whitening-tiny", *words, "--out", "out", cwd=tmp_path)
-    assert status == 1
-    assert errors.startswith("error: ")
-    assert message in errors
-    assert errors.count("\n") == 1
+    said = compare("whitening-tiny", *words, "--out", "out", cwd=tmp_path, fails=True)
+    assert said.returncode == 1
+    (error,) = (line for line in said.stderr.splitlines() if line.startswith("error: "))
+    assert message in error
+    assert "Traceback" not in said.stderr
     assert not (tmp_path / "out" / "models").exists()

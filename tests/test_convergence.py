@@ -3,8 +3,6 @@
 import io
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +25,8 @@ from exactflow.sampling.convergence import (
 )
 from exactflow.sampling.inversion import Pass
 from flows import NAMES, make, perturb, some_images, some_labels
-from test_cli import cli
+from processes import call as cli
+from processes import run
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -241,6 +240,7 @@ def pixels(png: bytes) -> tuple[int, int]:
     return picture.size
 
 
+@pytest.mark.slow
 def test_pictures_of_convergence() -> None:
     pytest.importorskip("matplotlib")
     several = convergence(make("two heads, deep"), some_images(make("two heads, deep")))
@@ -251,6 +251,7 @@ def test_pictures_of_convergence() -> None:
         assert width > 1000 > height > 400
 
 
+@pytest.mark.slow
 def test_pictures_of_passes() -> None:
     pytest.importorskip("matplotlib")
     sequential = [Pass(t, t + 1, 2, t + 1, t + 1) for t in range(1, 16)]
@@ -297,8 +298,7 @@ def test_command_hears_no_unknown_norm(digits: Path, tmp_path: Path) -> None:
         "try: convergence(model, torch.zeros(1, 1, 8, 8), norm='inf')\n"
         "except ValueError as error: print(error)\n"
     )  # without the checker of annotations, which would speak up first
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "expected norm 2 | 1 | fro, got 'inf'\n"
+    assert run("-c", code, cwd=tmp_path).stdout == "expected norm 2 | 1 | fro, got 'inf'\n"
 
 
 def test_command_writes_null_for_infinity(digits: Path, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from exactflow.diffusion.discrete import DiscreteDiffusion
 from exactflow.diffusion.hdit import HDiT
 from exactflow.diffusion.openai_published import to_published
 from exactflow.flows import macow_published
+from processes import call
 
 TOLERANCE = 1e-5  # of the largest output
 UNETS = ["iddpm_uncond", "iddpm_cond", "adm_uncond", "adm_cond_new_attention_order"]
@@ -339,11 +338,8 @@ def test_command_line(golden: Path, request: pytest.FixtureRequest, tmp_path: Pa
     file, told, expected = case("iddpm_uncond", golden, request)
     hints = {k: v for k, v in chain_hints(told).items() if v is not None and k != "height"}
     words = [f"model.{name}={value}" for name, value in hints.items()]
-    whole = ["-m", "exactflow", "convert", str(file), "net", "--height", "16", *words]
-    done = subprocess.run(
-        [sys.executable, *whole], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
-    assert "757,030 parameters" in done.stdout, done.stderr
+    said = call("convert", file, "net", "--height", 16, *words, cwd=tmp_path)
+    assert "757,030 parameters" in said.stdout
     is_the_original_unet(exactflow.from_pretrained(tmp_path / "net"), told, expected)
     command(saved("iddpm-tiny", tmp_path), tmp_path / "tiny", preset="iddpm-tiny")
     found = exactflow.from_pretrained(tmp_path / "tiny").config

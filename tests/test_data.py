@@ -510,6 +510,7 @@ def test_progress_is_shown_late_and_on_a_terminal(
 # Real files
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (REAL / "fashion-mnist").is_dir(), reason="no real data beside the project")
 def test_real_fashion_mnist() -> None:
     test = load(DataConfig(str(REAL / "fashion-mnist")), "test")

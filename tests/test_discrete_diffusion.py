@@ -22,6 +22,7 @@ from exactflow.likelihood.bound import chain_bound
 from exactflow.paths.chain import MarkovChain
 from exactflow.sampling.reverse import DDIM
 from exactflow.sampling.sample_chain import sample_chain
+from flows import blueprint
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared" / "golden" / "openai"
@@ -164,6 +165,7 @@ def test_published_loss(name: str) -> None:
         close(expected["loss"] - expected["vb_loss_term"], expected["mse"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_published_ddim_sample(name: str) -> None:
     model, chain, expected = case(name)
@@ -177,8 +179,7 @@ def test_published_ddim_sample(name: str) -> None:
 
 @pytest.mark.parametrize("preset", COUNTS)
 def test_published_counts(preset: str) -> None:
-    with torch.device("meta"):
-        assert DiscreteDiffusion(PRESETS[preset].config).num_parameters == COUNTS[preset]
+    assert blueprint(preset).num_parameters == COUNTS[preset]
 
 
 def test_every_published_preset_is_counted() -> None:
@@ -393,6 +394,7 @@ def test_only_training_updates_the_importance_and_the_state_resumes_it() -> None
     assert torch.equal(*losses)
 
 
+@pytest.mark.slow
 def test_training_improves_the_bound() -> None:
     torch.manual_seed(0)
     model, images = DiscreteDiffusion(TINY), torch.full((64, 1, 4, 4), 12)

@@ -3,31 +3,23 @@
 Processes are real (tests/ranks.py forks them) and talk over gloo.
 """
 
-import atexit
-import json
-import os
 import random
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
 
-import exactflow
-import ranks
 from exactflow import registry
 from exactflow.core.model import FittedFlow
 from exactflow.data.loader import training_batches
+from processes import carry_out
 from test_training import assert_same_bits, final_state, read_log
 from training_worker import make_data
 
+pytestmark = pytest.mark.slow
 PLAIN = {"precision": "float32"}  # of the toy's training; reduced precision rounds differently
 ALONE = {"job": "train", "count": 1}
 WAYS = {  # name -> how many processes share the model, and how
@@ -44,38 +36,6 @@ TINY = [
 # Masks of dropout are drawn by each process for its own rows, so it is off where numbers of
 # processes are compared.
 NO_DROPOUT = {"dropout": 0.0}
-
-
-@cache
-def answering(under: tuple[str, ...]) -> tuple[subprocess.Popen[str], IO[bytes]]:
-    """tests/ranks.py, which takes seconds to start, and what it and its processes say on stderr."""
-    path = [str(Path(str(exactflow.__file__)).parents[1]), os.environ.get("PYTHONPATH", "")]
-    said = tempfile.TemporaryFile()  # noqa: SIM115 - until the end of all tests
-    process = subprocess.Popen(
-        [*under, sys.executable, str(Path(ranks.__file__))],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=said,
-        text=True,
-    )
-    atexit.register(process.kill)
-    return process, said
-
-
-def carry_out(*rounds: dict[str, Any], under: Sequence[str] = ()) -> list[list[dict[str, Any]]]:
-    """Each round's processes, see tests/ranks.py; started by the command `under`, if any."""
-    process, said = answering(tuple(under))
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(json.dumps(rounds) + "\n")
-    process.stdin.flush()
-    answer = process.stdout.readline()
-    if not answer:
-        answering.cache_clear()
-        said.seek(0)
-        raise AssertionError(said.read().decode()[-3000:])
-    return json.loads(answer)
 
 
 def round_of(way: dict[str, Any], folder: Path, **options: Any) -> dict[str, Any]:

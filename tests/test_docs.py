@@ -17,7 +17,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import exactflow
@@ -26,6 +25,8 @@ from exactflow.cli import arguments, early, main, running
 from exactflow.likelihood import log_likelihood as scoring
 from exactflow.likelihood.ode_estimate import ode_log_likelihood
 from exactflow.sampling import planner
+from flows import blueprint
+from processes import run
 from test_prepare import samples, tar
 
 ROOT = Path(__file__).parents[1]
@@ -67,15 +68,9 @@ class Newcomer:
 
     def launches(self, words: list[str]) -> None:
         """Run a command of exactflow in two processes."""
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         words = ["-m", "exactflow", *words, *SHORT.get(words[0], [])]
-        command = [sys.executable, *start, *words]
-        paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        done = subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[-3000:]}"
+        said = run(*words, cwd=self.folder, torchrun=2)
+        assert said.returncode == 0, f"{shlex.join(words)}\n{said.stderr[-3000:]}"
 
 
 def blocks(page: Path) -> list[tuple[str, bool, str]]:
@@ -110,6 +105,7 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Newcomer:
     return newcomer
 
 
+@pytest.mark.slow
 def test_the_demo_leaves_a_report(newcomer: Newcomer) -> None:
     report = (newcomer.folder / "runs" / "demo" / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 4
@@ -117,6 +113,7 @@ def test_the_demo_leaves_a_report(newcomer: Newcomer) -> None:
         assert part in report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_examples_run(page: Path, newcomer: Newcomer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(newcomer.folder)
@@ -181,8 +178,7 @@ def test_every_family_has_a_page_with_its_presets(family: str) -> None:
     (text,) = (p.read_text() for p in pages if all(f"| `{n}` |" in p.read_text() for n in presets))
     for name, preset in presets.items():
         if not preset.published:  # the counts of published ones are tested with their families
-            with torch.device("meta"):
-                model = registry.build(name)
+            model = blueprint(name)
             shape = "x".join(map(str, model.event_shape))
             assert f"| `{name}` | {shape} | {model.num_parameters:,} |" in text
 
@@ -208,6 +204,7 @@ def test_links_and_pictures_exist(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("sphinx") is None, reason="needs the extra `docs`")
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q"]

@@ -117,6 +117,7 @@ def test_names_and_shapes_are_those_of_the_public_file() -> None:
     assert PUBLIC_SHA256.startswith(PUBLIC_FILE.removesuffix(".pth").rsplit("-", 1)[1])
 
 
+@pytest.mark.slow
 def test_features_are_those_of_the_public_port(weights: Path) -> None:
     found = extract(inception(weights), some_images(), 256)
     assert found.shape == (2, 2048)
@@ -132,6 +133,7 @@ def test_what_is_saved_is_what_is_read(weights: Path) -> None:
     assert not any(p.requires_grad for p in network.parameters())
 
 
+@pytest.mark.slow
 def test_each_image_counts_alone_and_grey_is_rgb_of_one_value(weights: Path) -> None:
     extractor = inception(weights)
     images = some_images(3, channels=1)

@@ -150,6 +150,7 @@ def test_more_draws_average_the_density_and_tighten_the_bound() -> None:
     assert bool(((several - expected).abs() < 3 * spread + 0.1).all())
 
 
+@pytest.mark.slow
 def test_exactly_a_mass_function_on_one_pixel() -> None:
     """One pixel, few levels: with many draws the probabilities of all images sum to one."""
     torch.manual_seed(0)

@@ -321,6 +321,7 @@ def test_hutchinson_is_exact_for_a_diagonal_jacobian() -> None:
     assert float((gaussian.nats - exact.nats).abs().min()) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
 def test_hutchinson_is_unbiased_and_knows_its_error(probe: ode_estimate.Probe) -> None:
     model = GaussianModel(Polynomial(2.0))
@@ -352,6 +353,7 @@ def test_estimate_rises_with_k_on_average() -> None:
     assert nats[0] < nats[1] < nats[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["heun", "dopri5"])
 def test_estimate_is_a_function_of_seed_and_index(solver: OdeSolver) -> None:
     model = GaussianModel(Straight())

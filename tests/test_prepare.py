@@ -8,8 +8,6 @@ import logging
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import tarfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,7 +34,9 @@ from exactflow.data import (
     training_batches,
 )
 from exactflow.data.checked import CheckedImages
-from test_cli import FAST, TINY, cli
+from processes import call as cli
+from processes import run
+from test_cli import FAST, TINY
 from test_data import SPLITS, pixels, png, same, whole, write, write_classes, write_idx
 
 SIZES = [(9, 7), (6, 6), (12, 5)]
@@ -235,9 +235,8 @@ prepare(config, Path(out), workers=workers)
 
 
 def killed(target: str, count: int, workers: int, source: Path, out: Path) -> int:
-    words = [target, str(count), str(workers), str(source), str(out)]
-    done = subprocess.run([sys.executable, "-c", KILLED, *words], check=False, stderr=-3)
-    return done.returncode
+    words = [target, count, workers, source, out]
+    return run("-c", KILLED, *words, cwd=source).returncode
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,7 @@ def test_every_code_is_from_memory() -> None:
     assert all("value" in row.unverified for row in codes)
 
 
+@pytest.mark.slow
 def test_only_the_same_quantity_on_the_same_images_is_comparable() -> None:
     pairs = 0
     for one, other in product(ROWS, ROWS):
@@ -133,6 +134,7 @@ def test_only_the_same_quantity_on_the_same_images_is_comparable() -> None:
     assert pairs > 200
 
 
+@pytest.mark.slow
 def test_comparable_is_transitive() -> None:
     after = {row: {other for other in ROWS if comparable(row, other)} for row in ROWS}
     for row, others in after.items():

@@ -86,6 +86,7 @@ def test_draws_are_chains_of_their_own_whatever_their_number() -> None:
     assert torch.equal(two.images, torch.stack([first[0], second[0]]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise_std", [0.0, 0.1])
 def test_draws_follow_the_conditional_density(noise_std: float) -> None:
     """Of a Gaussian: mean m_u + S_uk S_kk^-1 (x_k - m_k), covariance the Schur complement.

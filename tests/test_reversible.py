@@ -324,6 +324,7 @@ def deep_denseflow(modules: int) -> Flow:
     return model
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_length_of_a_run() -> None:
     short, long = deep_denseflow(2), deep_denseflow(8)
     for name, growth in {"plain": 2.5, "checkpointed": 1.3}.items():
@@ -333,6 +334,7 @@ def test_memory_does_not_grow_with_the_length_of_a_run() -> None:
     assert peak_long == pytest.approx(peak, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["denseflow", "macow", "macow, variational"])
 def test_reversible_training_needs_the_least_memory(name: str) -> None:
     model = make(name, torch.float32)
@@ -360,6 +362,7 @@ def stop(progress: object) -> dict[str, float]:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SMALL)
 def test_a_run_is_the_plain_one_and_resumes_to_the_bit(family: str, tmp_path: Path) -> None:
     run(tmp_path / "plain", family, log_every=1)

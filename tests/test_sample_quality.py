@@ -205,6 +205,7 @@ def folder(digits: ImageDataset, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return path
 
 
+@pytest.mark.slow
 def test_the_classifier_knows_digits_and_is_trained_once(
     digits: ImageDataset, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +218,7 @@ def test_the_classifier_knows_digits_and_is_trained_once(
     assert extract(found, digits.images[:3], digits.levels).shape == (3, 128)
 
 
+@pytest.mark.slow
 def test_the_classifier_is_a_function_of_data_and_seed(
     digits: ImageDataset, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

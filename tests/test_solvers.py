@@ -106,9 +106,9 @@ def test_every_solver_is_the_reference_inverse(name: str, dtype: torch.dtype) ->
             assert torch.equal(v, before), title
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("guidance", [None, Guidance(1.5), Guidance(0.7, temperature=0.5)])
-@pytest.mark.timeout(240)
 def test_every_solver_inverts_trained_weights(
     trained: TarFlow, guidance: Guidance | None, dtype: torch.dtype
 ) -> None:
@@ -274,6 +274,7 @@ def test_a_model_that_overflows_ends_in_the_diagnosis(name: str) -> None:
     assert drawn.failures.keys() == {0, 1}
 
 
+@pytest.mark.slow
 def test_trained_scales_that_explode_are_diagnosed_or_honest() -> None:
     """Uniform noise only, constant images, a large step: scales grow until something gives."""
     torch.manual_seed(0)
@@ -401,6 +402,7 @@ def test_autocast_is_decoded_with_its_own_tolerance(trained: TarFlow) -> None:
     assert float(drawn.certificate.max()) < 0.5
 
 
+@pytest.mark.slow
 def test_large_batches_and_reused_memory(trained: TarFlow) -> None:
     block = transforms(trained.double())[1]
     decoding = Decoding()

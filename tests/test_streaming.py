@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -50,8 +49,10 @@ from exactflow.data.shard_cache import RemoteShard, ShardCache
 from exactflow.data.splits import split_members
 from exactflow.data.streaming import StreamedImages
 from exactflow.training import TrainConfig, fit, trainer
+from processes import PATIENCE, Command
+from processes import call as cli
 from shard_server import Shards, digest, few_mixed, served
-from test_cli import TINY, cli
+from test_cli import TINY
 from test_data import SPLITS, pixels, png, same
 from test_prepare import samples, tar
 from test_training import assert_same_bits, final_state
@@ -502,27 +503,36 @@ def test_a_run_resumes_to_the_same_bits(
 
 @contextmanager
 def watched(folder: Path) -> Iterator[list[int]]:
-    """Sizes that the files of a folder take in all, again and again."""
+    """Sizes that the files of a folder take in all, again and again.
+
+    Files come and go while a look is taken: only what two looks see alike was there at once.
+    """
     found, ended = [0], threading.Event()
 
-    def look() -> None:
-        while not ended.is_set():
-            total = 0
-            for file in folder.glob("*"):
-                try:
-                    total += file.stat().st_size
-                except FileNotFoundError:
-                    continue
-            found.append(total)
-            time.sleep(0.0005)
+    def look() -> dict[str, int]:
+        seen = {}
+        for file in folder.glob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                seen[file.name] = file.stat().st_size
+        return seen
 
-    thread = threading.Thread(target=look)
+    def watch() -> None:
+        before = look()
+        while not ended.is_set():
+            time.sleep(0.0005)
+            now = look()
+            if now == before:
+                found.append(sum(now.values()))
+            before = now
+
+    thread = threading.Thread(target=watch)
     thread.start()
     try:
         yield found
     finally:
         ended.set()
         thread.join()
+        found.append(sum(look().values()))  # what is left at the end is seen for certain
 
 
 def test_no_more_than_so_many_bytes_are_here(server: Shards, tmp_path: Path) -> None:
@@ -552,11 +562,10 @@ def test_two_processes_share_a_folder(server: Shards, tmp_path: Path) -> None:
     for file in cached(tmp_path):
         file.unlink()
     server.asked.clear()
-    words = [str(tmp_path / "cache"), config.source, str(config.cache_gib), "15"]
-    command = [sys.executable, shard_server.__file__, *words]
-    others = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    words = [str(shard_server.__file__), tmp_path / "cache", config.source, config.cache_gib, 15]
+    others = [Command(*words, cwd=tmp_path) for _ in range(2)]
     with watched(tmp_path / "cache" / "shards") as sizes:
-        told = [other.communicate(timeout=60)[0].strip() for other in others]
+        told = [other.end().stdout.strip() for other in others]
     assert told == [expected, expected]
     assert max(sizes) <= config.cache_gib * 2**30
     assert all(server.times(f"{n:03}.tar") == 1 for n in range(6))  # once for both of them
@@ -612,16 +621,13 @@ def test_a_download_that_was_killed_is_taken_up(server: Shards, tmp_path: Path) 
     for file in cached(tmp_path):
         file.unlink()
     server.asked.clear()
-    server.pause = 0.2
-    words = [str(tmp_path / "cache"), config.source, "1", "5"]
-    command = [sys.executable, shard_server.__file__, *words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not any(f.stat().st_size for f in (tmp_path / "cache" / "shards").glob("*.partial")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    server.pause = 0.5  # of every 1000 bytes: it is not through before it is killed
+    words = [str(shard_server.__file__), tmp_path / "cache", config.source, 1, 5]
+    process = Command(*words, cwd=tmp_path)
+    partial = (tmp_path / "cache" / "shards").glob
+    process.wait_until(lambda: any(file.stat().st_size for file in partial("*.partial")))
+    os.kill(process.pid, signal.SIGKILL)
+    process.end()
     server.pause = 0.0
     server.asked.clear()
     assert digest(load(config, "train"), 5) == expected
@@ -843,7 +849,7 @@ def test_shards_are_fetched_before_they_are_needed(server: Shards, tmp_path: Pat
     assert isinstance(images, StreamedImages)
     ahead = images.read_ahead(iter([np.arange(3), np.arange(38, 39)]), lambda rows: rows)
     assert next(ahead).tolist() == [0, 1, 2]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while len(cached(tmp_path)) < 2:  # nobody has asked for an image
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -864,7 +870,7 @@ def test_a_task_that_fails_is_left_to_who_needs_it() -> None:
     with done_ahead(action, 1) as want:
         for task in range(3):
             want(task)
-        assert finished.wait(60)
+        assert finished.wait(PATIENCE)
     assert done == [0, 2]
 
 

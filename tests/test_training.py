@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,12 +20,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-import exactflow
+import processes
 import training_worker
 from exactflow.core.model import NonFiniteError
 from exactflow.data.augmentation import Augmentation
 from exactflow.training import Interrupted, Progress, TrainConfig, fit, trainer
 from exactflow.training.optim import MovingAverage, Schedule
+from processes import Said
 from training_worker import EVERYTHING, PLAIN, Toy, ToyConfig, make_data, make_toy, train
 
 TIMINGS = {"seconds", "step_seconds", "images_per_second"}
@@ -74,17 +73,9 @@ def assert_same_bits(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         assert same, name
 
 
-def work(folder: Path, what: str, step: int) -> subprocess.CompletedProcess[str]:
+def work(folder: Path, what: str, step: int) -> Said:
     """Run tests/training_worker.py, see there."""
-    path = [str(Path(str(exactflow.__file__)).parents[1]), os.environ.get("PYTHONPATH", "")]
-    return subprocess.run(
-        [sys.executable, str(Path(training_worker.__file__)), str(folder), what, str(step)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    return processes.run(training_worker.__file__, folder, what, step, cwd=folder.parent)
 
 
 def names(folder: Path) -> list[str]:
@@ -410,6 +401,7 @@ def abandon_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return arrange
 
 
+@pytest.mark.slow
 def test_killed_runs_end_in_the_same_bits(tmp_path: Path, uninterrupted: Path) -> None:
     """20 steps = kill -9 at three points and the same command again, with everything turned on."""
     first, second = sorted(random.Random(0).sample(range(2, 11), 2))

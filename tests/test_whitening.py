@@ -32,7 +32,7 @@ from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.sampling.sample import sample
 from exactflow.training import TrainConfig
 from exactflow.training.fitting import fit_closed_form
-from test_cli import cli
+from processes import call as cli
 
 CPU = torch.device("cpu")
 SHAPES = {
@@ -522,6 +522,7 @@ def test_without_a_training_split_the_score_stands_alone(tmp_path: Path) -> None
     assert json.loads((tmp_path / "e.json").read_text())["baselines"] == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["whitening-full", "gaussianisation-tiny"])
 def test_every_verb_of_the_command_line(preset: str, tmp_path: Path) -> None:
     words = ("data.source=digits", "data.limit=700")

@@ -1,0 +1,175 @@
+"""Processes that have torch and exactflow imported from their first line on.
+
+Importing takes seconds of a processor, so that it is done once: by a server (tests/ranks.py) that
+each process of the tests starts when it is first asked for, and that forks all the others.
+"""
+
+import atexit
+import contextlib
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+import exactflow
+import ranks
+from exactflow.cli import main
+
+_running: set[int] = set()
+PATIENCE = 600.0  # seconds: no test is about time, this only ends what hangs
+spent = 0.0  # seconds of a processor that the servers and what they forked have taken
+
+
+@dataclass(frozen=True)
+class Said:
+    """What became of a command."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def call(*words: str | Path | float, cwd: Path, fails: bool = False) -> Said:
+    """`exactflow` with these words, in this process."""
+    out, errors, status = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+    ):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["exactflow", *map(str, words)])
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    said = Said(status, out.getvalue(), errors.getvalue())
+    assert (status != 0) is fails, said.stdout + said.stderr
+    return said
+
+
+def environment() -> dict[str, str]:
+    """Of processes that import exactflow from where this one does."""
+    path = [str(Path(str(exactflow.__file__)).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+
+
+@cache
+def _server(under: tuple[str, ...]) -> tuple[subprocess.Popen[str], IO[bytes]]:
+    """A server, and what it and its processes say on stderr."""
+    said = tempfile.TemporaryFile()  # noqa: SIM115 - until the end of all tests
+    process = subprocess.Popen(
+        [*under, sys.executable, str(Path(ranks.__file__))],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=said,
+        text=True,
+    )
+    atexit.register(process.kill)
+    return process, said
+
+
+def ask(request: Any, under: Sequence[str] = ()) -> Any:
+    """The answer of the server that the command `under`, if any, has started."""
+    global spent
+    process, said = _server(tuple(under))
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(request) + "\n")
+    process.stdin.flush()
+    text = process.stdout.readline()
+    if not text:
+        _server.cache_clear()
+        said.seek(0)
+        raise AssertionError(said.read().decode()[-3000:])
+    answer = json.loads(text)
+    spent += answer["seconds"]
+    return answer["answer"]
+
+
+def carry_out(*rounds: dict[str, Any], under: Sequence[str] = ()) -> list[list[dict[str, Any]]]:
+    """Each round's processes, see tests/ranks.py."""
+    return ask(list(rounds), under)
+
+
+class Command:
+    """A forked process that does what `python WORDS` does; `torchrun` says with how many ranks.
+
+    It leads a session of its own, so that a signal can be sent to all that it has started.
+    """
+
+    def __init__(self, *words: str | Path | float, cwd: Path, torchrun: int = 0) -> None:
+        self.words = [str(word) for word in words]
+        with tempfile.NamedTemporaryFile(delete=False) as out:
+            self._out = Path(out.name)
+        self._errors = self._out.with_suffix(".err")
+        self.returncode: int | None = None
+        self.pid: int = ask(
+            {
+                "words": self.words,
+                "cwd": str(cwd),
+                "torchrun": torchrun,
+                "out": str(self._out),
+                "errors": str(self._errors),
+            }
+        )
+
+        _running.add(self.pid)
+
+    def poll(self) -> int | None:
+        """Its exit status, or None while it runs."""
+        if self.returncode is None:
+            self.returncode = ask({"ended": self.pid})
+            if self.returncode is not None:
+                _running.discard(self.pid)
+        return self.returncode
+
+    def wait_until(self, reached: Callable[[], bool]) -> None:
+        """Wait for something that it brings about before its end."""
+        deadline = time.monotonic() + PATIENCE
+        while not reached():
+            assert self.poll() is None, f"{shlex.join(self.words)} has ended: {self.end()}"
+            self._be_patient(deadline)
+
+    def end(self) -> Said:
+        """Wait for its end; what it said."""
+        deadline = time.monotonic() + PATIENCE
+        while (status := self.poll()) is None:
+            self._be_patient(deadline)
+        said = Said(status, self._out.read_text(), self._errors.read_text())
+        self._out.unlink()
+        self._errors.unlink()
+        return said
+
+    def _be_patient(self, deadline: float) -> None:
+        if time.monotonic() > deadline:
+            os.killpg(self.pid, signal.SIGKILL)
+            errors = self._errors.read_text()
+            raise AssertionError(f"{shlex.join(self.words)} hangs; it said: {errors}")
+        time.sleep(0.02)
+
+
+@atexit.register
+def _leave_nothing_running() -> None:
+    """End what a test that failed has left."""
+    for pid in _running:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def run(*words: str | Path | float, cwd: Path, torchrun: int = 0) -> Said:
+    """`python WORDS` in a forked process, until its end."""
+    return Command(*words, cwd=cwd, torchrun=torchrun).end()
