@@ -289,7 +289,7 @@ class MaskedConvolution(AutoregressiveTransform):
         outputs = channels if additive else 2 * channels
         window, padding = kernel, (0, kernel[1] // 2)
         if orientation in "CD":
-            window, padding = window[::-1], padding[::-1]
+            window, padding = (kernel[1], kernel[0]), (padding[1], padding[0])
         self.network = MaskedNetwork(channels, hidden, outputs, window, padding, context)
 
     def arrange(

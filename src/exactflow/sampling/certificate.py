@@ -102,8 +102,9 @@ class Certificate:
         # mps has no float64; the CPU always does
         self._device = torch.device("cpu") if model.device.type == "mps" else model.device
         self._model = exact.to(self._device, torch.float64).eval()
-        for part in autoregressive_parts(self._model) if guidance is not None else ():
-            part.forward = GuidedTransform(copy.copy(part), guidance, null_label).forward
+        if guidance is not None:
+            for part in autoregressive_parts(self._model):
+                part.forward = GuidedTransform(copy.copy(part), guidance, null_label).forward
 
     @torch.no_grad()
     def __call__(

@@ -113,7 +113,8 @@ class GuidedTransform(AutoregressiveTransform):
             pair.unflatten(0, (2, batch))[:, :, first:] = x[:, first:]
             branches = cache.branches = cache.branches or self._branches(x, label, temperature)
         both = self.transform.conditioner(pair, branches[0], inner, start, branches[1])
-        return self._combine(*both.chunk(2), start)
+        theta, theta_u = both.chunk(2)
+        return self._combine(theta, theta_u, start)
 
     def _branches(
         self, x: Tensor, label: Tensor | None, temperature: Tensor | None

@@ -7,7 +7,7 @@ Hutter, arXiv 1711.05101).
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, final
 
 import torch
@@ -34,8 +34,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"betas": betas})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Move all parameters that have a gradient."""
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Move all parameters that have a gradient; a closure is not called."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
