@@ -35,7 +35,9 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Move all parameters that have a gradient; a closure is not called."""
+        """Move all parameters that have a gradient. Raises ValueError for a closure."""
+        if closure is not None:
+            raise ValueError("Muon evaluates nothing itself: expected no closure")
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
