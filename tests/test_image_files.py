@@ -8,15 +8,17 @@ import logging
 import os
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from exactflow.data import DataConfig, DataError, prepare
+from exactflow.data import DataConfig, DataError, index_shards, load, prepare
 from exactflow.data.decode import Preprocessing, decode_image
 from test_data import idx, pixels, png, whole, write, write_classes
+from test_prepare import tar
 
 GREY, COLOUR = pixels(4, 4), pixels(4, 4, 3)
 DEEP = np.uint32(257)
@@ -160,6 +162,20 @@ def test_animations_are_counted(
     with caplog.at_level(logging.WARNING):
         prepare(DataConfig(str(tmp_path / "set"), **words), tmp_path / "out")
     assert said in caplog.text
+
+
+def test_animations_of_a_stream_are_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tar(tmp_path / "0.tar", {f"{i}.gif": frames("gif") for i in range(4)})
+    config = DataConfig(f"file://{tmp_path}/{{0..0}}.tar", cache_dir=str(tmp_path / "cache"))
+    words = {"channels": 1, "validation_fraction": 0.0, "test_fraction": 0.0}
+    index_shards(config.source, cache_dir=config.cache_dir)
+    images = load(replace(config, **words), "train").images
+    with caplog.at_level(logging.WARNING):
+        for row in range(4):
+            np.testing.assert_array_equal(images[row][0], pixels(4, 4))
+    assert caplog.text.count("images are animations") == 1
 
 
 def test_pages_of_a_tiff_are_refused_and_smaller_copies_are_not() -> None:

@@ -173,8 +173,9 @@ def _append(
     """Decode what is missing; each block's pixels are on disk before its line of the journal."""
     pixels, journal = pixel_file(folder, split), _journal_file(folder, split)
     read, written, skipped = done.read, done.written, list(done.skipped)
+    several: list[str] = []
     with pixels.open("ab") as images, journal.open("ab") as lines:
-        for block, bad in store.decode_blocks(selection, start=read, workers=workers):
+        for block, bad in store.decode_blocks(selection, several, start=read, workers=workers):
             entry = _Done(len(block) + len(bad), len(block), tuple(bad))
             for stream, content in ((images, block.data), (lines, _text(entry).encode() + b"\n")):
                 stream.write(content)
@@ -182,6 +183,7 @@ def _append(
                 os.fsync(stream.fileno())
             read, written, skipped = read + entry.read, written + entry.written, [*skipped, *bad]
             advance(entry.read)
+    store.tell_animations(several)
     if not written:
         raise DataError(f"expected at least one readable image, found none of {read}")
     return _Done(read, written, tuple(skipped))

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -184,12 +184,17 @@ def fingerprint(images: np.ndarray | CheckedImages, labels: np.ndarray | None, l
 
 
 def decode_blocks(
-    selection: Selection, *, start: int = 0, workers: int | None = None
+    selection: Selection,
+    several: list[str],
+    *,
+    start: int = 0,
+    workers: int | None = None,
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
     """Decode from position `start` of the selection on, in order, one block ahead.
 
     Args:
         selection: what to decode.
+        several: names of animations are added to it, for `tell_animations`.
         start: where to begin.
         workers: threads that decode; None: one per core. They change nothing but the time.
 
@@ -201,7 +206,6 @@ def decode_blocks(
     """
     total = len(selection.indices)
     payloads = selection.split.records.read(selection.indices[start:])
-    several: list[str] = []
     ahead: deque[tuple[int, Iterator[list[np.ndarray | DataError]]]] = deque()
     with ThreadPoolExecutor(workers or _DECODING_THREADS) as threads:
         for first in range(start, total, _IMAGES_PER_BLOCK):
@@ -211,6 +215,10 @@ def decode_blocks(
                 yield _gathered(selection, *ahead.popleft())
         for first, parts in ahead:
             yield _gathered(selection, first, parts)
+
+
+def tell_animations(several: Sequence[str]) -> None:
+    """Log how many images have further frames, which are not read."""
     if several:
         log.warning(
             "%d images are animations, of which the first frame is read, %s first",
@@ -223,11 +231,13 @@ def _decode_blocks(selection: Selection) -> Iterator[tuple[np.ndarray, list[int]
     """All blocks of a selection in which something can be read, with a bar where it takes long."""
     total = len(selection.indices)
     readable = 0
+    several: list[str] = []
     with _late_progress(total, "decoding images") as advance:
-        for block, bad in decode_blocks(selection):
+        for block, bad in decode_blocks(selection, several):
             yield block, bad
             advance(len(block) + len(bad))
             readable += len(block)
+    tell_animations(several)
     if not readable:
         raise DataError(f"expected at least one readable image, found none of {total}")
 
@@ -243,8 +253,8 @@ def _decode_block(
 
     def task(offset: int) -> list[np.ndarray | DataError]:
         part = block[offset : offset + _IMAGES_PER_TASK]
-        indices = selection.indices[start + offset :]
-        pairs = zip(indices.tolist(), part, strict=False)
+        indices = selection.indices[start + offset :][: len(part)].tolist()
+        pairs = zip(indices, part, strict=True)
         return [_try_decode(selection, index, payload, several) for index, payload in pairs]
 
     return threads.map(task, range(0, len(block), _IMAGES_PER_TASK))

@@ -112,6 +112,7 @@ class StreamedImages:
             )
         self._selection, self._files = selection, records.files
         self._shard = records.shard[selection.indices]
+        self._told = False  # of animations; once, since every batch comes through here
         self.shape = (len(selection.indices), *selection.shape)
 
     def __len__(self) -> int:
@@ -132,9 +133,13 @@ class StreamedImages:
         threads = 1 if get_worker_info() is not None else None
         count = 0
         part = replace(self._selection, indices=wanted)
-        for block, _ in store.decode_blocks(part, workers=threads):
+        several: list[str] = []
+        for block, _ in store.decode_blocks(part, several, workers=threads):
             images[count : count + len(block)] = block
             count += len(block)
+        if several and not self._told:
+            self._told = True
+            store.tell_animations(several)
         return images if np.array_equal(stored, wanted) else images[position]
 
     @property
