@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import exactflow
 from exactflow.cli import attributes, evaluate, sample
 from exactflow.cli.arguments import Evaluate, Sample
+from exactflow.cli.contenders import Contenders
 from exactflow.cli.latent_arguments import Attributes
 from exactflow.cli.settings import first_images, labels_named, resolve
 from exactflow.cli.train import train
@@ -22,6 +23,7 @@ from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.data.classes import class_number, classes_in
 from exactflow.evaluation.bits_per_dim import with_labels
 from exactflow.training import TrainConfig, fit
+from exactflow.training.budget import Budget
 
 TINY = ("model.width=16", "model.blocks=2", "model.layers_per_block=1", "model.head_dim=16")
 CONDITIONAL = "tarflow-mnist-4-128-4-4-0.10"
@@ -262,3 +264,14 @@ def test_training_says_it_at_the_start(tmp_path: Path, capsys: pytest.CaptureFix
     train(resolve("tarflow-tiny", (*TINY, *FAST, source), None), tmp_path / "run", "cpu")
     told = "pets has 2 classes, tarflow-tiny is trained without them: model.num_classes=2"
     assert capsys.readouterr().err.startswith(told)
+
+
+def test_a_comparison_asks_for_labelled_held_out_images_first(tmp_path: Path) -> None:
+    large = np.zeros((2, 1, 28, 28), np.uint8)
+    training = replace(dataset(("cat", "dog")), images=large)
+    held_out = replace(training, labels=None, class_names=())
+    shared = (DataConfig("set"), training)
+    after = (Budget(seconds=1.0), tmp_path, torch.device("cpu"))
+    Contenders([CONDITIONAL], *shared, training, *after)
+    with pytest.raises(ValueError, match="2 classes needs labels"):
+        Contenders([CONDITIONAL], *shared, held_out, *after)

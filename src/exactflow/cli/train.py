@@ -26,6 +26,7 @@ from exactflow.paths.chain_model import ChainModel
 from exactflow.paths.path_model import PathModel
 from exactflow.sampling.sample import sample
 from exactflow.training import FitResult, Interrupted, Progress, fit
+from exactflow.training.compatible import check_compatible
 from exactflow.training.fitting import fit_closed_form
 from exactflow.training.log import LOG_FILE
 
@@ -65,6 +66,7 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
         note(remark)
     settings = settings.fitted(training)
     model = settings.build().to(pick_device(device))
+    check_compatible(model, training)  # first, and not what follows from it
     watch = _Watch(settings, model, validation, folder)
     run_config = settings.run
     every = {run_config.sample_every: watch.draw}
