@@ -68,6 +68,17 @@ def test_samples_go_to_the_run_of_their_model(run: Path, tmp_path: Path, cli: Cl
     assert not (tmp_path / "runs" / "samples").exists()
 
 
+def test_other_verbs_write_beside_their_model_too(tmp_path: Path, cli: Cli) -> None:
+    model = registry.build("tarflow-tiny", image_shape=(1, 8, 8), levels=17, blocks=1)
+    for name in ("a", "b"):
+        model.save_pretrained(tmp_path / name)
+        for words in (["encode", "--n", 2], ["convergence", "--n", 2]):
+            status, printed = cli(words[0], name, *words[1:], "data.source=digits")
+            assert status == 0, printed
+            assert (tmp_path / name / words[0] / f"{words[0]}.json").is_file()
+    assert not (tmp_path / "runs").exists()
+
+
 def test_the_default_folder_has_the_last_call_only(run: Path, cli: Cli) -> None:
     cli("sample", run, "--n", 4, "--trace")
     assert (run / "sampled" / "trace.png").exists()

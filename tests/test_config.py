@@ -114,6 +114,7 @@ def test_a_resolved_configuration_resolves_to_itself(tmp_path: Path) -> None:
         ("tarflow-tiny", None, "- a\n- b", "expected a mapping"),
         ("tarflow-tiny", None, "a: [", "not YAML"),
         ("tarflow-tiny", "run.samples=0", None, "run.samples"),
+        ("tarflow-tiny", "run.samples=1000000000000", None, "run.samples: expected at most 4,096"),
         ("tarflow-tiny", "model.width=[1", None, r"width: expected int, got '\[1'"),
         ("tarflow-tiny", "model.image_shape=[1", None, r"image_shape=\[1 is not YAML"),
     ],

@@ -162,8 +162,9 @@ class Encode:
     steps: int = 8
     """Images on the way from each image to the next."""
     path: Literal["linear", "spherical"] = "spherical"
-    out: Path = Path("runs/encode")
-    """Folder for latents.safetensors, the pictures and encode.json."""
+    out: Path | None = None
+    """Folder for latents.safetensors, the pictures and encode.json; by default `encode` in the
+    model's own run folder."""
     device: Device = "auto"
 
 
@@ -203,8 +204,9 @@ class Convergence:
     """Matrix norm of the metrics: largest singular value, largest column sum, or Frobenius."""
     seed: int = 0
     """Seed of the noise, where the model was trained with Gaussian noise."""
-    out: Path = Path("runs/convergence")
-    """Folder for convergence.json and convergence.png."""
+    out: Path | None = None
+    """Folder for convergence.json and convergence.png; by default `convergence` in the model's own
+    run folder."""
     device: Device = "auto"
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from exactflow.cli.latent_arguments import Attributes
-from exactflow.cli.places import check_apart
+from exactflow.cli.places import check_apart, own_folder
 from exactflow.cli.settings import data_of, load_flow, some
 from exactflow.cli.terminal import say
 from exactflow.core.serialization import finite, write_atomically, write_json
@@ -25,7 +25,8 @@ def run(command: Attributes) -> None:
     """Learn the direction from training images, move held-out ones, write pictures and numbers."""
     model = load_flow(command.model, command.device)
     data = data_of(model, command.settings)
-    check_apart(command.out, data)
+    out = command.out or own_folder(command.model, "attributes")
+    check_apart(out, data)
     held_out = load(data, command.split)
     training = some(data, "train", command.learn_from)
     for dataset in (held_out, training):
@@ -63,15 +64,15 @@ def run(command: Attributes) -> None:
         "certificate": finite(edit.certificate.amax(1).tolist()),
         "reconstruction": error.describe(),
     }
-    command.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     picture = image_table(sheet, model.levels, names, columns, title)
-    write_atomically(command.out / "attributes.png", picture)
-    write_json(command.out / "attributes.json", summary)
+    write_atomically(out / "attributes.png", picture)
+    write_json(out / "attributes.json", summary)
     say(
         f"{len(images)} images moved towards {held_out.class_names[attribute]!r}, a direction of "
         f"length {summary['direction_norm']:.2f} from {len(training)} training images; "
         f"decode(encode(x)) is off by {float(error.largest.max()):.1e} at most, "
-        f"{int(error.wrong.sum())} grey levels differ: {command.out}"
+        f"{int(error.wrong.sum())} grey levels differ: {out}"
     )
 
 

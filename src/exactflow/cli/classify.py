@@ -6,7 +6,7 @@ from rich.table import Table
 from torch import Tensor
 
 from exactflow.cli.latent_arguments import Classify
-from exactflow.cli.places import check_apart
+from exactflow.cli.places import check_apart, own_folder
 from exactflow.cli.settings import data_of, load_model, some
 from exactflow.cli.terminal import say
 from exactflow.cli.trained_on import trained_on
@@ -38,7 +38,8 @@ def run(command: Classify) -> None:
     prior = command.prior or None
     log_prior(prior, model.num_classes)  # an error before anything is scored
     data = data_of(model, command.settings)
-    check_apart(command.out, data)
+    out = command.out or own_folder(command.model, "classify")
+    check_apart(out, data)
     held_out = some(data, command.split, command.n)
     validation = some(data, "validation", command.calibrate_on)
     (images, truth), (others, seen) = (_labelled(model, s) for s in (held_out, validation))
@@ -64,11 +65,11 @@ def run(command: Classify) -> None:
         "confusion": found["calibrated"].confusion.tolist(),
         "images_per_second": len(held_out) / seconds,
     }
-    command.out.mkdir(parents=True, exist_ok=True)
-    write_json(command.out / "classify.json", summary)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "classify.json", summary)
     title = f"{held_out.id}, {command.split}: {len(held_out)} images, temperature {temperature:.2f}"
     picture = classification_plot(found, model.class_names or held_out.class_names, title)
-    write_atomically(command.out / "classify.png", picture)
+    write_atomically(out / "classify.png", picture)
     table = Table(title=title)
     for name in ("", *found):
         table.add_column(name, justify="right" if name else "left")
@@ -79,7 +80,7 @@ def run(command: Classify) -> None:
         say(f"the model was trained on {other_data}")
     say(
         f"temperature from {len(validation)} validation images; "
-        f"{summary['images_per_second']:.1f} images/s: {command.out}"
+        f"{summary['images_per_second']:.1f} images/s: {out}"
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from rich.table import Table
 
 from exactflow.cli.arguments import Convergence
-from exactflow.cli.places import check_apart
+from exactflow.cli.places import check_apart, own_folder
 from exactflow.cli.settings import data_of, first_images, load_flow
 from exactflow.cli.terminal import say
 from exactflow.core.random import generator, normal_rows
@@ -21,7 +21,8 @@ def run(command: Convergence) -> None:
     """Print a row for every block in generation order; write the numbers and a picture."""
     model = load_flow(command.model, command.device)
     data = data_of(model, command.settings)
-    check_apart(command.out, data)
+    out = command.out or own_folder(command.model, "convergence")
+    check_apart(out, data)
     dataset = load(data, command.split)
     check_fits(model, dataset)
     images, label = first_images(model, dataset, command.n)
@@ -44,11 +45,11 @@ def run(command: Convergence) -> None:
             for block, share in zip(blocks, crm_percent(blocks), strict=True)
         ],
     }
-    command.out.mkdir(parents=True, exist_ok=True)
-    write_json(command.out / "convergence.json", finite(summary))
-    write_atomically(command.out / "convergence.png", convergence_plot(blocks))
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "convergence.json", finite(summary))
+    write_atomically(out / "convergence.png", convergence_plot(blocks))
     noise = f", with Gaussian noise {model.noise_std:g}, as in training" if model.noise_std else ""
-    say(f"{len(x)} images of {dataset.id}, {command.split}{noise}: {command.out}")
+    say(f"{len(x)} images of {dataset.id}, {command.split}{noise}: {out}")
 
 
 def _table(blocks: Sequence[BlockConvergence]) -> Table:

@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import save
 
 from exactflow.cli.arguments import Encode
-from exactflow.cli.places import check_apart
+from exactflow.cli.places import check_apart, own_folder
 from exactflow.cli.settings import data_of, first_images, load_flow
 from exactflow.cli.terminal import say
 from exactflow.core.serialization import finite, write_atomically, write_json
@@ -18,12 +18,12 @@ def run(command: Encode) -> None:
     """Write latents, reconstructions with their error, and interpolations."""
     model = load_flow(command.model, command.device)
     data = data_of(model, command.settings)
-    check_apart(command.out, data)
+    out = command.out or own_folder(command.model, "encode")
+    check_apart(out, data)
     dataset = load(data, command.split)
     check_fits(model, dataset)
     images, label = first_images(model, dataset, command.n)
     result = reconstruct(model, images, label)
-    out = command.out
     out.mkdir(parents=True, exist_ok=True)
     latents = {"z": result.z.cpu().contiguous(), "log_abs_det": result.log_abs_det.cpu()}
     write_atomically(out / "latents.safetensors", save(latents))

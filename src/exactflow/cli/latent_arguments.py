@@ -36,8 +36,9 @@ class Attributes:
     """At most so many training images give the direction."""
     batch_size: int = 64
     """Images encoded together."""
-    out: Path = Path("runs/attributes")
-    """Folder for attributes.png and attributes.json."""
+    out: Path | None = None
+    """Folder for attributes.png and attributes.json; by default `attributes` in the model's own run
+    folder."""
     device: Device = "auto"
     """Where to compute; "auto" is the accelerator, if any."""
 
@@ -69,8 +70,9 @@ class Classify:
     """Names the noise, which is the same under every class."""
     batch_size: int = 64
     """Images scored together."""
-    out: Path = Path("runs/classify")
-    """Folder for classify.png (reliability, confusion) and classify.json."""
+    out: Path | None = None
+    """Folder for classify.png (reliability, confusion) and classify.json; by default `classify` in
+    the model's own run folder."""
     device: Device = "auto"
     """Where to compute; "auto" is the accelerator, if any."""
 
@@ -102,8 +104,9 @@ class Outliers:
     """Names the noise."""
     batch_size: int = 64
     """Images scored together."""
-    out: Path = Path("runs/outliers")
-    """Folder for outliers.png (scores, curves), images.png and outliers.json."""
+    out: Path | None = None
+    """Folder for outliers.png (scores, curves), images.png and outliers.json; by default `outliers`
+    in the model's own run folder."""
     device: Device = "auto"
     """Where to compute; "auto" is the accelerator, if any."""
 
@@ -137,7 +140,7 @@ class Restore:
     """Names the noise: of the chains, or that is to be removed."""
     batch_size: int = 64
     """denoise: images denoised together."""
-    out: Path = Path("runs/restore")
-    """Folder for TASK.png and TASK.json."""
+    out: Path | None = None
+    """Folder for TASK.png and TASK.json; by default `restore` in the model's own run folder."""
     device: Device = "auto"
     """Where to compute; "auto" is the accelerator, if any."""

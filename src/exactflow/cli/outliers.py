@@ -4,7 +4,7 @@ import torch
 from rich.table import Table
 
 from exactflow.cli.latent_arguments import Outliers
-from exactflow.cli.places import check_apart
+from exactflow.cli.places import check_apart, own_folder
 from exactflow.cli.settings import data_of, load_model, some
 from exactflow.cli.terminal import say
 from exactflow.cli.trained_on import trained_on
@@ -29,7 +29,8 @@ def run(command: Outliers) -> None:
     """Score both sets; print the area under the curve of every score, write pictures."""
     model = exact_flow(load_model(command.model, command.device))
     data = data_of(model, command.settings)
-    check_apart(command.out, data)
+    out = command.out or own_folder(command.model, "outliers")
+    check_apart(out, data)
     inside = some(data, "test", command.n)
     training = some(data, "train", command.training)
     for dataset in (inside, training):
@@ -69,11 +70,11 @@ def run(command: Outliers) -> None:
             for name in SCORES
         },
     }
-    command.out.mkdir(parents=True, exist_ok=True)
-    write_json(command.out / "outliers.json", summary)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "outliers.json", summary)
     picture = outlier_plot(scores[0], scores[1], (inside.id, outside.id))
-    write_atomically(command.out / "outliers.png", picture)
-    write_atomically(command.out / "images.png", _sheet(inside, outside))
+    write_atomically(out / "outliers.png", picture)
+    write_atomically(out / "images.png", _sheet(inside, outside))
     table = Table(title=f"{outside.id} (outside) against {inside.id} (inside)")
     for name in ("score", "AUROC", "mean inside", "mean outside"):
         table.add_column(name, justify="left" if name == "score" else "right")
@@ -84,7 +85,7 @@ def run(command: Outliers) -> None:
         say(f"the model was trained on {other_data}")
     say(
         f"{len(inside)} images inside, {len(outside)} outside; 0.5 is chance, less means that the "
-        f"score takes them the wrong way round: {command.out}"
+        f"score takes them the wrong way round: {out}"
     )
 
 

@@ -10,7 +10,6 @@ from exactflow.data import DataConfig
 from exactflow.data.config import is_path
 from exactflow.training.log import LOG_FILE
 
-SAMPLED = "sampled"  # folder of a run, or beside a model's weights, for what `sample` draws
 _MADE = ("samples.json", "samples.png", "trace.png", "inversion.png")
 _SINGLE = re.compile(r"seed_(\d+)\.png")
 
@@ -47,14 +46,17 @@ def check_no_run(out: Path) -> None:
         )
 
 
-def samples_folder(location: str) -> Path:
-    """Where the samples of a model go: into its run folder, or its own; runs/NAME for hub ids."""
+def own_folder(location: str, name: str) -> Path:
+    """Where a verb writes about a model: `name` in its run folder, or beside its weights.
+
+    Of a model from the hub: in runs/MODEL.
+    """
     place = Path(location)
     if not place.is_dir():
-        return Path("runs") / place.name / SAMPLED
+        return Path("runs") / place.name / name
     if place.name == "model" and is_run(place.parent):
         place = place.parent
-    return place / SAMPLED
+    return place / name
 
 
 @final

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from exactflow.cli.latent_arguments import Restore
-from exactflow.cli.places import check_apart
+from exactflow.cli.places import check_apart, own_folder
 from exactflow.cli.settings import data_of, first_images, load_model
 from exactflow.cli.terminal import say
 from exactflow.core.model import Flow
@@ -24,7 +24,8 @@ def run(command: Restore) -> None:
         raise ValueError(f"expected n >= 1, got {command.n}")
     model = exact_flow(load_model(command.model, command.device))
     data = data_of(model, command.settings)
-    check_apart(command.out, data)
+    out = command.out or own_folder(command.model, "restore")
+    check_apart(out, data)
     dataset = load(data, command.split)
     check_fits(model, dataset)
     images, label = first_images(model, dataset, command.n)
@@ -38,10 +39,10 @@ def run(command: Restore) -> None:
         "seed": command.seed,
         **finite(numbers),
     }
-    command.out.mkdir(parents=True, exist_ok=True)
-    write_json(command.out / f"{command.task}.json", summary)
-    write_atomically(command.out / f"{command.task}.png", picture)
-    say(f"{sentence}: {command.out / command.task}.png")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / f"{command.task}.json", summary)
+    write_atomically(out / f"{command.task}.png", picture)
+    say(f"{sentence}: {out / command.task}.png")
 
 
 def _inpaint(

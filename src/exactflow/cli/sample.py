@@ -8,7 +8,7 @@ import torch
 
 from exactflow import __version__
 from exactflow.cli.arguments import Sample
-from exactflow.cli.places import SamplesFolder, samples_folder
+from exactflow.cli.places import SamplesFolder, own_folder
 from exactflow.cli.settings import NULL_LABEL, labels_named, load_model
 from exactflow.cli.terminal import say
 from exactflow.core.model import Flow, GenerativeModel
@@ -25,7 +25,7 @@ from exactflow.sampling.sample import Samples, sample
 def run(command: Sample) -> None:
     """Draw samples and write them with their cost and all they depend on."""
     seeds = range(command.seed, command.seed + command.n)
-    out = command.out or samples_folder(command.model)
+    out = command.out or own_folder(command.model, "sampled")
     folder = SamplesFolder(out, seeds, own=command.out is None)
     model = load_model(command.model, command.device)
     label = labels_named(model, command.label)

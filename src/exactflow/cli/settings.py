@@ -24,6 +24,7 @@ from exactflow.hub.pretrained import from_pretrained, recorded_data
 from exactflow.training import TrainConfig
 
 CONFIG_FILE = "config.yaml"  # of a run folder
+MAX_GRID = 4096  # images
 NULL_LABEL = "null"  # how the dropped label is called, unless a class is
 
 
@@ -39,10 +40,12 @@ class RunConfig:
     tensorboard: bool = False  # also log to TensorBoard (extra `track`)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for intervals and counts below one."""
+        """Raise ValueError for intervals and counts below one, and a grid nobody can look at."""
         for name, value in asdict(self).items():
             if name != "tensorboard" and value < 1:
                 raise ValueError(f"run.{name}: expected at least 1, got {value}")
+        if self.samples > MAX_GRID:
+            raise ValueError(f"run.samples: expected at most {MAX_GRID:,}, got {self.samples}")
 
 
 @final
