@@ -189,3 +189,34 @@ def written(file: Path, metadata: bytes) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pa.table({"image": [png(pixels(4, 4, seed=n)) for n in (0, 1)], "label": [0, 1]})
     parquet.write_table(table.replace_schema_metadata({b"huggingface": metadata}), file)
+
+
+def test_one_flipped_bit_of_an_index_is_found() -> None:
+    shard = tar_index.from_fields({**SHARD, "labels": [1]}, "x")
+    content = tar_index.write_index([shard])
+    assert read_index(content, "x")[0].labels == (1,)
+    for byte in range(len(content) - 1):  # the last one is a line's end
+        damaged = bytearray(content)
+        damaged[byte] ^= 2
+        with pytest.raises(DataError):
+            read_index(bytes(damaged), "index.json")
+    without = json.loads(content)
+    del without["sha256"]  # as earlier versions wrote it
+    assert read_index(json.dumps(without).encode(), "x")[0].labels == (1,)
+
+
+def test_a_damaged_index_of_the_cache_folder_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shards, "KEEP_INDEX_FROM", 1)
+    tar(tmp_path / "set" / "0.tar", {"a.png": png(pixels(4, 4)), "b.png": png(pixels(4, 4))})
+    whole = {"test_fraction": 0.0, "validation_fraction": 0.0, "cache_dir": str(tmp_path / "cache")}
+    first = load(DataConfig(str(tmp_path / "set"), **whole), "train")
+    (kept,) = (tmp_path / "cache" / "indexes").iterdir()
+    intact = kept.read_bytes()
+    for content in (intact[:-9], b"[" * 10_000, intact.replace(b'"a.png"', b'"c.png"')):
+        kept.write_bytes(content)
+        assert load(DataConfig(str(tmp_path / "set"), **whole), "train").version == first.version
+        assert "it is left aside" in caplog.text
+        assert kept.read_bytes() == intact
+        caplog.clear()

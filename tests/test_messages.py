@@ -12,7 +12,7 @@ import torch
 
 import ranks
 from exactflow.core import processes
-from exactflow.core.messages import Failure, pickled, unpickled
+from exactflow.core.messages import SentError, pickled, unpickled
 from exactflow.core.model import NonFiniteError
 from exactflow.core.processes import Processes, ProcessLostError, joined
 from exactflow.data import DataError
@@ -36,7 +36,7 @@ def failed(error: Exception) -> Exception:
     try:
         raise error
     except type(error) as raised:
-        return pickle.loads(pickle.dumps(Failure.of(raised, "process 1 of 2"))).error()
+        return pickle.loads(pickle.dumps(SentError.of(raised, "process 1 of 2"))).error()
 
 
 @pytest.mark.parametrize(

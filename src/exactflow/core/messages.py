@@ -27,7 +27,7 @@ def unpickled(content: bytes) -> Any:
 
 @final
 @dataclass(frozen=True)
-class Failure:
+class SentError:
     """An exception for other processes.
 
     Attributes:
@@ -40,7 +40,7 @@ class Failure:
     told: str
 
     @classmethod
-    def of(cls, error: Exception, where: str) -> "Failure":
+    def of(cls, error: Exception, where: str) -> "SentError":
         """What is told of `error`, which was raised in `where`."""
         lines = "".join(traceback.format_exception(error))
         return cls(_survivor(error), f"\nIn {where}:\n\n{lines}")

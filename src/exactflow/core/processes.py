@@ -18,7 +18,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from exactflow.core.messages import Failure, pickled, unpickled
+from exactflow.core.messages import SentError, pickled, unpickled
 from exactflow.core.progress import tracked
 
 LAST_WORDS = 0.1  # seconds for what was sent last before a group is left
@@ -174,15 +174,15 @@ class Processes:
             while _any_works(_beats, False):
                 pass
 
-    def _attempt(self, work: Callable[[], Any]) -> bytes | Failure:
+    def _attempt(self, work: Callable[[], Any]) -> bytes | SentError:
         """What `work` returns, or how it failed, as others can read it."""
         try:
             return pickled(work())
         except Exception as error:
-            return Failure.of(error, f"process {self.rank} of {self.count}")
+            return SentError.of(error, f"process {self.rank} of {self.count}")
 
-    def _outcome(self, told: bytes | Failure) -> Any:
-        if isinstance(told, Failure):
+    def _outcome(self, told: bytes | SentError) -> Any:
+        if isinstance(told, SentError):
             raise told.error()
         return unpickled(told)
 

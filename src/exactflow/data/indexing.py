@@ -122,8 +122,9 @@ def find_index(pattern: str, cache_dir: str | None) -> tuple[RemoteSet, tuple[Ta
     """
     found = RemoteSet.of(pattern)
     kept = _kept(found, cache_dir)
-    if kept.is_file():
-        return found, tar_index.read_index(kept.read_bytes(), str(kept))
+    shards = tar_index.read_kept(kept)
+    if shards is not None:
+        return found, shards
     beside = found.url(INDEX_FILE)
     content = remote.read(beside, LARGEST_INDEX)
     if content is None:

@@ -7,7 +7,8 @@ A prepared set is a folder:
     SPLIT.hashes    a hash of each image, with which it is compared when it is first read
     SPLIT.labels    int64, little-endian; missing where the split is unlabelled
 
-Sets of format 1 have no hashes, neither of images nor of labels nor of prepared.json.
+Beside them stays preparing.lock, which is empty. Sets of format 1 have no hashes, neither of images
+nor of labels nor of prepared.json.
 
 While `prepare` runs there is preparing.json in place of prepared.json, and a journal per split.
 """

@@ -33,7 +33,7 @@ from exactflow.data.records import (
     version_and_stamp,
 )
 from exactflow.data.splits import named_split, named_splits, refuse_mixed_splits, says_a_split
-from exactflow.data.tar_index import Label, TarIndex, index_tar, read_index, write_index
+from exactflow.data.tar_index import Label, TarIndex, index_tar, read_kept, write_index
 
 log = logging.getLogger(__name__)
 
@@ -231,9 +231,8 @@ def _indexed(
 ) -> tuple[TarIndex, ...]:
     """The indexes of these files, from the cache folder if they lie there and no file changed."""
     kept = cache_folder(cache_dir) / "indexes" / f"{stamp}.json"
-    if kept.is_file():
-        shards = read_index(kept.read_bytes(), str(kept))
-    else:
+    shards = read_kept(kept)
+    if shards is None:
         shards = tuple(_walked(file, root) for file in files)
         if sum(len(shard) for shard in shards) >= KEEP_INDEX_FROM:
             try:

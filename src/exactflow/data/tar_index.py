@@ -7,6 +7,7 @@ Sizes are compared with the limits below before anything of that size is read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -14,7 +15,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeGuard, final
 
 import numpy as np
@@ -32,6 +33,7 @@ _LABEL_FIELDS = ("label", "labels", "class", "cls")  # of a .json file
 _LABEL_ENDINGS = ("cls", "json", "txt")  # the first that gives a label counts
 _LONGEST_CLASS_NAME = 64  # characters; a longer text is a caption
 _SHA256 = re.compile("[0-9a-f]{64}")
+_SHARDS = b'"shards"'  # what follows in an index file is what its hash is of
 
 Label = int | str | None
 
@@ -175,7 +177,9 @@ def _integers(values: Any) -> np.ndarray:
 def write_index(shards: Sequence[TarIndex]) -> bytes:
     """The content of an index file."""
     lines = ",\n".join(to_line(shard) for shard in shards)
-    return f'{{"format": {FORMAT}, "shards": [\n{lines}\n]}}\n'.encode()
+    rest = f": [\n{lines}\n]}}\n".encode()
+    head = f'{{"format": {FORMAT}, "sha256": "{hashlib.sha256(rest).hexdigest()}", '
+    return head.encode() + _SHARDS + rest
 
 
 def read_index(content: bytes, where: str) -> tuple[TarIndex, ...]:
@@ -187,11 +191,26 @@ def read_index(content: bytes, where: str) -> tuple[TarIndex, ...]:
     try:
         found = json.loads(content)
         version, lines = found["format"], list(found["shards"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        written = found.get("sha256")  # earlier versions wrote none
+        digest = hashlib.sha256(content.partition(_SHARDS)[2]).hexdigest()
+        if found.keys() - {"format", "sha256", "shards"} or written not in (None, digest):
+            raise ValueError("another one than was written: damaged, or changed")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{where}: expected an index of tar shards, found: {error!r}") from error
     if version != FORMAT:
         raise DataError(f"{where}: expected an index of format {FORMAT}, found {version}")
     return tuple(from_fields(line, where) for line in lines)
+
+
+def read_kept(file: Path) -> tuple[TarIndex, ...] | None:
+    """The shards of an index in the cache folder; None if there is none, or a damaged one."""
+    if not file.is_file():
+        return None
+    try:
+        return read_index(file.read_bytes(), str(file))
+    except DataError as error:
+        log.warning("%s; it is left aside", error)
+        return None
 
 
 @final
