@@ -27,7 +27,7 @@ from exactflow.paths.path_model import PathModel
 
 ESTIMATE_FACTS = (
     *("solver", "steps", "tolerance", "evaluations", "trace", "probe", "probes"),
-    *("probe_standard_error", "prior_gap", "blur"),
+    *("probe_standard_error", "prior_gap", "blur", "trained_on"),
 )
 Kind = Literal["dequantized", "bound", "estimate", "noisy-density"]
 Dequantization = Literal["uniform", "variational", "gaussian", "none"]
@@ -55,7 +55,8 @@ class LogLikelihood:
         dequantization: law of the noise inside a grey level; "gaussian" is noise across levels, and
             "none" a bound on the probability of the integers themselves.
         details: what else the number rests on: of an estimate, its solver, tolerance, evaluations,
-            probes and prior gap; of a chain's bound, its steps and evaluations of the network.
+            probes, prior gap and what the model was trained on; of a chain's bound, its steps and
+            evaluations of the network.
     """
 
     nats: Float[Tensor, " n"]
@@ -66,6 +67,11 @@ class LogLikelihood:
     data: str | None = None
     dequantization: Dequantization = "uniform"
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def off_its_data(self) -> bool:
+        """Whether this is an estimate on dequantised images of a model trained on centred ones."""
+        return self.details.get("trained_on") == "centred images"
 
     @property
     def nats_per_dim(self) -> float:
