@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from exactflow.core import images as grey
+from exactflow.core.doors import LabelsLike, as_labels, require_model
 from exactflow.core.model import (
     AugmentedFlow,
     DequantizingFlow,
@@ -102,8 +103,8 @@ class LogLikelihood:
 
 def log_likelihood(
     model: GenerativeModel,
-    images: Integer[Tensor, "n channels height width"],
-    label: Int[Tensor, " n"] | None = None,
+    images: grey.ImagesLike,
+    label: LabelsLike | None = None,
     k: int = 1,
     seed: int = 0,
     *,
@@ -120,8 +121,9 @@ def log_likelihood(
         model: a flow, a diffusion chain (scored by its bound, all steps) or another model on a path
             (scored by its probability flow, with dopri5 at 1e-5 and one probe: `ode_log_likelihood`
             has the options); scored in evaluation mode.
-        images: grey levels 0 .. levels-1, on any device.
-        label: class of each image; None scores without labels.
+        images: grey levels 0 .. levels-1, on any device, (n, channels, height, width); or PIL
+            images.
+        label: class of each image, or of all; None scores without labels.
         k: noise draws per image.
         seed: names the noise.
         first: number of the first image, where these are a part of a set.
@@ -133,6 +135,9 @@ def log_likelihood(
         ValueError: for images that are not such integers, or labels the model cannot take.
         NonFiniteError: names the first image whose likelihood is not finite.
     """
+    require_model(model)
+    images = grey.as_tensor(images, model.event_shape)
+    label = as_labels(model, label, len(images))
     options: dict[str, Any] = {"first": first, "batch_size": batch_size, "progress": progress}
     if isinstance(model, ChainModel):
         if k != 1:

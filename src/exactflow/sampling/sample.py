@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Int
 from rich.progress import track
 from torch import Tensor
 
+from exactflow.core.doors import LabelsLike, as_labels, require_model
 from exactflow.core.model import Flow, GenerativeModel, evaluating
 from exactflow.core.processes import Processes, current
 from exactflow.core.random import generator, normal_rows
@@ -27,7 +27,7 @@ from exactflow.sampling.samples import Samples, together
 def sample(
     model: GenerativeModel,
     n: int,
-    label: int | Sequence[int] | Tensor | None = None,
+    label: LabelsLike | None = None,
     seed: int = 0,
     solver: str | Solver | Sequence[Solver] = "auto",
     guidance: float | Guidance = 0.0,
@@ -73,6 +73,7 @@ def sample(
         ValueError: for labels or guidance the model cannot take, and for an option that has no
             meaning for this model and solver.
     """
+    require_model(model)
     if n < 1 or batch_size < 1 or not temperature >= 0:
         raise ValueError(
             f"expected n >= 1, batch_size >= 1 and temperature >= 0, "
@@ -80,7 +81,7 @@ def sample(
         )
     if on_nonfinite not in ("raise", "omit"):
         raise ValueError(f"expected on_nonfinite 'raise' or 'omit', got {on_nonfinite!r}")
-    labels = expand_label(model, label, n)
+    labels = as_labels(model, label, n)
     group = current()
     if group.count > 1:
 
@@ -233,21 +234,6 @@ def _gather(
         trace=steps if trace else None,
         passes=tuple(r.passes for r in records[0]) if profile else None,
     )
-
-
-def expand_label(
-    model: GenerativeModel, label: int | Sequence[int] | Tensor | None, n: int
-) -> Int[Tensor, " n"] | None:
-    """Labels of n samples on the model's device. Raises ValueError for what is no class."""
-    if label is None:
-        return None
-    labels = torch.as_tensor(label).cpu()
-    if labels.is_floating_point():
-        raise ValueError(f"expected integer classes, got {labels.dtype}")
-    labels = labels.to(torch.int64)
-    labels = labels.expand(n).contiguous() if labels.dim() == 0 else labels
-    model.check_label(labels, n)
-    return labels.to(model.device)
 
 
 def _guidance(model: Flow, guidance: float | Guidance, labels: Tensor | None) -> Guidance | None:
