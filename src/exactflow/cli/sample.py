@@ -8,7 +8,7 @@ from rich.console import Console
 
 from exactflow.cli.arguments import Sample
 from exactflow.cli.settings import load_model
-from exactflow.core.model import Flow, GenerativeModel
+from exactflow.core.model import GenerativeModel
 from exactflow.core.processes import current
 from exactflow.core.serialization import write_atomically
 from exactflow.evaluation import pictures
@@ -30,7 +30,7 @@ def run(command: Sample) -> None:
         command.label[0] if len(command.label) == 1 else command.label or None,
         command.seed,
         command.solver,
-        _guidance(command) if isinstance(model, Flow) else command.guidance,
+        _guidance(command),
         steps=command.steps,
         tolerance=command.tolerance,
         denoise=command.denoise,
@@ -66,6 +66,7 @@ def _write(command: Sample, model: GenerativeModel, drawn: Samples) -> None:
         "evaluations": drawn.evaluations,
         "iterations": drawn.iterations,
         "seconds": drawn.seconds,
+        "loading": drawn.loading,
         "certificate": drawn.certificate.tolist() if drawn.iterations else None,
         "repairs": drawn.repairs,
         "failures": drawn.failures,
@@ -76,6 +77,7 @@ def _write(command: Sample, model: GenerativeModel, drawn: Samples) -> None:
 def _summary(drawn: Samples, out: Path) -> str:
     return (
         f"{len(drawn.seeds)} samples in {drawn.seconds:.2f} s, "
+        + (f"{drawn.loading:.2f} s of loading compiled steps before, " if drawn.loading else "")
         + (
             f"{drawn.evaluations} evaluations, "
             f"largest round-trip residual {float(drawn.certificate.max()):.1e}"

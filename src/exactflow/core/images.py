@@ -67,12 +67,13 @@ def with_a_door(encode: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(encode)
     def at_the_door(flow: Any, x: ImagesLike, *rest: Any, **named: Any) -> Any:
+        given = as_tensor(x, flow.event_shape)
         if not isinstance(x, Tensor):
-            given = as_tensor(x, flow.event_shape).to(flow.device)
-            x = given if isinstance(x, np.ndarray) else flow.from_grey_levels(given)
-        if not len(x):
+            given = given.to(flow.device)
+            given = given if isinstance(x, np.ndarray) else flow.from_grey_levels(given)
+        if not len(given):
             raise ValueError("expected at least one image, got an empty batch")
-        return encode(flow, x, *rest, **named)
+        return encode(flow, given, *rest, **named)
 
     return at_the_door
 

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from exactflow.core.model import Flow, GenerativeModel, evaluating
 from exactflow.core.processes import Processes, current
 from exactflow.core.random import generator, normal_rows
 from exactflow.core.transform import Solver
+from exactflow.nn import compiled
 from exactflow.paths.path_model import PathModel
 from exactflow.sampling.autoregressive import named_solvers
 from exactflow.sampling.denoise import score_denoise
@@ -107,7 +109,7 @@ def sample(
         shared = min(n, group.count)
         shares = [Processes(rank, shared).rows(n) for rank in range(shared)]
         return together(group.spread(shares, draw))
-    began = time.perf_counter()
+    began, loading = time.perf_counter(), compiled.seconds_loading()
     if isinstance(model, PathModel):
         _refuse(denoise=denoise, trace=trace, profile=profile, temperature=temperature != 1)
         if not isinstance(solver, str):
@@ -133,7 +135,7 @@ def sample(
     rule = _guidance(model, guidance, labels)
     if isinstance(solver, str):
         rows = min(n, batch_size) * (1 if rule is None else 2)
-        solvers = _named(model, solver, rows, tolerance)
+        solvers = _named(model, solver, rows, tolerance, -(-n // batch_size))
     else:
         solvers = solver
     denoise = model.noise_std > 0 if denoise is None else denoise
@@ -161,7 +163,9 @@ def sample(
                 images.append(score_denoise(model, images[-1], chunk))
                 inversion.watch(images[-1], "score denoising")
             batches.append((inversion, torch.stack(images)))
-    return _gather(model, batches, labels, trace, profile, began)
+    loading = compiled.seconds_loading() - loading
+    drawn = _gather(model, batches, labels, trace, profile, began)
+    return replace(drawn, seconds=drawn.seconds - loading, loading=loading)
 
 
 def _refuse(**options: object) -> None:
@@ -185,10 +189,12 @@ def _scale(guidance: float | Guidance) -> float:
     return guidance.scale
 
 
-def _named(model: Flow, name: str, rows: int, tolerance: float | None) -> Solver | Sequence[Solver]:
+def _named(
+    model: Flow, name: str, rows: int, tolerance: float | None, batches: int
+) -> Solver | Sequence[Solver]:
     """The solvers of that name, the plan's for "auto"."""
     if name == "auto":
-        return planned_solvers(model, rows, tolerance)
+        return planned_solvers(model, rows, tolerance, batches)
     return named_solvers(name, number_of_blocks(model), tolerance)
 
 

@@ -26,7 +26,8 @@ class Samples:
             model both of its branches count.
         iterations: passes of each autoregressive block in generation order, largest over batches;
             none for a flow without such blocks, and for models that are no flows.
-        seconds: wall-clock of everything.
+        seconds: wall-clock of everything but loading.
+        loading: wall-clock of loading compiled steps, which happens once in a process.
         certificate: max |f(u) - v| of each sample over all blocks and tokens: how far the latents
             that these images really encode to, block by block, lie from those drawn; NaN where no
             block is autoregressive, and where a solver of differential equations made them.
@@ -50,6 +51,7 @@ class Samples:
     failures: dict[int, str]
     trace: Float[Tensor, "steps n channels height width"] | None
     passes: tuple[tuple[Pass, ...], ...] | None
+    loading: float = 0.0
 
 
 def together(parts: Sequence[Samples]) -> Samples:
@@ -73,4 +75,5 @@ def together(parts: Sequence[Samples]) -> Samples:
         failures={seed: where for part in parts for seed, where in part.failures.items()},
         trace=torch.cat(traces, dim=1) if traces else None,
         passes=first.passes,
+        loading=max(part.loading for part in parts),
     )
