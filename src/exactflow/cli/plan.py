@@ -9,6 +9,7 @@ from exactflow.cli.settings import load_flow
 from exactflow.cli.terminal import say
 from exactflow.core.model import Flow
 from exactflow.core.serialization import PLAN_FILE
+from exactflow.nn import compiled
 from exactflow.sampling.plan import InversionPlan, keep_plans, read_plans
 from exactflow.sampling.planner import make_plan
 
@@ -38,10 +39,21 @@ def _measured(model: Flow, size: int, tolerance: float | None) -> InversionPlan:
         return make_plan(model, size, tolerance=tolerance, progress=report)
 
 
+def _earned(plan: InversionPlan) -> str:
+    """What the plan does not win in a short call."""
+    batches = plan.batches_to_earn(compiled.LOADING)
+    if batches == 1:
+        return ""
+    return (
+        f"; compiled steps take about {compiled.LOADING:g} s to load, once in a process: a first "
+        f"call of fewer than {batches} such batches goes token by token instead"
+    )
+
+
 def _table(plan: InversionPlan) -> Table:
     table = Table(
         title=f"batch {plan.batch_size}: {plan.speedup:.2f} times as fast as token by token",
-        caption=f"{plan.machine}, {plan.dtype}, tolerance {plan.tolerance:g}",
+        caption=f"{plan.machine}, {plan.dtype}, tolerance {plan.tolerance:g}{_earned(plan)}",
     )
     for name in ("block", "chosen", "ms", "ratio", "passes", "tokens", "residual"):
         table.add_column(name, justify="left" if name == "chosen" else "right")

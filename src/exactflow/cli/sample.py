@@ -11,7 +11,7 @@ from exactflow.cli.arguments import Sample
 from exactflow.cli.places import SamplesFolder, own_folder
 from exactflow.cli.settings import NULL_LABEL, labels_named, load_model
 from exactflow.cli.terminal import say
-from exactflow.core.model import Flow, GenerativeModel
+from exactflow.core.model import GenerativeModel
 from exactflow.core.processes import current
 from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data.classes import numbered
@@ -39,7 +39,7 @@ def run(command: Sample) -> None:
         label[0] if len(label) == 1 else label or None,
         command.seed,
         command.solver,
-        _guidance(command) if isinstance(model, Flow) else command.guidance,
+        _guidance(command),
         steps=command.steps,
         tolerance=command.tolerance,
         denoise=command.denoise,
@@ -101,6 +101,7 @@ def _record(command: Sample, model: GenerativeModel, drawn: Samples) -> dict[str
         "evaluations": drawn.evaluations,
         "iterations": drawn.iterations,
         "seconds": drawn.seconds,
+        "loading": drawn.loading,
         "certificate": drawn.certificate.tolist() if drawn.iterations else None,
         "repairs": drawn.repairs,
         "beyond_tolerance": drawn.beyond_tolerance,
@@ -111,6 +112,7 @@ def _record(command: Sample, model: GenerativeModel, drawn: Samples) -> dict[str
 def _summary(drawn: Samples, out: Path) -> str:
     return (
         f"{len(drawn.seeds)} samples in {drawn.seconds:.2f} s, "
+        + (f"{drawn.loading:.2f} s of loading compiled steps before, " if drawn.loading else "")
         + (
             f"{drawn.evaluations} evaluations, "
             f"largest round-trip residual {float(drawn.certificate.max()):.1e}"

@@ -8,12 +8,74 @@ Two maps are in use, and they are different numbers (specification, sections 4 a
 """
 
 import math
+import os
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Integer
+from PIL import Image
 from torch import Tensor
 
 PHOTOGRAPHIC_LEVELS = 256  # eight bits, what image files hold unless a data set says otherwise
+MODES = {1: "L", 3: "RGB"}  # of Pillow, by the number of channels
+# images as people have them: a batch of arrays, or opened files
+ImagesLike = Tensor | np.ndarray | Image.Image | Sequence[Image.Image]
+
+
+def as_tensor(images: object, event_shape: tuple[int, int, int]) -> Tensor:
+    """A batch of images, whatever holds them: a tensor, a numpy array, one or more PIL images.
+
+    Values and types of arrays stay what they are; PIL images become 8-bit integers.
+
+    Raises:
+        ValueError: for anything else, as a path, and for a PIL image of another mode or size.
+    """
+    if isinstance(images, Tensor):
+        return images
+    if isinstance(images, np.ndarray) and images.dtype.kind in "iufb":
+        return torch.from_numpy(images.copy())
+    several = [images] if isinstance(images, Image.Image) else images
+    if isinstance(several, list | tuple) and several:
+        opened = [image for image in several if isinstance(image, Image.Image)]
+        if len(opened) == len(several):
+            return torch.stack([_of_pil(image, event_shape) for image in opened])
+    got = type(images).__name__
+    if isinstance(images, str | os.PathLike):
+        got = f"the path {os.fspath(images)!r}: open it with PIL.Image.open"
+    raise ValueError(
+        "expected images as a tensor or a numpy array of numbers, of shape "
+        f"(batch, {', '.join(map(str, event_shape))}), or as PIL images, got {got}"
+    )
+
+
+def _of_pil(image: Image.Image, event_shape: tuple[int, int, int]) -> Tensor:
+    channels, height, width = event_shape
+    mode = MODES.get(channels)
+    if image.mode != mode or image.size != (width, height):
+        raise ValueError(
+            f"expected PIL images of mode {mode} and of {width} x {height} pixels for this model, "
+            f"got {image.mode} and {image.size[0]} x {image.size[1]}"
+        )
+    return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1)
+
+
+def with_a_door(encode: Callable[..., Any]) -> Callable[..., Any]:
+    """A flow's `encode`, which then takes images as people have them, and at least one."""
+
+    @wraps(encode)
+    def at_the_door(flow: Any, x: ImagesLike, *rest: Any, **named: Any) -> Any:
+        given = as_tensor(x, flow.event_shape)
+        if not isinstance(x, Tensor):
+            given = given.to(flow.device)
+            given = given if isinstance(x, np.ndarray) else flow.from_grey_levels(given)
+        if not len(given):
+            raise ValueError("expected at least one image, got an empty batch")
+        return encode(flow, given, *rest, **named)
+
+    return at_the_door
 
 
 def check_images(images: Tensor, event_shape: tuple[int, int, int], levels: int) -> None:

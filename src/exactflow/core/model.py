@@ -165,7 +165,9 @@ class GenerativeModel(nn.Module, ABC):
                 f"expected labels of type torch.int64 and shape ({batch},), "
                 f"got {label.dtype} {tuple(label.shape)}"
             )
-        if label.device.type == "cpu":  # elsewhere the embedding's own bounds check speaks up
+        if (
+            label.device.type == "cpu" and batch
+        ):  # elsewhere the embedding's own bounds check speaks up
             low, high = int(label.min()), int(label.max())
             if low < 0 or high > self.null_label:
                 raise ValueError(
@@ -195,6 +197,12 @@ class Flow(GenerativeModel):
 
     exact: ClassVar[bool]
 
+    def __init_subclass__(cls) -> None:
+        """Every family's `encode` has one door: images as people have them, at least one."""
+        super().__init_subclass__()
+        if "encode" in vars(cls):
+            cls.encode = grey.with_a_door(cls.encode)
+
     @property
     @abstractmethod
     def prior(self) -> Prior:
@@ -214,7 +222,10 @@ class Flow(GenerativeModel):
         x: Float[Tensor, "batch channels height width"],
         label: Int[Tensor, " batch"] | None = None,
     ) -> tuple[Float[Tensor, "batch *latent"], Float[Tensor, " batch"]]:
-        """Latent of images in [-1, 1] and ln |det dz/dx|, summed, in nats."""
+        """Latent of images in [-1, 1] and ln |det dz/dx|, summed, in nats.
+
+        A numpy array of such images and PIL images (`from_grey_levels`) are taken too.
+        """
 
     @abstractmethod
     def trajectory(

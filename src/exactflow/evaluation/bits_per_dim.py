@@ -43,9 +43,7 @@ class Evaluation:
             "nats_per_dim": likelihood.nats_per_dim,
             "k": likelihood.k,
             "levels": likelihood.levels,
-            "dequantization": (
-                "gaussian noise: density of noisy images" if noisy else likelihood.dequantization
-            ),
+            "dequantization": _noise_of(likelihood),
             **({"details": dict(likelihood.details)} if likelihood.details else {}),
             "images": len(likelihood.nats),
             "images_per_second": len(likelihood.nats) / self.seconds,
@@ -53,6 +51,14 @@ class Evaluation:
             "parameters": self.parameters,
             "data": self.data,
         }
+
+
+def _noise_of(likelihood: LogLikelihood) -> str:
+    if likelihood.kind == "noisy-density":
+        return "gaussian noise: density of noisy images"
+    if likelihood.off_its_data:
+        return f"{likelihood.dequantization}; the model was trained on centred images"
+    return likelihood.dequantization
 
 
 def evaluate(

@@ -21,6 +21,7 @@ from exactflow.evaluation.quality import SHOWN
 from exactflow.evaluation.report import Picture, Table, write_report
 
 KINDS = {"dequantized": "dequantized", "bound": "bound", "estimate": "ODE estimate"}
+OFF_ITS_DATA = " †"
 GIGA = 1e9
 
 
@@ -184,7 +185,8 @@ class Report:
             f"standard error over the images in the last column. Dequantized: one uniform draw. "
             f"Bound: {protocol.bound_evaluations} terms of the chain drawn per image. ODE "
             f"estimate: {protocol.ode_solver}, {protocol.ode_steps} steps, one Rademacher probe, "
-            f"one uniform draw. FLOP: of all training steps, two per multiply-add. Data: "
+            f"one uniform draw;{OFF_ITS_DATA}: of a model trained on centred images. "
+            f"FLOP: of all training steps, two per multiply-add. Data: "
             f"{data['id']}, version {data['version']}, {data['split']} split of "
             f"{data['count']:,}, fingerprint {data['fingerprint'][:12]}; trained on "
             f"{split['count']:,}, fingerprint {split['fingerprint'][:12]}."
@@ -206,7 +208,8 @@ class Report:
         if likelihood["bits_per_dim"] is None:
             return [""] * len(KINDS)
         text = f"{likelihood['bits_per_dim']:.3f} ± {likelihood['standard_error']:.3f}"
-        return [text if likelihood["kind"] == kind else "" for kind in KINDS]
+        mark = OFF_ITS_DATA if likelihood.get("trained_on") == "centred images" else ""
+        return [text + mark if likelihood["kind"] == kind else "" for kind in KINDS]
 
     def _samples(self) -> Table:
         rows = [self._quality("training images", self.floor)]

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from exactflow.core import images as grey
+from exactflow.core.doors import LabelsLike, as_labels, require_model
 from exactflow.core.model import (
     AugmentedFlow,
     DequantizingFlow,
@@ -27,7 +28,7 @@ from exactflow.paths.path_model import PathModel
 
 ESTIMATE_FACTS = (
     *("solver", "steps", "tolerance", "evaluations", "trace", "probe", "probes"),
-    *("probe_standard_error", "prior_gap", "blur"),
+    *("probe_standard_error", "prior_gap", "blur", "trained_on"),
 )
 Kind = Literal["dequantized", "bound", "estimate", "noisy-density"]
 Dequantization = Literal["uniform", "variational", "gaussian", "none"]
@@ -55,7 +56,8 @@ class LogLikelihood:
         dequantization: law of the noise inside a grey level; "gaussian" is noise across levels, and
             "none" a bound on the probability of the integers themselves.
         details: what else the number rests on: of an estimate, its solver, tolerance, evaluations,
-            probes and prior gap; of a chain's bound, its steps and evaluations of the network.
+            probes, prior gap and what the model was trained on; of a chain's bound, its steps and
+            evaluations of the network.
     """
 
     nats: Float[Tensor, " n"]
@@ -66,6 +68,11 @@ class LogLikelihood:
     data: str | None = None
     dequantization: Dequantization = "uniform"
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def off_its_data(self) -> bool:
+        """Whether this is an estimate on dequantised images of a model trained on centred ones."""
+        return self.details.get("trained_on") == "centred images"
 
     @property
     def nats_per_dim(self) -> float:
@@ -96,8 +103,8 @@ class LogLikelihood:
 
 def log_likelihood(
     model: GenerativeModel,
-    images: Integer[Tensor, "n channels height width"],
-    label: Int[Tensor, " n"] | None = None,
+    images: grey.ImagesLike,
+    label: LabelsLike | None = None,
     k: int = 1,
     seed: int = 0,
     *,
@@ -114,8 +121,9 @@ def log_likelihood(
         model: a flow, a diffusion chain (scored by its bound, all steps) or another model on a path
             (scored by its probability flow, with dopri5 at 1e-5 and one probe: `ode_log_likelihood`
             has the options); scored in evaluation mode.
-        images: grey levels 0 .. levels-1, on any device.
-        label: class of each image; None scores without labels.
+        images: grey levels 0 .. levels-1, on any device, (n, channels, height, width); or PIL
+            images.
+        label: class of each image, or of all; None scores without labels.
         k: noise draws per image.
         seed: names the noise.
         first: number of the first image, where these are a part of a set.
@@ -127,6 +135,9 @@ def log_likelihood(
         ValueError: for images that are not such integers, or labels the model cannot take.
         NonFiniteError: names the first image whose likelihood is not finite.
     """
+    require_model(model)
+    images = grey.as_tensor(images, model.event_shape)
+    label = as_labels(model, label, len(images))
     options: dict[str, Any] = {"first": first, "batch_size": batch_size, "progress": progress}
     if isinstance(model, ChainModel):
         if k != 1:

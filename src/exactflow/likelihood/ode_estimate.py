@@ -24,6 +24,7 @@ from exactflow.paths.path_model import PathModel
 
 Trace = Literal["hutchinson", "exact"]
 Probe = Literal["rademacher", "gaussian"]
+TrainedOn = Literal["dequantised images", "centred images"]
 
 
 @final
@@ -52,6 +53,8 @@ class OdeEstimate:
             ends. Bounds the divergence of the model's noise end from the prior that is scored.
         blur: sigma / alpha where the trajectory starts: the density is that of images with so
             much Gaussian noise, in [-1, 1] units; 0 for a path that reaches the data.
+        trained_on: what the model knows the density of. Scored are dequantised images always; a
+            model of centred ones, the grey levels without noise between them, is worse on those.
     """
 
     nats: Float[Tensor, " n"]
@@ -68,6 +71,7 @@ class OdeEstimate:
     probe_error: Float[Tensor, " n"] | None
     prior_gap: float
     blur: float
+    trained_on: TrainedOn
 
     @property
     def per_image(self) -> Float[Tensor, " n"]:
@@ -192,6 +196,7 @@ def ode_log_likelihood(
         probe_error=_probe_error([each for _, each, _ in results]),
         prior_gap=_prior_gap(model, images),
         blur=_blur(model),
+        trained_on="dequantised images" if model.dequantized else "centred images",
     )
 
 

@@ -1,11 +1,13 @@
 """The token step of a causal network on a CPU in one compiled call, with no Python inside."""
 
 import ctypes
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
-from typing import final
+from types import ModuleType
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -13,12 +15,47 @@ from torch import Tensor
 
 from exactflow.nn.causal import NetworkWeights
 
+LOADING = 1.0  # seconds, about, that importing the compiler and loading its code from disk takes
 MANY_SAMPLES = 16  # from so many a thread on, threads that do not wait for each other are faster
 
 
 def available() -> bool:
     """Whether the extra that compiles is installed."""
     return find_spec("numba") is not None
+
+
+@final
+class _Clock:
+    """How long this process has waited for machine code, to tell it apart from its use."""
+
+    seconds: ClassVar[float] = 0.0
+    known: ClassVar[set[torch.dtype]] = set()
+
+
+def seconds_loading() -> float:
+    """Seconds this process has spent on loading compiled steps, or on compiling them."""
+    return _Clock.seconds
+
+
+def loaded() -> bool:
+    """Whether this process has a compiled step already."""
+    return _Clock.seconds > 0
+
+
+def _kernels(dtype: torch.dtype) -> ModuleType:
+    """The kernels, with the step of that precision loaded or compiled."""
+    began = time.perf_counter()
+    try:
+        from exactflow.nn import kernels
+    except ImportError as error:
+        raise ImportError(
+            "the compiled step needs the extra: pip install 'exactflow[fast]'"
+        ) from error
+    kernels.step(dtype)
+    if dtype not in _Clock.known:
+        _Clock.known.add(dtype)
+        _Clock.seconds += time.perf_counter() - began
+    return kernels
 
 
 @final
@@ -63,12 +100,6 @@ class CompiledStep:
         caches: Sequence[Float[Tensor, "2 batch heads tokens head_dim"]],
         threads: int | None = None,
     ) -> None:
-        try:
-            from exactflow.nn import kernels
-        except ImportError as error:
-            raise ImportError(
-                "the compiled step needs the extra: pip install 'exactflow[fast]'"
-            ) from error
         like = network.output
         weights = [t for w in (network, *network.layers) for t in w if isinstance(t, Tensor)]
         types = {t.dtype for t in (*weights, *caches)}
@@ -78,6 +109,7 @@ class CompiledStep:
             raise ValueError("expected weights and caches on the CPU")
         if not all(cache.is_contiguous() for cache in caches):
             raise ValueError("expected contiguous caches")
+        kernels = _kernels(like.dtype)
         (out, channels), dim = network.output.shape, network.input.shape[1]
         _, batch, heads, length, head_dim = caches[0].shape
         panel = kernels.PANEL_BYTES // like.element_size()

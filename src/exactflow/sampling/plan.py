@@ -1,6 +1,8 @@
 """What was chosen for inverting a model fast on one machine, and its file beside the model."""
 
 import json
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,6 +111,13 @@ class InversionPlan:
     def speedup(self) -> float:
         """Time of the reference over that of the plan."""
         return sum(b.reference_seconds for b in self.blocks) / sum(b.seconds for b in self.blocks)
+
+    def batches_to_earn(self, loading: float) -> int:
+        """Batches from which on the plan saves what loading compiled steps takes, in seconds."""
+        if all(block.chosen.step != "compiled" for block in self.blocks):
+            return 1
+        saved = sum(block.reference_seconds - block.seconds for block in self.blocks)
+        return max(1, math.ceil(loading / saved)) if saved > 0 else sys.maxsize
 
 
 def read_plans(folder: Path) -> list[InversionPlan]:

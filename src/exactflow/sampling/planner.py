@@ -229,12 +229,15 @@ class _Probe:
         return tuple(step.least for step in observed.passes if step.least is not None)
 
 
-def planned_solvers(model: Flow, rows: int, tolerance: float | None) -> Sequence[Solver]:
+def planned_solvers(
+    model: Flow, rows: int, tolerance: float | None, batches: int = 1
+) -> Sequence[Solver]:
     """What the plan beside the model says for `rows` samples at once; sequential without a plan.
 
     A plan of another machine or dtype does not count, and a warning says so. One for fewer samples
     does not either, since more samples leave parallel passes less to win; nor one that allows for
     more error than `tolerance`. Nothing is measured or written here: `make_plan` is asked for.
+    A process that has no compiled step yet loads it only where so many batches earn it.
     """
     sequential = [Sequential(Decoding())] * number_of_blocks(model)
     if model.home is None or not (model.home / PLAN_FILE).is_file():
@@ -250,7 +253,12 @@ def planned_solvers(model: Flow, rows: int, tolerance: float | None) -> Sequence
         )
     limit = tolerance_of(autoregressive_parts(model)[0], tolerance) if here else 0.0
     fitting = [p for p in here if p.batch_size >= rows and p.tolerance <= limit]
-    return min(fitting, key=lambda p: p.batch_size).solvers() if fitting else sequential
+    if not fitting:
+        return sequential
+    plan = min(fitting, key=lambda p: p.batch_size)
+    if not compiled.loaded() and batches < plan.batches_to_earn(compiled.LOADING):
+        return sequential
+    return plan.solvers()
 
 
 def machine(device: torch.device) -> str:

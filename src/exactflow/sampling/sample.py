@@ -3,17 +3,19 @@
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
+from exactflow.core.doors import LabelsLike, as_labels, require_model
 from exactflow.core.model import Flow, GenerativeModel, autoregressive_parts, evaluating
 from exactflow.core.processes import Processes, current
 from exactflow.core.progress import tracked
 from exactflow.core.random import generator, normal_rows
 from exactflow.core.transform import Solver
+from exactflow.nn import compiled
 from exactflow.paths.path_model import PathModel
 from exactflow.sampling.autoregressive import named_solvers
 from exactflow.sampling.certificate import Certificate, tolerance_of
@@ -28,7 +30,7 @@ from exactflow.sampling.samples import Samples, together
 def sample(
     model: GenerativeModel,
     n: int,
-    label: int | Sequence[int] | Tensor | None = None,
+    label: LabelsLike | None = None,
     seed: int = 0,
     solver: str | Solver | Sequence[Solver] = "auto",
     guidance: float | Guidance = 0.0,
@@ -75,6 +77,7 @@ def sample(
         ValueError: for labels or guidance the model cannot take, and for an option that has no
             meaning for this model and solver.
     """
+    require_model(model)
     if n < 1 or batch_size < 1 or not temperature >= 0:
         raise ValueError(
             f"expected n >= 1, batch_size >= 1 and temperature >= 0, "
@@ -82,7 +85,7 @@ def sample(
         )
     if on_nonfinite not in ("raise", "omit"):
         raise ValueError(f"expected on_nonfinite 'raise' or 'omit', got {on_nonfinite!r}")
-    labels = expand_label(model, label, n)
+    labels = as_labels(model, label, n)
     group = current()
     if group.count > 1:
 
@@ -108,7 +111,7 @@ def sample(
         shared = min(n, group.count)
         shares = [Processes(rank, shared).rows(n) for rank in range(shared)]
         return together(group.spread(shares, draw))
-    began = time.perf_counter()
+    began, loading = time.perf_counter(), compiled.seconds_loading()
     if isinstance(model, PathModel):
         _refuse(denoise=denoise, trace=trace, profile=profile, temperature=temperature != 1)
         if not isinstance(solver, str):
@@ -134,7 +137,7 @@ def sample(
     rule = _guidance(model, guidance, labels)
     if isinstance(solver, str):
         rows = min(n, batch_size) * (1 if rule is None else 2)
-        solvers = _named(model, solver, rows, tolerance)
+        solvers = _named(model, solver, rows, tolerance, -(-n // batch_size))
     else:
         solvers = solver
     denoise = model.noise_std > 0 if denoise is None else denoise
@@ -169,8 +172,10 @@ def sample(
                 images.append(score_denoise(model, images[-1], chunk))
                 inversion.watch(images[-1], "score denoising")
             batches.append((inversion, residual, torch.stack(images)))
+    loading = compiled.seconds_loading() - loading
     limit = tolerance_of(parts[0], tolerance or None) if parts else math.inf
-    return _gather(model, batches, labels, limit, trace, profile, began)
+    drawn = _gather(model, batches, labels, limit, trace, profile, began)
+    return replace(drawn, seconds=drawn.seconds - loading, loading=loading)
 
 
 def _refuse(**options: object) -> None:
@@ -194,10 +199,12 @@ def _scale(guidance: float | Guidance) -> float:
     return guidance.scale
 
 
-def _named(model: Flow, name: str, rows: int, tolerance: float | None) -> Solver | Sequence[Solver]:
+def _named(
+    model: Flow, name: str, rows: int, tolerance: float | None, batches: int
+) -> Solver | Sequence[Solver]:
     """The solvers of that name, the plan's for "auto"."""
     if name == "auto":
-        return planned_solvers(model, rows, tolerance)
+        return planned_solvers(model, rows, tolerance, batches)
     return named_solvers(name, number_of_blocks(model), tolerance)
 
 
@@ -243,21 +250,6 @@ def _gather(
         trace=steps if trace else None,
         passes=tuple(r.passes for r in records[0]) if profile else None,
     )
-
-
-def expand_label(
-    model: GenerativeModel, label: int | Sequence[int] | Tensor | None, n: int
-) -> Int[Tensor, " n"] | None:
-    """Labels of n samples on the model's device. Raises ValueError for what is no class."""
-    if label is None:
-        return None
-    labels = torch.as_tensor(label).cpu()
-    if labels.is_floating_point():
-        raise ValueError(f"expected integer classes, got {labels.dtype}")
-    labels = labels.to(torch.int64)
-    labels = labels.expand(n).contiguous() if labels.dim() == 0 else labels
-    model.check_label(labels, n)
-    return labels.to(model.device)
 
 
 def _guidance(model: Flow, guidance: float | Guidance, labels: Tensor | None) -> Guidance | None:

@@ -28,7 +28,8 @@ class Samples:
             model both of its branches count.
         iterations: passes of each autoregressive block in generation order, largest over batches;
             none for a flow without such blocks, and for models that are no flows.
-        seconds: wall-clock of everything.
+        seconds: wall-clock of everything but loading.
+        loading: wall-clock of loading compiled steps, which happens once in a process.
         certificate: max |encode(x) - z| of each sample, the model evaluated in float64 and x
             before denoising: how far the latent that this image really encodes to lies from the
             one drawn; NaN where no part of the model is autoregressive, and where a solver of
@@ -56,6 +57,7 @@ class Samples:
     failures: dict[int, str]
     trace: Float[Tensor, "steps n channels height width"] | None
     passes: tuple[tuple[Pass, ...], ...] | None
+    loading: float = 0.0
 
 
 def together(parts: Sequence[Samples]) -> Samples:
@@ -80,4 +82,5 @@ def together(parts: Sequence[Samples]) -> Samples:
         failures={seed: where for part in parts for seed, where in part.failures.items()},
         trace=torch.cat(traces, dim=1) if traces else None,
         passes=first.passes,
+        loading=max(part.loading for part in parts),
     )

@@ -1,0 +1,47 @@
+"""What the verbs are given is checked here once: the model, and the labels."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from exactflow.core.model import GenerativeModel
+
+LabelsLike = int | Sequence[int] | Tensor | np.ndarray
+
+
+def require_model(model: object) -> None:
+    """Raise ValueError for what is no model of this package, with what to give in its place."""
+    if isinstance(model, GenerativeModel):
+        return
+    got = type(model).__name__
+    if isinstance(model, str | os.PathLike):
+        got = f"{os.fspath(model)!r}: exactflow.from_pretrained loads a folder or a hub id"
+    elif isinstance(model, nn.Module):
+        for name in ("module", "_orig_mod"):  # of DataParallel and DDP; of torch.compile
+            if isinstance(getattr(model, name, None), GenerativeModel):
+                got += f": give the model inside it, model.{name}"
+    raise ValueError(f"expected a model of exactflow, got {got}")
+
+
+def as_labels(model: GenerativeModel, label: object, n: int) -> Int[Tensor, " n"] | None:
+    """Labels of n images on the model's device: of one class for all, or of n classes.
+
+    Raises:
+        ValueError: for what is no class of the model.
+    """
+    if label is None:
+        return None
+    try:
+        labels = torch.as_tensor(label).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"expected integer classes, got {type(label).__name__}") from error
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"expected integer classes, got {labels.dtype}")
+    labels = labels.to(torch.int64)
+    labels = labels.expand(n).contiguous() if labels.dim() == 0 else labels
+    model.check_label(labels, n)
+    return labels.to(model.device)
