@@ -78,7 +78,7 @@ def test_work_is_divided_by_that_of_a_step() -> None:
 def test_time_is_divided_by_that_of_a_step_and_nothing_moves() -> None:
     model = exactflow.build("macow-digits")  # its first parameters are read off data
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    short, long = (steps_within(Budget(seconds=s), *digits(model)) for s in (1.0, 30.0))
+    short, long = (steps_within(Budget(seconds=s), *digits(model)) for s in (1.0, 1e9))
     assert 1 <= short < long
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])

@@ -114,13 +114,23 @@ def test_the_demo_leaves_a_report(newcomer: Newcomer) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_examples_run(page: Path, newcomer: Newcomer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_run(newcomer: Newcomer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page after page, since a later one may use what an earlier one has made."""
     monkeypatch.chdir(newcomer.folder)
     monkeypatch.setenv("PWD", str(newcomer.folder))
     monkeypatch.setattr(planner, "ENOUGH", 0.01)  # seconds of timing: the choice is not tested
     coarse = partial(ode_log_likelihood, solver="midpoint", steps=4)  # nor is the number
     monkeypatch.setattr(scoring, "ode_log_likelihood", coarse)
+    for page, name in zip(PAGES, NAMES, strict=True):
+        try:
+            follow(page, newcomer, monkeypatch)
+        except BaseException as error:
+            error.add_note(f"in an example of {name}")
+            raise
+
+
+def follow(page: Path, newcomer: Newcomer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every example of a page."""
     namespace = {"__name__": "example"}  # of all examples of the page
     for language, parse_only, text in blocks(page):
         if language == "python":

@@ -65,8 +65,8 @@ def test_sample_k_belongs_to_seed_k_whatever_the_solver(name: str) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_an_adaptive_solver_agrees_with_fine_steps(name: str) -> None:
     model = make(name)
-    fine = exactflow.sample(model, 2, solver="heun", steps=100)
-    adaptive = exactflow.sample(model, 2, solver="dopri5", tolerance=1e-5)
+    fine = exactflow.sample(model, 2, solver="heun", steps=60)
+    adaptive = exactflow.sample(model, 2, solver="dopri5", tolerance=1e-4)
     difference = (fine.x - adaptive.x).abs().max()
     assert float(difference) < 0.1 * float(adaptive.x.abs().max())
 

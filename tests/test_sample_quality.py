@@ -220,17 +220,19 @@ def test_the_classifier_knows_digits_and_is_trained_once(
 
 @pytest.mark.slow
 def test_the_classifier_is_a_function_of_data_and_seed(
-    digits: ImageDataset, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("exactflow.evaluation.feature_classifier._STEPS", 3)
     state = torch.get_rng_state()
-    classifier(digits, tmp_path)
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        classifier(digits, folder)
     assert torch.equal(torch.get_rng_state(), state)  # others' random numbers are left alone
-    (first,), (again,) = folder.iterdir(), tmp_path.iterdir()
+    (first,), (again,) = one.iterdir(), two.iterdir()
     assert first.name == again.name
     assert first.read_bytes() == again.read_bytes()
-    monkeypatch.setattr("exactflow.evaluation.feature_classifier._STEPS", 3)
     names = {
-        classifier(data, tmp_path, seed).name
+        classifier(data, two, seed).name
         for data, seed in (
             (digits, 1),
             (digits, 2),
@@ -238,7 +240,7 @@ def test_the_classifier_is_a_function_of_data_and_seed(
         )
     }
     assert len(names) == 3
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(two.iterdir())) == 4
 
 
 def test_features_depend_on_their_image_alone(digits: ImageDataset, folder: Path) -> None:

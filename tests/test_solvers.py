@@ -107,8 +107,15 @@ def test_every_solver_is_the_reference_inverse(name: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("guidance", [None, Guidance(1.5), Guidance(0.7, temperature=0.5)])
+@pytest.mark.parametrize(
+    ("guidance", "dtype"),
+    [
+        (None, torch.float64),
+        (None, torch.float32),
+        (Guidance(1.5), torch.float64),
+        (Guidance(0.7, temperature=0.5), torch.float32),
+    ],
+)
 def test_every_solver_inverts_trained_weights(
     trained: TarFlow, guidance: Guidance | None, dtype: torch.dtype
 ) -> None:

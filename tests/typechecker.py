@@ -15,6 +15,7 @@ from typing import Any
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
+from beartype.roar import BeartypeDecorHintPep3119Exception
 
 FIRST, EVERY = 16, 32
 
@@ -46,7 +47,11 @@ def sampled(made: Callable[..., Any], typechecker: Any) -> Callable[..., Any]:
         calls += 1
         if calls > FIRST and calls % EVERY:
             return made(*args, **kwargs)
-        checked = checked or _jaxtyped(made, typechecker=typechecker)
+        if checked is None:
+            try:
+                checked = _jaxtyped(made, typechecker=typechecker)
+            except BeartypeDecorHintPep3119Exception:  # a protocol that isinstance cannot tell
+                checked = made
         return checked(*args, **kwargs)
 
     return function
