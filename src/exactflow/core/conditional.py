@@ -21,7 +21,7 @@ SOFTPLUS_OFFSET = 0.541324854612918  # softplus(offset) = 1: raw output 0 is the
 LARGEST_COUPLING = 2.0  # of one number of a token to another
 LOGISTIC_SCALE = 1.7  # logit(p) / 1.7 is within 0.01 of the normal quantile
 SPREAD = 1.5  # means of a new mixture's components: from minus to plus this
-SPREAD_SCALE = 0.4  # and their scale, in units of their distance: close to one logistic
+SPREAD_SCALE = 0.3  # and their least scale; where they are few, 0.4 of their distance
 MOST_ITERATIONS = 100  # bisections alone need about 50 of them
 CLOSE = {torch.float32: 1e-7, torch.float64: 1e-12}  # last change of a root that is found
 
@@ -238,7 +238,7 @@ class LogisticMixture(Conditional):
         means, log_scale = torch.zeros(self.components), -math.log(LOGISTIC_SCALE)
         if self.components > 1:
             means = torch.linspace(-SPREAD, SPREAD, self.components)
-            log_scale = math.log(SPREAD_SCALE * 2 * SPREAD / (self.components - 1))
+            log_scale = math.log(max(SPREAD_SCALE, 0.8 * SPREAD / (self.components - 1)))
         raw = torch.stack([torch.zeros_like(means), means, torch.full_like(means, log_scale)])
         return raw[:, :, None].expand(3, self.components, self.dim).flatten()
 
