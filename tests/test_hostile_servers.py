@@ -93,7 +93,7 @@ HEADS = {
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_head_that_does_not_come_is_given_up(kind: str, tmp_path: Path, hasty: None) -> None:
     with answering(HEADS[kind], pause=0.01) as url:
-        message = r"expected to read it, found 2 times in a row: TimeoutError\('no answer in"
+        message = r"expected to read it, found 2 times in a row: .*Timeout"
         for action in (
             lambda: remote.size_of(f"{url}/0.tar"),
             lambda: remote.read(f"{url}/index.json", 1000),
@@ -107,7 +107,7 @@ def test_a_head_that_does_not_come_is_given_up(kind: str, tmp_path: Path, hasty:
 def test_a_body_that_hardly_comes_is_given_up(pause: float, tmp_path: Path, hasty: None) -> None:
     head = OK + b"Content-Length: 100000\r\n\r\n"
     with answering(endless(head + b"xx", b"x"), pause) as url:
-        message = r"expected to read it, found 2 times in a row: TimeoutError"
+        message = r"expected to read it, found 2 times in a row: .*Timeout"
         with pytest.raises(DataError, match=message):
             fetch(url, 100_000, tmp_path)
         with pytest.raises(DataError, match=message):
