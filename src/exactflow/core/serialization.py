@@ -17,6 +17,8 @@ WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 PLAN_FILE = "plan.json"  # how to invert this model fast here; of no use to other weights
 FORMAT_VERSION = 1
+JSON_DEPTH = 32  # of what this library writes and reads; its own files have at most 8 levels
+JSON_BYTES = 64 * 2**20
 
 
 @contextmanager
@@ -44,6 +46,55 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; see `parse_json`.
+
+    Raises:
+        ValueError: it holds something else.
+        OSError: it cannot be read.
+    """
+    if path.exists() and not path.is_file():  # pipes and devices need not have an end
+        raise ValueError(f"{path}: expected a JSON file, got a folder, a pipe or a device")
+    if path.stat().st_size > JSON_BYTES:
+        raise ValueError(
+            f"{path}: expected a JSON file of at most {JSON_BYTES:,} bytes, "
+            f"got {path.stat().st_size:,}"
+        )
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
+    """A mapping from JSON, of a depth that whatever walks through it can bear.
+
+    Args:
+        text: JSON.
+        where: it comes from, for messages.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError(f"{where}: expected JSON {JSON_DEPTH} levels deep at most") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    level, depth = [value], 0
+    while level:
+        if depth == JSON_DEPTH:
+            raise ValueError(f"{where}: expected JSON {JSON_DEPTH} levels deep at most, got more")
+        inside = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [v for values in inside for v in values if isinstance(v, dict | list)]
+        depth += 1
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -91,7 +91,7 @@ def fit_closed_form(
         group.on_main(lambda: stack.enter_context(held(folder)))
         found = group.on_main(checkpoints.newest) or group.on_main(fitted)
         found.require(identity)
-        model.load_state_dict(found.tensors(disk.MODEL_FILE))
+        model.load_state_dict(found.weights(model))
         model.eval()
         state = found.state
         times = (state.seconds, state.step_seconds)
