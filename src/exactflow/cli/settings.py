@@ -146,7 +146,8 @@ def data_of(location: str, words: Sequence[str]) -> DataConfig:
     changes = parse_words(words, ("data",)).get("data", {})
     path = Path(location)
     recorded: dict[str, Any] = {}
-    for file in (path / "config.yaml", path.parent / "config.yaml"):
+    # A run, its model/, or one of its checkpoints.
+    for file in (f / "config.yaml" for f in (path, path.parent, path.parent.parent)):
         if path.is_dir() and file.exists():
             recorded = read_file(file).get("data", {})
             break

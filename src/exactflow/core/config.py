@@ -51,7 +51,7 @@ def made(config: type[Config], fields: Any, where: object, *, complete: bool = F
         raise ValueError(f"{where}: expected {', '.join(absent)}, got none")
     try:
         return config(**checked(config, fields))
-    except ValueError as error:
+    except (ArithmeticError, IndexError, TypeError, ValueError) as error:  # of fields' own checks
         raise ValueError(f"{where}: {error}") from error
 
 

@@ -36,6 +36,7 @@ SPLIT_FOLDER = "tensors"
 _FORMAT_VERSION = 1  # 0: without the log's length and hash, and without a checksum
 _NAME = re.compile(r"step_\d{8,}")
 _CHECKSUM = "checksum"
+_AVERAGE = "average."
 
 
 @final
@@ -109,8 +110,11 @@ class Checkpoint:
 
     @property
     def has_average(self) -> bool:
-        """Whether it has averaged weights; of one that is split, its layout tells."""
-        return (self.folder / EMA_FILE).is_file()
+        """Whether it has averaged weights. Raises ValueError or OSError for a damaged layout."""
+        if not self.is_split:
+            return (self.folder / EMA_FILE).is_file()
+        names = read_layout(self.folder / SPLIT_FOLDER).state_dict_metadata
+        return any(name.startswith(_AVERAGE) for name in names)
 
     def require(self, identity: Mapping[str, Any]) -> None:
         """Raise ValueError, naming each difference, unless this is a run of that identity."""
@@ -143,13 +147,14 @@ class Checkpoint:
         layout = read_layout(folder)
         stored = layout.state_dict_metadata
         names = {
-            name: f"average.{name}" if f"average.{name}" in stored else f"model.{name}"
+            name: f"{_AVERAGE}{name}" if f"{_AVERAGE}{name}" in stored else f"model.{name}"
             for name in model.state_dict()
         }
-        found = {
-            names[name]: torch.zeros(value.shape, dtype=value.dtype)
-            for name, value in model.state_dict().items()
-        }
+        found: dict[str, Tensor] = {}
+        for name, value in model.state_dict().items():
+            known = stored.get(names[name])
+            dtype = value.dtype if known is None else known.properties.dtype
+            found[names[name]] = torch.zeros(value.shape, dtype=dtype)
         load_split(found, folder, layout, alone=True)
         return {name: found[stored_name] for name, stored_name in names.items()}
 

@@ -35,7 +35,7 @@ from exactflow.core.saved_run import (
     read_checkpoint,
 )
 from exactflow.core.saved_run import RunState as RunState
-from exactflow.core.serialization import explained_write, write_atomically
+from exactflow.core.serialization import explained_write, sync_folder, write_atomically
 from exactflow.data.augmentation import Augmentation
 from exactflow.data.datasets import ImageDataset
 from exactflow.training.optim import TrainConfig
@@ -122,9 +122,9 @@ class Checkpoints:
         text = json.dumps(described(made, hashes), indent=2, allow_nan=False)
         _write(partial / STATE_FILE, text.encode())
         with explained_write(final_):
-            _sync_folder(partial)
+            sync_folder(partial)
             partial.rename(final_)
-            _sync_folder(self._folder)
+            sync_folder(self._folder)
         for old in finished(self._folder)[: -self._keep] if self._is_inside else ():
             _remove(old)
         return made
@@ -229,11 +229,3 @@ def _free(path: Path) -> Path:
     """The path, or with the first number behind it that nothing is called by."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
     return next(p for p in itertools.chain([path], numbered) if not os.path.lexists(p))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
