@@ -102,7 +102,6 @@ def test_a_kill_leaves_the_old_model_or_the_new_one(
                     found.append("none")
                 else:
                     width = loaded.config.width
-                    assert exactflow.from_pretrained(folder).num_parameters == loaded.num_parameters
                     found.append({8: "old", 16: "new"}[width])
                     expected = {"old": old, "new": new}[found[-1]]
                     for name, value in loaded.state_dict().items():

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Iterator
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from exactflow import registry
 from exactflow.cli.arguments import Info
 from exactflow.cli.settings import Settings, pick_device
+from exactflow.core import building
 from exactflow.core.config import override
 from exactflow.core.model import GenerativeModel
 from exactflow.data import load
@@ -62,9 +62,9 @@ def show(command: Info, settings: Settings) -> None:
 
 
 def on_meta(settings: Settings) -> GenerativeModel:
-    """The model without memory for its weights."""
-    with torch.device("meta"):
-        return registry.family_of(settings.preset).model(settings.model)
+    """The model without memory for its weights, however large they would be."""
+    model = registry.family_of(settings.preset).model
+    return building.on_meta(lambda: model(settings.model), settings.preset, building.ANY_NUMBER)
 
 
 def size(count: int) -> str:

@@ -56,7 +56,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return weights, file.metadata() or {}
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # RuntimeError: it cannot be mapped
         raise ValueError(f"{path} is not a whole file of safetensors: {error}") from error
 
 

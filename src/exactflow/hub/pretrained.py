@@ -152,7 +152,7 @@ def _saved_model(folder: Path) -> tuple[GenerativeModel, dict[str, Tensor]]:
     kind, path = description["kind"], file_of(folder, WEIGHTS_FILE)
     try:
         shapes = _shapes(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{_unlike(folder)}: {error}") from error
     numbers = sum(math.prod(shape) for shape in shapes.values())
     try:
