@@ -1,9 +1,11 @@
 """What is loaded is checked once where it is read: types, sizes, nesting; in one sentence each."""
 
 import json
+import os
 import resource
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ import exactflow
 from exactflow import registry
 from exactflow.core import building
 from exactflow.core.model import GenerativeModel
+from exactflow.evaluation.frechet import FeatureStatistics
 from exactflow.hub.pretrained import recorded_data
+from exactflow.sampling.plan import read_plans
 
 DEEP = '{"kind": ' + "[" * 10**5 + "]" * 10**5 + "}"
 NESTED = '{"kind": "tarflow", "config": {"width": ' + "[" * 100 + "]" * 100 + "}}"
@@ -171,8 +175,6 @@ def test_numbers_of_two_types_are_refused(saved: Path) -> None:
 
 
 def test_pipes_are_no_weights(saved: Path) -> None:
-    import os
-
     for name in ("model.safetensors", "config.json"):
         (saved / name).unlink()
         os.mkfifo(saved / name)
@@ -218,3 +220,28 @@ def test_a_revision_pins_a_model_of_the_hub(saved: Path, monkeypatch: pytest.Mon
     assert asked == [("somebody/model", "abc123")]
     with pytest.raises(ValueError, match="revision='abc123' is of a model on the hub"):
         exactflow.from_pretrained(saved, revision="abc123")
+
+
+def test_moments_that_would_fill_the_memory_are_not_unpacked(tmp_path: Path) -> None:
+    path, block = tmp_path / "bomb.npz", bytes(2**24)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for index in range(5):
+            archive.writestr(f"{index}.npy", block)
+    whole = path.read_bytes()
+    sizes = (2**24).to_bytes(4, "little"), (2**29).to_bytes(4, "little")
+    path.write_bytes(whole.replace(*sizes))  # as large as it says, for a fraction of the time
+    before = peak()
+    with pytest.raises(ValueError, match=r"at most 1,073,741,824 bytes of arrays, got 2,684,354,5"):
+        FeatureStatistics.load(path)
+    assert peak() - before < 2**28
+
+
+def test_a_plan_of_something_else_is_refused(saved: Path) -> None:
+    for text in (
+        "[" * 10**5,
+        "[]",
+        '{"format_version": 1, "plans": [{"blocks": [{"chosen": 3}]}]}',
+    ):
+        (saved / "plan.json").write_text(text)
+        with pytest.raises(ValueError, match="is not a plan"):
+            read_plans(saved)

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,21 +64,24 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: expected a JSON file of at most {JSON_BYTES:,} bytes, "
             f"got {path.stat().st_size:,}"
         )
-    return parse_json(path.read_bytes(), path)
+    return parse_json(path.read_bytes(), path, constant=_refuse_constant)
 
 
-def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
+def parse_json(
+    text: str | bytes, where: object, *, constant: Callable[[str], float] = float
+) -> dict[str, Any]:
     """A mapping from JSON, of a depth that whatever walks through it can bear.
 
     Args:
         text: JSON.
         where: it comes from, for messages.
+        constant: reads NaN and Infinity, which are not JSON though Python writes them.
 
     Raises:
         ValueError: it is something else.
     """
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=constant)
     except RecursionError:
         raise ValueError(f"{where}: expected JSON {JSON_DEPTH} levels deep at most") from None
     except ValueError as error:
@@ -95,7 +98,7 @@ def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
     return value
 
 
-def _refuse_constant(name: str) -> None:
+def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no number of JSON")
 
 
