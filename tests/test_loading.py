@@ -1,71 +1,247 @@
-"""Loading machine code is told apart from its use, and only done where it is earned."""
+"""What is loaded is checked once where it is read: types, sizes, nesting; in one sentence each."""
 
-from dataclasses import replace
+import json
+import os
+import resource
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import exactflow
-from exactflow.core.model import Flow
-from exactflow.nn import compiled
-from exactflow.sampling.autoregressive import Sequential
-from exactflow.sampling.plan import BlockPlan, Candidate, InversionPlan, keep_plans
-from exactflow.sampling.planner import machine, planned_solvers
-from flows import make
+from exactflow import registry
+from exactflow.core import building
+from exactflow.core.model import GenerativeModel
+from exactflow.evaluation.frechet import FeatureStatistics
+from exactflow.hub.pretrained import recorded_data
+from exactflow.sampling.plan import read_plans
 
-pytestmark = pytest.mark.skipif(not compiled.available(), reason="the extra `fast` is not here")
-COMPILED = Candidate(step="compiled")
+DEEP = '{"kind": ' + "[" * 10**5 + "]" * 10**5 + "}"
+NESTED = '{"kind": "tarflow", "config": {"width": ' + "[" * 100 + "]" * 100 + "}}"
 
 
-def plan_of(model: Flow, reference: float, seconds: float, chosen: Candidate) -> InversionPlan:
-    """Two blocks that take so long."""
-    block = BlockPlan(chosen, reference / 2, seconds / 2, {}, (), {})
-    return InversionPlan(machine(model.device), "float32", 4, 1.0, (block, block))
+def small() -> GenerativeModel:
+    shape = (1, 4, 4)
+    return exactflow.build("tarflow-tiny", image_shape=shape, blocks=2, width=8, head_dim=8)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    small().save_pretrained(folder, card={"training data": {"id": "toy", "version": "1"}})
+    return folder
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Flow:
-    make("rgb").float().save_pretrained(tmp_path / "model")
-    model = exactflow.from_pretrained(tmp_path / "model")
-    assert isinstance(model, Flow)
-    return model
+def saved(source: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(source, tmp_path / "model")
 
 
-def steps(model: Flow, batches: int) -> set[str]:
-    solvers = planned_solvers(model, 4, 1.0, batches)
-    return {solver.decoding.step for solver in solvers if isinstance(solver, Sequential)}
+def change(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
 
 
-def test_a_short_call_does_not_load_what_it_does_not_earn(
-    saved: Flow, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (DEEP, "32 levels deep at most"),
+        (NESTED, "32 levels deep at most"),
+        ("[]", "expected a JSON object, got list"),
+        ("3", "expected a JSON object, got int"),
+        ("", "is not JSON"),
+        ('{"kind": NaN}', "NaN is no number of JSON"),
+        ("\xff\xfe{", "is not JSON"),
+        ('{"kind": 3, "config": {}}', "kind: expected str, got 3"),
+        ('{"kind": "tarflow", "config": []}', "config: expected named values, got "),
+        ('{"kind": "tarflow", "config": null}', "config: expected named values, got None"),
+        ('{"kind": "tarflow", "config": {}}', "does not hold the weights"),
+        ('{"kind": "turflow", "config": {}}', "did you mean 'tarflow'"),
+        ('{"kind": "tarflow", "config": {}, "card": 3}', "card: expected named values, got 3"),
+        *(
+            (f'{{"kind": "tarflow", "config": {{}}, "format_version": {v}}}', "format_version")
+            for v in ("null", '"1"', "[1]", "true", "1.5", "{}")
+        ),
+    ],
+)
+def test_a_configuration_that_is_none(text: str, message: str, saved: Path) -> None:
+    (saved / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=message) as caught:
+        exactflow.from_pretrained(saved)
+    assert "config.json" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", [None, "8", [8], {"a": 8}, True, 8.5, -1, 0, 10**400])
+@pytest.mark.parametrize("name", ["width", "blocks", "head_dim", "image_shape", "noise_std"])
+def test_fields_of_another_type_or_range(name: str, value: object, saved: Path) -> None:
+    if (name, value) in [("noise_std", 0), ("noise_std", 8.5)]:
+        return  # these are values of it
+    change(saved, lambda content: content["config"].update({name: value}))
+    with pytest.raises(ValueError, match=r"config\.json") as caught:
+        exactflow.from_pretrained(saved)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("data", [3, "toy", ["toy"], {"id": 3}, {"id": "toy", "version": None}])
+def test_a_card_of_another_type(data: object, saved: Path) -> None:
+    change(saved, lambda content: content["card"].update({"training data": data}))
+    model = exactflow.from_pretrained(saved)  # the weights are as good as before
+    with pytest.raises(ValueError, match="the card's 'training data'"):
+        recorded_data(model)
+
+
+def test_a_card_may_say_more_or_nothing(saved: Path) -> None:
+    change(saved, lambda content: content.update({"notes": [1]}))
+    assert recorded_data(exactflow.from_pretrained(saved))["id"] == "toy"
+    change(saved, lambda content: content.pop("card"))
+    assert recorded_data(exactflow.from_pretrained(saved)) == {}
+
+
+def peak() -> int:
+    """Bytes this process had at most."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("width", 10**9 * 8), ("width", 8 * 10**18), ("blocks", 10**9), ("layers_per_block", 10**18)],
+)
+def test_sizes_that_no_machine_has_take_no_memory(
+    name: str, value: int, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert saved.home is not None
-    keep_plans(saved.home, [plan_of(saved, 0.5, 0.1, COMPILED)])  # wins 0.4 s in a batch
-    monkeypatch.setattr(compiled._Clock, "seconds", 0.0)
-    assert [steps(saved, n) for n in (1, 2, 3)] == [{"eager"}, {"eager"}, {"compiled"}]
-    monkeypatch.setattr(compiled._Clock, "seconds", 0.7)  # it is there: it costs nothing more
-    assert steps(saved, 1) == {"compiled"}
+    monkeypatch.setattr(building, "MOST_MODULES", 500)  # checked annotations are slow
+    before = peak()
+    with pytest.raises(ValueError, match=r"parameters|layers|cannot be built"):
+        exactflow.build("tarflow-tiny", **{name: value})
+    change(saved, lambda content: content["config"].update({name: value}))
+    with pytest.raises(ValueError, match=r"config\.json"):
+        exactflow.from_pretrained(saved)
+    assert peak() - before < 2**29
 
 
-def test_what_a_plan_must_draw_to_earn_its_loading() -> None:
-    model = make("rgb")
-    assert plan_of(model, 0.5, 0.1, COMPILED).batches_to_earn(1.0) == 3
-    assert plan_of(model, 3.0, 0.1, COMPILED).batches_to_earn(1.0) == 1
-    assert plan_of(model, 0.5, 0.5, COMPILED).batches_to_earn(1.0) > 10**9
-    assert plan_of(model, 0.5, 0.1, Candidate()).batches_to_earn(1.0) == 1  # nothing to load
+def test_parts_without_numbers_are_counted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "MOST_MODULES", 500)
+    with pytest.raises(ValueError, match="expected at most 500 layers, got more"):
+        registry.without_numbers("hdit", {**hdit_fields(), "mapping_depth": 10**7}, 10**18)
 
 
-def test_loading_is_no_part_of_the_seconds(saved: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert saved.home is not None
-    eager = exactflow.sample(saved, 4)
-    assert eager.loading == 0
-    keep_plans(saved.home, [plan_of(saved, 9.0, 0.1, COMPILED)])
-    monkeypatch.setattr(compiled._Clock, "seconds", 0.0)
-    monkeypatch.setattr(compiled._Clock, "known", set())
-    first = exactflow.sample(saved, 4, tolerance=1.0)
-    assert first.loading == compiled.seconds_loading() > 0
-    assert first.seconds > 0
-    again = exactflow.sample(saved, 4, tolerance=1.0)
-    assert again.loading == 0
-    assert again.x.equal(first.x)
-    assert replace(again, loading=1.0).loading == 1.0
+def hdit_fields() -> dict[str, Any]:
+    return dict(vars(registry.preset("hdit-tiny").config))
+
+
+def test_weights_are_those_of_the_configuration_before_they_are_read(saved: Path) -> None:
+    """A file of 200 GB that is not on disk: its header is compared, and nothing else is read."""
+    path = saved / "model.safetensors"
+    shape = [5 * 10**4, 10**6]
+    header = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 2 * 10**11]}})
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    with path.open("r+b") as file:
+        file.truncate(8 + len(header) + 2 * 10**11)
+    before = peak()
+    with pytest.raises(ValueError, match=r"model\.safetensors does not hold the weights"):
+        exactflow.from_pretrained(saved)
+    assert peak() - before < 2**28
+
+
+def halved(value: torch.Tensor) -> torch.Tensor:
+    return value.to(torch.bfloat16)
+
+
+def test_numbers_of_two_types_are_refused(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    state = load_file(path)
+    first, *_, last = state
+    save_file({**state, last: halved(state[last])}, path)
+    with pytest.raises(ValueError, match=r"expected numbers of one type, got .*float.* in .* and"):
+        exactflow.from_pretrained(saved)
+    save_file({name: value.long() for name, value in state.items()}, path)
+    with pytest.raises(ValueError, match="expected floating numbers, got int64"):
+        exactflow.from_pretrained(saved)
+    save_file({name: halved(value) for name, value in state.items()}, path)
+    assert exactflow.from_pretrained(saved).dtype == torch.bfloat16
+    save_file({name: v for name, v in state.items() if name != first}, path)
+    with pytest.raises(ValueError, match=f"{first} of shape|expected {first}"):
+        exactflow.from_pretrained(saved)
+
+
+def test_pipes_are_no_weights(saved: Path) -> None:
+    for name in ("model.safetensors", "config.json"):
+        (saved / name).unlink()
+        os.mkfifo(saved / name)
+        with pytest.raises(ValueError, match="a pipe or a device"):
+            exactflow.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "gpu", "", "mps"])
+def test_a_device_that_is_not_here_is_not_the_weights_fault(device: str, saved: Path) -> None:
+    if device in ("cuda", "mps") and torch.accelerator.is_available():
+        pytest.skip("such a device is here")
+    with pytest.raises(ValueError, match="expected a device that is here") as caught:
+        exactflow.from_pretrained(saved, device=device)
+    assert "model.safetensors" not in str(caught.value)
+
+
+def test_a_run_that_is_misspelt_is_not_asked_of_the_hub(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no such run: 'runs/x'; runs has none"):
+        exactflow.from_pretrained("runs/x")
+    shutil.copytree(saved, tmp_path / "runs" / "digits")
+    with pytest.raises(FileNotFoundError, match=r"did you mean 'runs/digits'"):
+        exactflow.from_pretrained("runs/digit")
+    with pytest.raises(FileNotFoundError, match=r"no such run: 'runs/xyz'; runs has digits"):
+        exactflow.from_pretrained("runs/xyz")
+    (tmp_path / "file.pth").touch()
+    with pytest.raises(FileNotFoundError, match="exactflow convert"):
+        exactflow.from_pretrained("file.pth")
+
+
+def test_a_revision_pins_a_model_of_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        return str(saved)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    exactflow.from_pretrained("somebody/model", revision="abc123")
+    assert asked == [("somebody/model", "abc123")]
+    with pytest.raises(ValueError, match="revision='abc123' is of a model on the hub"):
+        exactflow.from_pretrained(saved, revision="abc123")
+
+
+def test_moments_that_would_fill_the_memory_are_not_unpacked(tmp_path: Path) -> None:
+    path, block = tmp_path / "bomb.npz", bytes(2**24)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for index in range(5):
+            archive.writestr(f"{index}.npy", block)
+    whole = path.read_bytes()
+    sizes = (2**24).to_bytes(4, "little"), (2**29).to_bytes(4, "little")
+    path.write_bytes(whole.replace(*sizes))  # as large as it says, for a fraction of the time
+    before = peak()
+    with pytest.raises(ValueError, match=r"at most 1,073,741,824 bytes of arrays, got 2,684,354,5"):
+        FeatureStatistics.load(path)
+    assert peak() - before < 2**28
+
+
+def test_a_plan_of_something_else_is_refused(saved: Path) -> None:
+    for text in (
+        "[" * 10**5,
+        "[]",
+        '{"format_version": 1, "plans": [{"blocks": [{"chosen": 3}]}]}',
+    ):
+        (saved / "plan.json").write_text(text)
+        with pytest.raises(ValueError, match="is not a plan"):
+            read_plans(saved)

@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, final
 
-from exactflow.core.config import checked, override, suggestion
+import torch
+
+from exactflow.core.building import on_meta
+from exactflow.core.config import made, override, suggestion
 from exactflow.core.model import GenerativeModel, Preset
-from exactflow.core.model_size import built
 from exactflow.diffusion import discrete, discrete_presets, hdit, hdit_presets
 from exactflow.flows import (
     denseflow,
@@ -75,16 +78,56 @@ def build(name: str, **overrides: Any) -> GenerativeModel:
             for this machine.
     """
     family = family_of(name)
-    config = override(family.presets[name].config, overrides)
-    return _built(family, config)
+    config = family.presets[name].config
+    if not overrides and torch.get_default_device().type == "meta":  # there is always room
+        return family.model(config)
+    return _built(family.model, override(config, overrides))
 
 
 def from_config(kind: str, fields: Mapping[str, Any]) -> GenerativeModel:
-    """A freshly initialised model of family `kind` from its configuration's fields."""
+    """A freshly initialised model of family `kind` from its configuration's fields.
+
+    Raises:
+        ValueError: an unknown kind; a field that is absent, unknown or of another type; a model
+            that is larger than this machine's memory.
+    """
+    family = _family(kind)
+    return _built(family.model, made(family.config, fields, f"the configuration of {kind}"))
+
+
+def without_numbers(
+    kind: str, fields: Mapping[str, Any], most: int | None = None
+) -> GenerativeModel:
+    """The same on the meta device, where it takes no memory.
+
+    Args:
+        kind: see `from_config`.
+        fields: see `from_config`.
+        most: parameters that it may have; None for what fits into this machine's memory.
+    """
+    family = _family(kind)
+    config = made(family.config, fields, f"the configuration of {kind}")
+    return on_meta(lambda: family.model(config), f"a model of kind {kind}", most)
+
+
+def _family(kind: str) -> Family:
     if kind not in FAMILIES:
         raise ValueError(f"unknown kind of model {kind!r}{suggestion(kind, FAMILIES)}")
-    family = FAMILIES[kind]
-    return _built(family, family.config(**checked(family.config, fields)))
+    return FAMILIES[kind]
+
+
+def _built(model: type[GenerativeModel], config: Any) -> GenerativeModel:
+    """The model, once it is known that there is room for it."""
+    if torch.get_default_device().type == "meta":
+        return on_meta(lambda: model(config), f"a model of kind {model.kind}", 2**62)
+    _check_room(model, config)
+    return model(config)
+
+
+@cache
+def _check_room(model: type[GenerativeModel], config: Any) -> None:
+    """Raise ValueError if it is too large; asked once for each configuration."""
+    on_meta(lambda: model(config), f"a model of kind {model.kind}")
 
 
 def family_of(name: str) -> Family:
@@ -93,7 +136,3 @@ def family_of(name: str) -> Family:
         if name in family.presets:
             return family
     raise ValueError(f"unknown preset {name!r}{suggestion(name, names())}")
-
-
-def _built(family: Family, config: Any) -> GenerativeModel:
-    return built(lambda: family.model(config), family.model.kind)

@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
 
-import torch
 from rich.table import Table
 
 from exactflow import registry
 from exactflow.cli.arguments import Info
 from exactflow.cli.settings import Settings, pick_device
 from exactflow.cli.terminal import say
+from exactflow.core import building
 from exactflow.core.config import override
 from exactflow.core.model import GenerativeModel
 from exactflow.data import load
@@ -63,10 +62,9 @@ def show(command: Info, settings: Settings) -> None:
 
 
 def on_meta(settings: Settings) -> GenerativeModel:
-    """The model without memory for its weights."""
-    with torch.device("meta"):
-        kind = registry.family_of(settings.preset).model.kind
-        return registry.from_config(kind, asdict(settings.model))
+    """The model without memory for its weights, however large they would be."""
+    model = registry.family_of(settings.preset).model
+    return building.on_meta(lambda: model(settings.model), settings.preset, building.ANY_NUMBER)
 
 
 def size(count: int) -> str:

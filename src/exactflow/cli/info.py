@@ -8,7 +8,8 @@ from exactflow import registry
 from exactflow.cli import cost
 from exactflow.cli.arguments import Info
 from exactflow.cli.settings import SECTIONS, Settings, resolve
-from exactflow.hub.pretrained import from_pretrained, read_config
+from exactflow.core.serialization import finite
+from exactflow.hub.pretrained import describe, from_pretrained
 
 
 def run(command: Info) -> None:
@@ -44,7 +45,4 @@ def _saved(command: Info, name: str) -> None:
         raise ValueError(f"costs and settings are those of a preset, {name} is a saved model")
     model = from_pretrained(name)
     print(f"# {model.kind}, {model.num_parameters:,} parameters, images {model.event_shape}")
-    folder = Path(name)
-    nested = folder / "model"
-    description = read_config(nested if nested.is_dir() else folder)
-    print(yaml.safe_dump(description, sort_keys=False), end="")
+    print(yaml.safe_dump(finite(describe(model)), sort_keys=False), end="")

@@ -28,6 +28,35 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
     return dataclasses.replace(config, **checked(type(config), changes))
 
 
+def made(config: type[Config], fields: Any, where: object, *, complete: bool = False) -> Config:
+    """A dataclass from the fields that a file has.
+
+    Args:
+        config: the dataclass, which is the file's schema.
+        fields: as JSON or YAML gave them.
+        where: they come from, for messages.
+        complete: also fields that have defaults must be there.
+
+    Raises:
+        ValueError: a field is absent, unknown or of another type.
+    """
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"{where}: expected named fields, got {fields!r:.80}")
+    assert dataclasses.is_dataclass(config)
+    needed = [
+        field.name
+        for field in dataclasses.fields(config)
+        if complete or field.default is field.default_factory is dataclasses.MISSING
+    ]
+    absent = [name for name in needed if name not in fields]
+    if absent:
+        raise ValueError(f"{where}: expected {', '.join(absent)}, got none")
+    try:
+        return config(**checked(config, fields))
+    except (ArithmeticError, IndexError, TypeError, ValueError) as error:  # of fields' own checks
+        raise ValueError(f"{where}: {error}") from error
+
+
 def checked(config: type, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields, with values of the types that dataclass `config` declares; errors as above."""
     hints = typing.get_type_hints(config)
@@ -49,6 +78,8 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 def _as(hint: Any, value: Any, name: str) -> Any:
     """`value` as the type `hint`, converted only where nothing is lost."""
+    if hint is Any:
+        return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         null = value is None or (isinstance(value, Typed) and is_null(value))
@@ -72,7 +103,13 @@ def _as(hint: Any, value: Any, name: str) -> Any:
         if len(value) != len(arguments):
             raise ValueError(f"{name}: expected {len(arguments)} values, got {value!r}")
         return tuple(_as(a, v, name) for a, v in zip(arguments, value, strict=True))
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise ValueError(f"{name}: expected named values, got {value!r:.80}")
+        return {key: _as(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) >= 2**1024:
+            raise ValueError(f"{name}: expected float, got a number of {len(str(value))} digits")
         return float(value)
     if isinstance(value, Typed):
         meant = scalar(hint, value)

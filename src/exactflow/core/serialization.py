@@ -4,7 +4,8 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ CARD_FILE = "README.md"
 PLAN_FILE = "plan.json"  # how to invert this model fast here; of no use to other weights
 CLASS_NAMES = "class names"  # in the card: of the classes 0, 1, ...
 FORMAT_VERSION = 1
+JSON_DEPTH = 32  # of what this library writes and reads; its own files have at most 8 levels
+JSON_BYTES = 64 * 2**20
+_NEW = ".new"
 
 
 @contextmanager
@@ -47,10 +51,74 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; see `parse_json`.
+
+    Raises:
+        ValueError: it holds something else.
+        OSError: it cannot be read.
+    """
+    if path.exists() and not path.is_file():  # pipes and devices need not have an end
+        raise ValueError(f"{path}: expected a JSON file, got a folder, a pipe or a device")
+    if path.stat().st_size > JSON_BYTES:
+        raise ValueError(
+            f"{path}: expected a JSON file of at most {JSON_BYTES:,} bytes, "
+            f"got {path.stat().st_size:,}"
+        )
+    return parse_json(path.read_bytes(), path, constant=_refuse_constant)
+
+
+def parse_json(
+    text: str | bytes, where: object, *, constant: Callable[[str], float] = float
+) -> dict[str, Any]:
+    """A mapping from JSON, of a depth that whatever walks through it can bear.
+
+    Args:
+        text: JSON.
+        where: it comes from, for messages.
+        constant: reads NaN and Infinity, which are not JSON though Python writes them.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        value = json.loads(text, parse_constant=constant)
+    except RecursionError:
+        raise ValueError(f"{where}: expected JSON {JSON_DEPTH} levels deep at most") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    level, depth = [value], 0
+    while level:
+        if depth == JSON_DEPTH:
+            raise ValueError(f"{where}: expected JSON {JSON_DEPTH} levels deep at most, got more")
+        inside = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [v for values in inside for v in values if isinstance(v, dict | list)]
+        depth += 1
+    return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON. Raises ValueError for a number that JSON does not know."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, text.encode())
+    write_atomically(path, _json_bytes(value))
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
+def sync_folder(folder: Path) -> None:
+    """Return once the names in a folder are on disk. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def finite(value: Any) -> Any:
@@ -66,19 +134,85 @@ def write_model(
     model: nn.Module, kind: str, config: Any, folder: Path, card: Mapping[str, Any]
 ) -> None:
     """Write `model` into `folder`; see `GenerativeModel.save_pretrained`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / PLAN_FILE).unlink(missing_ok=True)
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    write_atomically(folder / WEIGHTS_FILE, save(state, metadata={"format": "pt"}))
     description = {
         "kind": kind,
         "format_version": FORMAT_VERSION,
         "config": dataclasses.asdict(config),
         "card": dict(card),
     }
-    write_json(folder / CONFIG_FILE, description)
+    _check_plain(description["config"], "config", JSON_DEPTH - 2)
+    _check_plain(description["card"], "card", JSON_DEPTH - 2)
     count = sum(p.numel() for p in model.parameters())
-    write_atomically(folder / CARD_FILE, _card_text(kind, count, description).encode())
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    files = {
+        CONFIG_FILE: _json_bytes(description),
+        CARD_FILE: _card_text(kind, count, description).encode(),
+        WEIGHTS_FILE: save(state, metadata={"format": "pt"}),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace_together(folder, files)
+
+
+def file_of(folder: Path, name: str) -> Path:
+    """Where a file of a model's folder lies, also where whoever replaced it was killed meanwhile.
+
+    The new files are written into a folder beside the old ones. From the moment that folder is
+    called `_NEW` they are what counts, and they are moved over the old ones one by one.
+    """
+    new = folder / _NEW / name
+    return new if new.exists() else folder / name
+
+
+def _replace_together(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write some files of a folder: all of them, or none. Raises OSError."""
+    _finish(folder)
+    begun = folder / f"{_NEW}.partial"
+    try:
+        with explained_write(begun):
+            shutil.rmtree(begun, ignore_errors=True)
+            begun.mkdir()
+        for name, content in files.items():
+            write_atomically(begun / name, content)
+        with explained_write(folder):
+            (folder / PLAN_FILE).unlink(missing_ok=True)
+            sync_folder(begun)
+            begun.rename(folder / _NEW)
+            sync_folder(folder)
+    finally:
+        shutil.rmtree(begun, ignore_errors=True)
+    _finish(folder)
+
+
+def _finish(folder: Path) -> None:
+    """Move new files over the old ones, if there are any. Raises OSError."""
+    new = folder / _NEW
+    if not new.is_dir():
+        return
+    with explained_write(folder):
+        for path in sorted(new.iterdir()):
+            path.replace(folder / path.name)
+        new.rmdir()
+
+
+def _check_plain(value: Any, name: str, depth: int) -> None:
+    """Raise ValueError, naming the part, unless JSON can hold a value and give it back."""
+    if isinstance(value, Mapping | list | tuple) and depth == 0:
+        raise ValueError(f"{name}: expected at most {JSON_DEPTH} levels of nesting, got more")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str | int):
+                raise ValueError(f"{name}: expected text for keys, got {key!r:.80}")
+            _check_plain(item, f"{name}.{key}", depth - 1)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{name}[{index}]", depth - 1)
+    elif not (value is None or isinstance(value, str | int | float)) or (
+        isinstance(value, float) and not math.isfinite(value)
+    ):
+        raise ValueError(
+            f"{name}: expected what JSON knows (text, finite numbers, true, false, null, lists and "
+            f"mappings), got {value!r:.80} of type {type(value).__name__}; nothing was written"
+        )
 
 
 def _card_text(kind: str, parameters: int, description: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ tensors are those of `HourglassTransformer`; the random Fourier features belong 
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,10 @@ HINTS = (  # fields of `HDiTConfig` that bare weights do not hold, the image's s
     "min_snr_gamma",
     "levels",
 )
+_REACH = {  # kind of attention -> the field that says how far it reaches, its usual value
+    "neighborhood": ("kernel_size", 7),
+    "shifted-window": ("window_size", 8),
+}
 _UNRECORDED = {  # what bare weights do not tell -> an example of how to say it
     "image_shape": "(3, 256, 256)",
     "attention": "('neighborhood', 'global'), on the command line "
@@ -45,8 +50,8 @@ def from_published(state: Mapping[str, Any], *, hints: Mapping[str, Any] | None 
         state: what the file holds: the averaged weights under "model_ema" are taken before
             "model", and "config" is the run's JSON; or bare weights, name by name.
         hints: fields of `HDiTConfig` that the file does not tell. Bare weights need `image_shape`
-            and `attention` (and `kernel_size`, `window_size`, `sigma_data`, `weighting` where they
-            are not the usual ones).
+            and `attention` (and `sigma_data`, `weighting` where they are not the usual ones); where
+            `kernel_size` or `window_size` matters and is not given, a warning says what was taken.
 
     Raises:
         ValueError: no such checkpoint, a field that is missing, or one that contradicts the
@@ -62,7 +67,7 @@ def from_published(state: Mapping[str, Any], *, hints: Mapping[str, Any] | None 
                 f"not an HDiT checkpoint of k-diffusion: it has no {key!r} "
                 f"(its first keys: {list(weights)[:3]})"
             )
-    recorded = checked(HDiTConfig, _from_config(state["config"]) if "config" in state else {})
+    recorded = checked(HDiTConfig, _recorded(state["config"]) if "config" in state else {})
     hinted = checked(HDiTConfig, hints or {})
     said = {**recorded, **hinted}
     read = _from_weights(weights)
@@ -73,6 +78,7 @@ def from_published(state: Mapping[str, Any], *, hints: Mapping[str, Any] | None 
     for name, example in _UNRECORDED.items():
         if name not in said:
             raise ValueError(f"the file does not tell {name}: give it, such as {name}={example}")
+    _assume_reach(said)
     side = math.isqrt(weights[MARK].shape[1] // said["image_shape"][0])
     return _filled(HDiTConfig(**{"patch_size": side, **said, **read}), weights)
 
@@ -122,6 +128,17 @@ def _from_weights(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
+def _recorded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, or a ValueError whatever else the JSON is."""
+    try:
+        return _from_config(config)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"expected the configuration of a run of k-diffusion, got {type(error).__name__}: "
+            f"{error}"
+        ) from error
+
+
 def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that a run's JSON tells and its weights do not."""
     model = config.get("model", {})
@@ -139,17 +156,37 @@ def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "sigma_data": float(model.get("sigma_data", 1.0)),
         "weighting": model.get("loss_weighting", "karras"),
         "label_dropout": float(config.get("dataset", {}).get("cond_dropout_rate", 0.1)),
-        **_single(attention, "kernel_size"),
-        **_single(attention, "window_size"),
+        **_reach(attention),
     }
 
 
-def _single(attention: Sequence[Mapping[str, Any]], name: str) -> dict[str, int]:
-    """The one value of a field over all levels that have it."""
-    values = {kind[name] for kind in attention if name in kind}
-    if len(values) > 1:
-        raise ValueError(f"expected one {name} for all levels, got {sorted(values)}")
-    return {name: values.pop()} if values else {}
+def _reach(attention: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """kernel_size and window_size, each the one value of all levels whose attention has it.
+
+    A neighborhood whose size is not recorded has k-diffusion's own, whatever its neighbours have.
+    """
+    found: dict[str, int] = {}
+    for kind, (name, usual) in _REACH.items():
+        levels = [level for level in attention if level["type"] == kind]
+        if kind == "shifted-window" and any(name not in level for level in levels):
+            raise ValueError(f"expected {name} for each level of {kind} attention, got none")
+        values = {level.get(name, usual) for level in levels}
+        if len(values) > 1:
+            raise ValueError(f"expected one {name} for all levels, got {sorted(values, key=str)}")
+        if values:
+            found[name] = values.pop()
+    return found
+
+
+def _assume_reach(said: Mapping[str, Any]) -> None:
+    """Warn of sizes that neither the file nor a hint tells, and that are therefore assumed."""
+    for kind, (name, usual) in _REACH.items():
+        if kind in said["attention"] and name not in said:
+            warnings.warn(
+                f"the file does not tell {name} of its {kind} attention: took {usual}, the usual "
+                f"one; give {name} to be sure",
+                stacklevel=2,
+            )
 
 
 def _filled(config: HDiTConfig, weights: Mapping[str, Tensor]) -> HDiT:

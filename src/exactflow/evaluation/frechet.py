@@ -18,8 +18,11 @@ from jaxtyping import Float64, Shaped
 from torch import Tensor
 
 from exactflow.core.serialization import write_atomically
+from exactflow.core.tensor_files import check_unpacked
 from exactflow.data.datasets import ImageDataset
 from exactflow.evaluation.extractors import FeatureExtractor, feature_batches
+
+MOST_BYTES = 2**30  # of a file of moments: those of 8000 features take half
 
 
 @final
@@ -108,6 +111,7 @@ class FeatureStatistics:
             ValueError: a file that holds no such arrays.
         """
         try:
+            check_unpacked(path, MOST_BYTES)
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             mean, covariance = (np.asarray(arrays[n], np.float64) for n in ("mu", "sigma"))

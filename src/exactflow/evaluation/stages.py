@@ -15,7 +15,7 @@ from typing import Any, final
 import numpy as np
 
 from exactflow.core.processes import current
-from exactflow.core.serialization import write_atomically
+from exactflow.core.serialization import parse_json, write_atomically
 
 Arrays = dict[str, np.ndarray]
 
@@ -51,7 +51,7 @@ class Stages:
         path, group = self.folder / f"{name}.json", current()
 
         def known() -> dict[str, Any] | None:
-            kept = json.loads(path.read_text()) if path.is_file() else {}
+            kept = parse_json(path.read_bytes(), path) if path.is_file() else {}
             return kept["result"] if kept.get("identity") == whole else None
 
         def measured() -> dict[str, Any]:
@@ -87,7 +87,7 @@ class Stages:
         known = folder / "identity.json"
 
         def begin() -> None:
-            if not known.is_file() or json.loads(known.read_text()) != whole:
+            if not known.is_file() or parse_json(known.read_bytes(), known) != whole:
                 shutil.rmtree(folder, ignore_errors=True)
                 self._write(known, json.dumps(whole, indent=1).encode())
 

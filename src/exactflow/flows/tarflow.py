@@ -63,7 +63,7 @@ class TarFlowConfig:
                 f"expected a patch size that divides height and width, got {self.patch_size} "
                 f"for {height} x {width}"
             )
-        if self.width % self.head_dim:
+        if self.head_dim < 1 or self.width < 1 or self.width % self.head_dim:
             raise ValueError(
                 f"expected width to be a multiple of head_dim={self.head_dim}, got {self.width}"
             )

@@ -1,14 +1,14 @@
 """Foreign files of tensors: PyTorch's and safetensors, and what lies beside the tensors in them."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from exactflow.core.serialization import parse_json
+from exactflow.core.tensor_files import read_pickled, read_safetensors
 
 _NESTS = ("model_ema", "model")  # where training checkpoints keep weights; averaged ones first
 
@@ -41,7 +41,7 @@ def read_tensors(path: Path) -> ForeignFile:
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected a checkpoint file, got {path}: no such file")
-    content = _safetensors(path) if path.suffix == ".safetensors" else _pytorch(path)
+    content = _safetensors(path) if path.suffix == ".safetensors" else read_pickled(path)
     state, config = content, None
     if isinstance(content, Mapping):
         nest = next((key for key in _NESTS if isinstance(content.get(key), Mapping)), None)
@@ -55,22 +55,11 @@ def read_tensors(path: Path) -> ForeignFile:
     return ForeignFile(path, weights, config)
 
 
-def _pytorch(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling foreign bytes can fail in any way
-        raise ValueError(
-            f"{path} is not a PyTorch file of plain tensors (nothing else is loaded): {error}"
-        ) from error
-
-
 def _safetensors(path: Path) -> dict[str, Any]:
+    weights, metadata = read_safetensors(path)
+    if "config" not in metadata:
+        return weights
     try:
-        with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-        if "config" not in metadata:
-            return weights
-        return {"model": weights, "config": json.loads(metadata["config"])}
-    except (SafetensorError, ValueError) as error:
+        return {"model": weights, "config": parse_json(metadata["config"], "its config")}
+    except ValueError as error:
         raise ValueError(f"{path} is not a whole file of safetensors: {error}") from error

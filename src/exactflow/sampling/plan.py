@@ -10,6 +10,7 @@ from typing import Any, Literal, final
 
 import torch
 
+from exactflow.core.config import made
 from exactflow.core.serialization import PLAN_FILE, write_atomically
 from exactflow.core.transform import Decoding, Solver
 from exactflow.sampling.autoregressive import Adaptive, Sequential
@@ -130,7 +131,7 @@ def read_plans(folder: Path) -> list[InversionPlan]:
         if content["format_version"] > FORMAT_VERSION:
             raise ValueError(f"format version {content['format_version']} is newer than this code")
         return [_plan(fields) for fields in content["plans"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a plan ({error}); delete it, or plan anew") from error
 
 
@@ -150,10 +151,12 @@ def _plan(fields: dict[str, Any]) -> InversionPlan:
         BlockPlan(
             **{
                 **block,
-                "chosen": Candidate(**block["chosen"]),
+                "chosen": made(Candidate, block["chosen"], "chosen"),
                 "window_seconds": {int(size): s for size, s in block["window_seconds"].items()},
                 "frontier": tuple(block["frontier"]),
-                "measured": {name: Measured(**m) for name, m in block["measured"].items()},
+                "measured": {
+                    name: made(Measured, m, name) for name, m in block["measured"].items()
+                },
             }
         )
         for block in fields["blocks"]

@@ -1,26 +1,18 @@
-"""A run on disk: checkpoints that are whole or absent.
+"""Checkpoints as a run writes them: whole or absent; `core.saved_run` says what is in one.
 
-    run_dir/checkpoints/step_00000500/model.safetensors    weights and buffers
-                                      ema.safetensors      the same with averaged weights, if any
-                                      optimizer.pt         loads with weights_only=True
-                                      state.json           where the run stands, hashes of the rest
-
-A model whose parameters are split over processes has a folder tensors/ of PyTorch's distributed
-checkpoints in place of the first three. No generator state is saved: all randomness is a function
-of the seed and the step.
+No generator state is saved: all randomness is a function of the seed and the step.
 """
 
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -29,16 +21,24 @@ import torch
 from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
-from exactflow.core.serialization import explained_write, write_atomically
+from exactflow.core.saved_run import EMA_FILE as EMA_FILE
+from exactflow.core.saved_run import MODEL_FILE as MODEL_FILE
+from exactflow.core.saved_run import OPTIMIZER_FILE as OPTIMIZER_FILE
+from exactflow.core.saved_run import SPLIT_FOLDER as SPLIT_FOLDER
+from exactflow.core.saved_run import STATE_FILE as STATE_FILE
+from exactflow.core.saved_run import Checkpoint as Checkpoint
+from exactflow.core.saved_run import (
+    LogState,
+    NewerFormatError,
+    described,
+    finished,
+    read_checkpoint,
+)
+from exactflow.core.saved_run import RunState as RunState
+from exactflow.core.serialization import explained_write, sync_folder, write_atomically
 from exactflow.data.augmentation import Augmentation
 from exactflow.data.datasets import ImageDataset
 from exactflow.training.optim import TrainConfig
-
-MODEL_FILE = "model.safetensors"
-EMA_FILE = "ema.safetensors"
-OPTIMIZER_FILE = "optimizer.pt"
-STATE_FILE = "state.json"
-SPLIT_FOLDER = "tensors"
 
 # What may differ when a run is resumed: it changes no weight.
 _FREE_FIELDS = frozenset(
@@ -50,85 +50,6 @@ _FREE_FIELDS = frozenset(
 
 # A folder without its files is damaged; any other OSError says nothing about what is in them.
 _ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-
-_NAME = re.compile(r"step_\d{8,}")
-
-
-@final
-@dataclass(frozen=True)
-class RunState:
-    """Where a run stands.
-
-    Attributes:
-        step: optimizer steps done.
-        images: images seen, step times batch size.
-        seconds: wall-clock time in all sessions of the run.
-        step_seconds: the part of it that optimizer steps took, without callbacks and files.
-        logged_step: step of the last line of the log when this was saved, 0 before the first.
-        loss_sum: sum of the losses of the steps since that line.
-        grad_norm_sum: the same of gradient norms.
-    """
-
-    step: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    step_seconds: float = 0.0
-    logged_step: int = 0
-    loss_sum: float = 0.0
-    grad_norm_sum: float = 0.0
-
-    def logged(self) -> "RunState":
-        """The state once `step` has its line in the log."""
-        return dataclasses.replace(self, logged_step=self.step, loss_sum=0.0, grad_norm_sum=0.0)
-
-
-@final
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint that is whole: just written, or verified by its hashes.
-
-    Attributes:
-        folder: where its files lie.
-        state: where the run stood.
-        identity: what decides the weights at a given step: model, data, training configuration.
-    """
-
-    folder: Path
-    state: RunState
-    identity: Mapping[str, Any]
-
-    @property
-    def is_split(self) -> bool:
-        """Whether processes wrote it together, each its parts."""
-        return (self.folder / SPLIT_FOLDER).is_dir()
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The content of a .safetensors file, on the CPU."""
-        return safetensors.torch.load_file(self.folder / name)
-
-    def optimizer(self) -> dict[str, Any]:
-        """The optimizer's state dict, on the CPU."""
-        return torch.load(self.folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-
-    def require(self, identity: Mapping[str, Any], later: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming each difference, unless this is a run of that identity.
-
-        Args:
-            identity: what is asked for, see `identity`.
-            later: what held of fields before they existed: their defaults, see `defaults`.
-        """
-        own = {**later, **self.identity}
-        differences = [
-            f"  {name}: {own.get(name)!r} in the checkpoint, {identity.get(name)!r} asked"
-            for name in sorted({*own, *identity})
-            if own.get(name) != identity.get(name)
-        ]
-        if differences:
-            raise ValueError(
-                f"cannot resume from {self.folder}: it belongs to another run.\n"
-                + "\n".join(differences)
-                + "\nAsk for what the checkpoint has, or train in another folder."
-            )
 
 
 @final
@@ -149,6 +70,7 @@ class Checkpoints:
         state: RunState,
         identity: Mapping[str, Any],
         files: Mapping[str, Callable[[], bytes]],
+        log: LogState | None = None,
     ) -> Checkpoint:
         """Write a whole checkpoint.
 
@@ -156,6 +78,7 @@ class Checkpoints:
             state: where the run stands.
             identity: see `Checkpoint`.
             files: content by file name, made one at a time to save memory.
+            log: see `Checkpoint`.
 
         Raises:
             OSError: it could not be written; earlier checkpoints are intact.
@@ -163,18 +86,25 @@ class Checkpoints:
         with self.undone(state.step):
             partial = self.begin(state.step)
             hashes = {name: _write(partial / name, make()) for name, make in files.items()}
-            return self.commit(state, identity, hashes)
+            return self.commit(state, identity, hashes, log)
 
     def begin(self, step: int) -> Path:
         """An empty folder for the files of a checkpoint. Raises OSError."""
         partial = self._partial(step)
         with explained_write(partial):
-            shutil.rmtree(partial, ignore_errors=True)
+            if self._is_inside:
+                shutil.rmtree(partial, ignore_errors=True)
+            elif partial.exists():
+                partial.rename(_free(partial.with_name(f"{partial.name}.left")))
             partial.mkdir(parents=True)
         return partial
 
     def commit(
-        self, state: RunState, identity: Mapping[str, Any], hashes: Mapping[str, str]
+        self,
+        state: RunState,
+        identity: Mapping[str, Any],
+        hashes: Mapping[str, str],
+        log: LogState | None,
     ) -> Checkpoint:
         """Give the folder, all files of which are on disk, its name; remove the oldest ones.
 
@@ -182,20 +112,27 @@ class Checkpoints:
             state: where the run stood.
             identity: see `Checkpoint`.
             hashes: SHA-256 by file name.
+            log: see `Checkpoint`.
 
         Raises:
             OSError: it could not be written.
         """
         partial, final_ = self._partial(state.step), self.folder_of(state.step)
-        text = json.dumps(_describe(state, identity, hashes), indent=2, allow_nan=False)
+        made = Checkpoint(final_, state, identity, log)
+        text = json.dumps(described(made, hashes), indent=2, allow_nan=False)
         _write(partial / STATE_FILE, text.encode())
         with explained_write(final_):
-            _sync_folder(partial)
+            sync_folder(partial)
             partial.rename(final_)
-            _sync_folder(self._folder)
-        for old in self._names()[: -self._keep]:
-            shutil.rmtree(old)
-        return Checkpoint(final_, state, identity)
+            sync_folder(self._folder)
+        for old in finished(self._folder)[: -self._keep] if self._is_inside else ():
+            _remove(old)
+        return made
+
+    @property
+    def _is_inside(self) -> bool:
+        """Whether they lie in the run's folder; a link may lead anywhere, to what others need."""
+        return self._folder.resolve().is_relative_to(self._folder.parent.resolve())
 
     def folder_of(self, step: int) -> Path:
         """Where the checkpoint of a step lies once it is whole."""
@@ -217,19 +154,27 @@ class Checkpoints:
         """The newest intact checkpoint; None if there is none.
 
         Damaged ones are set aside as `step_*.damaged` with a warning that says what is wrong;
-        leftovers of an interrupted save are removed.
+        leftovers of an interrupted save are removed. Where the folder is a link that leads out of
+        the run's, nothing is ever removed, and a warning says so.
 
         Raises:
             OSError: a file is there and cannot be read, which another day it may.
         """
-        for leftover in self._folder.glob(".step_*.partial"):
-            shutil.rmtree(leftover)
-        for folder in reversed(self._names()):
+        if not self._is_inside:
+            warnings.warn(
+                f"{self._folder} is a link to {self._folder.resolve()}, outside of the run's "
+                "folder: nothing is removed there, so that all checkpoints stay",
+                stacklevel=2,
+            )
+        for leftover in self._folder.glob(".step_*.partial") if self._is_inside else ():
+            _remove(leftover)
+        for folder in reversed(finished(self._folder)):
             try:
-                return _verified(folder)
-            except (*_ABSENT, ValueError, KeyError, TypeError) as error:
-                aside = folder.with_name(f"{folder.name}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
+                return read_checkpoint(folder)
+            except NewerFormatError:
+                raise
+            except (*_ABSENT, ValueError) as error:
+                aside = _free(folder.with_name(f"{folder.name}.damaged"))
                 folder.rename(aside)
                 warnings.warn(
                     f"checkpoint {folder} is damaged ({error}): set aside as {aside.name}, "
@@ -237,11 +182,6 @@ class Checkpoints:
                     stacklevel=2,
                 )
         return None
-
-    def _names(self) -> list[Path]:
-        """Folders of finished checkpoints, oldest first."""
-        found = [p for p in self._folder.glob("step_*") if _NAME.fullmatch(p.name)]
-        return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
 
 
 def identity(
@@ -288,32 +228,15 @@ def _write(path: Path, content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _describe(
-    state: RunState, identity: Mapping[str, Any], hashes: Mapping[str, str]
-) -> dict[str, Any]:
-    canonical = json.dumps(identity, sort_keys=True)
-    return {
-        "state": dataclasses.asdict(state),
-        "identity": dict(identity),
-        "config_hash": hashlib.sha256(canonical.encode()).hexdigest(),
-        "sha256": dict(hashes),
-        "torch": torch.__version__,
-    }
+def _remove(folder: Path) -> None:
+    """A folder with all that is in it; of a link, the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
-def _verified(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`. Raises OSError, ValueError, KeyError or TypeError if damaged."""
-    described = json.loads((folder / STATE_FILE).read_text())
-    for name, expected in described["sha256"].items():
-        with (folder / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                raise ValueError(f"{name} does not have the SHA-256 it was saved with")
-    return Checkpoint(folder, RunState(**described["state"]), described["identity"])
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _free(path: Path) -> Path:
+    """The path, or with the first number behind it that nothing is called by."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(p for p in itertools.chain([path], numbered) if not os.path.lexists(p))

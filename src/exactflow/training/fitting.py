@@ -97,7 +97,7 @@ def fit_closed_form(
         found = group.on_main(checkpoints.newest) or group.on_main(fitted)
         found.require(identity, disk.defaults(model, config))
         group.on_main(lambda: write_record(folder, record or {}))
-        model.load_state_dict(found.tensors(disk.MODEL_FILE))
+        model.load_state_dict(found.weights(model))
         model.eval()
         state = found.state
         times = (state.seconds, state.step_seconds)

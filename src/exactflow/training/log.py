@@ -1,17 +1,21 @@
 """The log of a run: metrics.jsonl, one JSON object per line."""
 
+import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, final
 
 from exactflow.core.processes import ALONE, Processes
+from exactflow.core.saved_run import LogState
 from exactflow.core.serialization import explained_write, write_atomically
 
 LOG_FILE = "metrics.jsonl"
+_NOT_FINITE = ("nan", "inf", "-inf")
 
 
 @final
@@ -24,6 +28,8 @@ class MetricsLog:
             so are torn lines.
         tensorboard: write to `run_dir/tensorboard` too.
         group: only the main process of it writes; all know the last line.
+        expected: the log that the run left, if it is known. Where the file does not begin so, a
+            warning says what is lost, and the file as found is kept beside.
 
     Raises:
         OSError: a file could not be written, here or later.
@@ -31,32 +37,48 @@ class MetricsLog:
     """
 
     def __init__(
-        self, run_dir: Path, step: int, tensorboard: bool, group: Processes = ALONE
+        self,
+        run_dir: Path,
+        step: int,
+        tensorboard: bool,
+        group: Processes = ALONE,
+        expected: LogState | None = None,
     ) -> None:
         self._path = run_dir / LOG_FILE
         self._board: Any = None
         self._file: BinaryIO | None = None
-        self.last: dict[str, Any] = group.on_main(lambda: self._open(run_dir, step, tensorboard))
+        self._hash = hashlib.sha256()
+        self._lines = 0
+        self.last: dict[str, Any] = group.on_main(
+            lambda: self._open(run_dir, step, tensorboard, expected)
+        )
 
     @property
     def last_step(self) -> int:
         """Step of the last line; 0 before the first."""
         return self.last.get("step", 0)
 
+    @property
+    def state(self) -> LogState:
+        """Of the file as it is now; only the main process knows it."""
+        return LogState(self._lines, self._hash.hexdigest())
+
     def write(self, line: Mapping[str, int | float]) -> None:
         """Append a line. JSON has no NaN: what is not finite is written as "nan", "inf", "-inf"."""
         self.last = {k: v if math.isfinite(v) else str(float(v)) for k, v in line.items()}
         if self._file is None:
             return
+        text = json.dumps(self.last).encode() + b"\n"
         try:
             with explained_write(self._path):
-                self._file.write(json.dumps(self.last).encode() + b"\n")
+                self._file.write(text)
                 self._file.flush()
         except OSError:
             file, self._file = self._file, None
             with suppress(OSError):  # it tries once more
                 file.close()
             raise
+        self._count(text)
         if self._board is not None:
             for name, value in line.items():
                 self._board.add_scalar(name, value, line["step"])
@@ -75,18 +97,52 @@ class MetricsLog:
         if self._board is not None:
             self._board.close()
 
-    def _open(self, run_dir: Path, step: int, tensorboard: bool) -> dict[str, Any]:
+    def _open(
+        self, run_dir: Path, step: int, tensorboard: bool, expected: LogState | None
+    ) -> dict[str, Any]:
         """The last line that counts."""
         with explained_write(self._path):
             run_dir.mkdir(parents=True, exist_ok=True)
-            lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
-        kept = [line for line in lines if _line_counts(line, step)]
+            found = self._path.read_bytes() if self._path.exists() else None
+        lines = (found or b"").splitlines(keepends=True)
+        kept = _counting(lines, step)
+        written = [] if expected is None else lines[: expected.lines]
+        if expected is not None and _hash_of(written) != expected.sha256:
+            self._tell(found, kept, step, expected)
         if kept != lines:
             write_atomically(self._path, b"".join(kept))
+        for line in kept:
+            self._count(line)
         with explained_write(self._path):
             self._file = self._path.open("ab")
         self._board = _open_tensorboard(run_dir, step) if tensorboard else None
         return json.loads(kept[-1]) if kept else {}
+
+    def _count(self, line: bytes) -> None:
+        self._hash.update(line)
+        self._lines += 1
+
+    def _tell(self, found: bytes | None, kept: list[bytes], step: int, expected: LogState) -> None:
+        """Say what is lost of a log that is not as the run left it, and keep it as found."""
+        told = f"{self._path} is not as the run left it at step {step}"
+        lost = expected.lines - len(kept)
+        what = f"{lost} of {expected.lines} lines are lost" if lost > 0 else "values were changed"
+        if found is None:
+            warnings.warn(f"{told}: it is gone, {what}; the run goes on", stacklevel=2)
+            return
+        number, aside = 1, self._path.with_name(f"{LOG_FILE}.damaged")
+        while (
+            aside.exists() and _counting(aside.read_bytes().splitlines(keepends=True), step) != kept
+        ):
+            number += 1
+            aside = aside.with_name(f"{LOG_FILE}.damaged-{number}")
+        if not aside.exists():
+            write_atomically(aside, found)
+        warnings.warn(
+            f"{told}: {what}; it is kept as found in {aside.name}, and the run goes on with the "
+            "lines that can be read",
+            stacklevel=2,
+        )
 
 
 def _open_tensorboard(run_dir: Path, last_step: int) -> Any:
@@ -100,8 +156,26 @@ def _open_tensorboard(run_dir: Path, last_step: int) -> Any:
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1)
 
 
-def _line_counts(line: bytes, last_step: int) -> bool:
+def _hash_of(lines: list[bytes]) -> str:
+    return hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+def _counting(lines: list[bytes], last_step: int) -> list[bytes]:
+    """The lines that are whole, of steps up to the last one."""
+    return [line for line in lines if (step := _step_of(line)) is not None and step <= last_step]
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line as `MetricsLog.write` writes it; None of anything else."""
     try:
-        return line.endswith(b"\n") and json.loads(line)["step"] <= last_step
-    except ValueError:
-        return False
+        values = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or not all(map(_is_value, values.values())):
+        return None
+    step = values.get("step")
+    return step if type(step) is int else None
+
+
+def _is_value(value: Any) -> bool:
+    return value in _NOT_FINITE if isinstance(value, str) else type(value) in (int, float)

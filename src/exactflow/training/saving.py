@@ -17,6 +17,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from exactflow.core.processes import Processes
+from exactflow.core.saved_run import LogState
 from exactflow.training import checkpoint as disk
 from exactflow.training.tensors import RunTensors
 
@@ -45,23 +46,25 @@ class Saver:
             assert isinstance(made, ProcessGroup)
             self._writers = made
         self._thread = ThreadPoolExecutor(1)
-        self._pending: tuple[disk.RunState, Mapping[str, Any]] | None = None
+        self._pending: tuple[disk.RunState, Mapping[str, Any], LogState] | None = None
         self._written: Future[dict[str, str]] | None = None
         self.last: disk.Checkpoint | None = None
 
-    def save(self, state: disk.RunState, identity: Mapping[str, Any]) -> None:
+    def save(self, state: disk.RunState, identity: Mapping[str, Any], log: LogState) -> None:
         """Write a checkpoint, or begin to. Raises OSError if this or the one before failed."""
         self.settle()
         if self._writers is None:
             files = self._tensors.files()
-            self.last = self._group.on_main(lambda: self._checkpoints.save(state, identity, files))
+            self.last = self._group.on_main(
+                lambda: self._checkpoints.save(state, identity, files, log)
+            )
             return
         partial = self._group.on_main(lambda: self._checkpoints.begin(state.step))
         from torch.distributed import checkpoint as dcp  # takes seconds to import
 
         folder, named = partial / disk.SPLIT_FOLDER, self._tensors.named()
         writing = dcp.async_save(named, checkpoint_id=folder, process_group=self._writers)
-        self._pending = (state, identity)
+        self._pending = (state, identity, log)
         self._written = self._thread.submit(_hashes, writing, folder, self._group.rank)
 
     @property
@@ -80,7 +83,7 @@ class Saver:
         """Wait for the checkpoint that was begun, if any. Raises OSError if it failed."""
         if self._pending is None or self._written is None:
             return
-        state, identity = self._pending
+        state, identity, log = self._pending
         written = self._written
         self._pending = self._written = None
         with self._checkpoints.undone(state.step):
@@ -88,7 +91,7 @@ class Saver:
             for found in self._group.share(written.result):
                 hashes |= found
             self.last = self._group.on_main(
-                lambda: self._checkpoints.commit(state, identity, hashes)
+                lambda: self._checkpoints.commit(state, identity, hashes, log)
             )
 
     @contextmanager

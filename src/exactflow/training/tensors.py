@@ -13,8 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from exactflow.core.model import GenerativeModel
+from exactflow.core.split_tensors import load_split, read_layout
+from exactflow.core.tensor_files import read_pickled, read_safetensors
 from exactflow.training import checkpoint as disk
 from exactflow.training.optim import MovingAverage
+
+_OPTIMIZER = "optimizer."
 
 
 @final
@@ -64,40 +68,53 @@ class RunTensors:
         return tensors
 
     def restore(self, found: disk.Checkpoint) -> None:
-        """Take over what a checkpoint has, however it was written."""
+        """Take over what a checkpoint has, however it was written.
+
+        Raises:
+            ValueError: it has not all of it, or something else.
+            OSError: it cannot be read.
+        """
         if found.is_split:
             self._restore_split(found.folder / disk.SPLIT_FOLDER)
             return
-        self._copy(self._model.state_dict(), found.tensors(disk.MODEL_FILE))
+        self._copy(self._model.state_dict(), found.folder / disk.MODEL_FILE)
         if self._average is not None:
-            self._copy(self._average.values, found.tensors(disk.EMA_FILE))
-        moments = found.optimizer()["state"]
+            self._copy(self._average.values, found.folder / disk.EMA_FILE)
+        moments = _moments(found.folder / disk.OPTIMIZER_FILE)
         self._set_optimizer(moments.get(index, {}) for index, _ in enumerate(self._parameters()))
 
     def _restore_split(self, folder: Path) -> None:
-        from torch.distributed import checkpoint as dcp  # takes seconds to import
-
-        keys = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-        tensors = {name: value for name, value in self.named().items() if name in keys}
+        layout = read_layout(folder)
+        tensors = {n: v for n, v in self.named().items() if not n.startswith(_OPTIMIZER)}
         parameters = dict(self._parameters())
         states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
-        for entry, described in keys.items():
-            if not entry.startswith("optimizer."):
+        for entry, described in layout.state_dict_metadata.items():
+            if not entry.startswith(_OPTIMIZER):
                 continue
-            _, key, name = entry.split(".", 2)
-            assert isinstance(described, dcp.metadata.TensorStorageMetadata)
-            alike = described.size == parameters[name].shape
+            key, _, name = entry.removeprefix(_OPTIMIZER).partition(".")
+            if name not in parameters or described.size not in ((), parameters[name].shape):
+                raise ValueError(
+                    f"{folder}: expected moments of parameters and numbers of steps, got {entry} "
+                    f"of shape {tuple(described.size)}"
+                )
+            dtype = described.properties.dtype
             tensors[entry] = states[name][key] = (
                 torch.zeros_like(parameters[name], requires_grad=False)
-                if alike
-                else torch.zeros(described.size, dtype=described.properties.dtype)
+                if described.size == parameters[name].shape
+                else torch.zeros((), dtype=dtype)
             )
-        dcp.load(tensors, checkpoint_id=folder)
+        load_split(tensors, folder, layout, alone=not torch.distributed.is_initialized())
         self._set_optimizer(iter(states.values()))
 
     @torch.no_grad()
-    def _copy(self, targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    def _copy(self, targets: Mapping[str, Tensor], path: Path) -> None:
+        values, _ = read_safetensors(path)
         for name, target in targets.items():
+            if name not in values or values[name].shape != target.shape:
+                found = "none" if name not in values else f"one of {tuple(values[name].shape)}"
+                raise ValueError(
+                    f"{path}: expected a tensor {name} of shape {tuple(target.shape)}, got {found}"
+                )
             target.copy_(self._alike(values[name], target))
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -111,15 +128,38 @@ class RunTensors:
         """Give the optimizer the states of its parameters, in their order."""
         described = self._optimizer.state_dict()
         parts = {}
-        for index, ((_, parameter), state) in enumerate(
+        for index, ((name, parameter), state) in enumerate(
             zip(self._parameters(), states, strict=True)
         ):
+            for key, value in state.items():
+                if value.shape not in (parameter.shape, ()):
+                    raise ValueError(
+                        f"the optimizer's state: expected {key} of {name} of shape "
+                        f"{tuple(parameter.shape)}, got {tuple(value.shape)}"
+                    )
             if state:  # none for a parameter that never had a gradient
                 parts[index] = {
                     key: self._alike(value, parameter) if value.shape == parameter.shape else value
                     for key, value in state.items()
                 }
         self._optimizer.load_state_dict({**described, "state": parts})
+
+
+def _moments(path: Path) -> Mapping[int, Mapping[str, Tensor]]:
+    """The state of the optimizer by the indices of parameters, as `torch.save` wrote it."""
+    content = read_pickled(path)
+    state = content.get("state") if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not all(
+        isinstance(index, int)
+        and isinstance(moments, Mapping)
+        and all(isinstance(value, Tensor) for value in moments.values())
+        for index, moments in state.items()
+    ):
+        raise ValueError(f"{path}: expected the state of an optimizer, got something else")
+    return {
+        index: {key: value.clone() for key, value in moments.items()}  # off the file
+        for index, moments in state.items()
+    }
 
 
 def _same(value: Tensor, pattern: Tensor) -> Tensor:

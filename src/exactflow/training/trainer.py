@@ -98,7 +98,7 @@ def fit(
         trained = run.spread.trained
         stack.enter_context(recomputed(trained.stages, config.activation_checkpointing))
         stack.enter_context(reversible(trained, config.reversible))
-        log = MetricsLog(run.dir, run.state.step, tensorboard, group)
+        log = MetricsLog(run.dir, run.state.step, tensorboard, group, run.logged)
         stack.enter_context(closing(log))
         display = Display(run.schedule.total, run.state.step, progress and group.is_main)
         stack.enter_context(closing(display))
@@ -143,6 +143,7 @@ class _Run:
         tensors = RunTensors(self.model, self.optimizer, self.average, self.spread.is_split)
         self.saver = Saver(checkpoints, tensors, self.spread.is_split, group)
         self.state = disk.RunState()
+        self.logged = None if found is None else found.log
         if found is not None:
             tensors.restore(found)
             self.state, self.saver.last = found.state, found
@@ -156,7 +157,7 @@ class _Run:
             self.state = self.state.logged()
             # The line was written after the checkpoint.
             done = self.state.step_seconds
-            self.clock = Clock(max(self.state.seconds, log.last.get("seconds", 0.0)), done)
+            self.clock = Clock(max(self.state.seconds, float(log.last.get("seconds", 0.0))), done)
         self._report(log)  # what an interruption left unsaid
         self._hear(stop)
         while self.state.step < self.schedule.total and self.signum is None:
@@ -362,7 +363,7 @@ class _Run:
     def _save(self, log: MetricsLog) -> None:
         log.sync()
         times = {"seconds": self.clock.seconds, "step_seconds": self.clock.step_seconds}
-        self.saver.save(replace(self.state, **times), self.identity)
+        self.saver.save(replace(self.state, **times), self.identity, log.state)
 
 
 def _initialize(model: GenerativeModel, dataset: ImageDataset, seed: int) -> None:
