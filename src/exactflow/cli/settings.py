@@ -161,7 +161,9 @@ def data_of(model: GenerativeModel, words: Sequence[str]) -> DataConfig:
     changes = parse_words(words, ("data",)).get("data", {})
     home = model.home
     assert home is not None  # it was loaded
-    files = [folder / CONFIG_FILE for folder in (home, home.parent)]
+    # A run, its model, or one of its checkpoints.
+    run = home.parent.parent if home.parent.name == "checkpoints" else home.parent
+    files = [folder / CONFIG_FILE for folder in (home, run)]
     file = next((file for file in files if file.is_file()), None)
     recorded = {} if file is None else read_file(file).get("data", {})
     if "source" not in {**recorded, **changes}:

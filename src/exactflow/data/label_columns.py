@@ -122,7 +122,9 @@ def unite(
                     f"{part.where}: expected labels of the kind of those in {first.where}, "
                     f"found {'names' if part.by_name else 'numbers'}"
                 )
-    found = {split: _integers(parts) for split, parts in splits.items()}
+    found: dict[Split, list[Part] | None] = {
+        split: _integers(parts) for split, parts in splits.items()
+    }
     names = first.names
     if first.by_name:
         names = tuple(sorted({name for part in splits["train"] for name in part.names}))
