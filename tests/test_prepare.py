@@ -22,6 +22,7 @@ from PIL import Image
 
 from exactflow.cli import prepare as command
 from exactflow.cli.arguments import Prepare
+from exactflow.core import progress
 from exactflow.data import (
     DataConfig,
     DataError,
@@ -29,7 +30,6 @@ from exactflow.data import (
     known,
     load,
     prepare,
-    progress,
     store,
     training_batches,
 )
