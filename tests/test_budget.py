@@ -75,6 +75,7 @@ def test_work_is_divided_by_that_of_a_step() -> None:
     assert steps_within(Budget(flops=0.1 * each), *digits(model)) == 1
 
 
+@pytest.mark.slow
 def test_time_is_divided_by_that_of_a_step_and_nothing_moves() -> None:
     model = exactflow.build("macow-digits")  # its first parameters are read off data
     before = {key: value.clone() for key, value in model.state_dict().items()}

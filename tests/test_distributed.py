@@ -153,7 +153,7 @@ def test_killing_any_process_at_any_time_is_survived_bitwise(name: str, tmp_path
     """Each time a random process dies at a random micro-batch; the same command goes on."""
     way, chosen = WAYS[name], random.Random(7)
     options = {"toy": {"dropout": 0.2}, "config": {"steps": 40, "checkpoint_every": 2}}
-    kills = [[chosen.randrange(way["count"]), chosen.randrange(1, 8)] for _ in range(12)]
+    kills = [[chosen.randrange(way["count"]), chosen.randrange(1, 8)] for _ in range(8)]
     whole, *struck, last = carry_out(
         round_of(way, tmp_path / "whole", **options),
         *(round_of(way, tmp_path / "parts", kill=kill, **options) for kill in kills),

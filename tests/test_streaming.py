@@ -557,6 +557,7 @@ def test_no_more_than_so_many_bytes_are_here(server: Shards, tmp_path: Path) -> 
     assert max(server.times(f"{n:03}.tar") for n in range(6)) > 2  # they were fetched again
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_folder(server: Shards, tmp_path: Path) -> None:
     config = config_of(server, tmp_path, cache_gib=gib(server, 6))
     expected = digest(load(config, "train"), 15)
