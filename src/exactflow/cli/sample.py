@@ -11,7 +11,7 @@ from exactflow.cli.arguments import Sample
 from exactflow.cli.places import SamplesFolder, own_folder
 from exactflow.cli.settings import NULL_LABEL, labels_named, load_model
 from exactflow.cli.terminal import say
-from exactflow.core.model import GenerativeModel
+from exactflow.core.model import Flow, GenerativeModel
 from exactflow.core.processes import current
 from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data.classes import numbered
@@ -48,7 +48,7 @@ def run(command: Sample) -> None:
         trace=command.trace,
         profile=command.profile,
         # One of many that fails does not take the others with it.
-        on_nonfinite="omit" if isinstance(model, Flow) else command.on_nonfinite,
+        on_nonfinite="omit",
         progress=True,
     )
     for seed, where in drawn.failures.items():

@@ -39,7 +39,10 @@ def on_meta(make: Callable[[], M], name: str, most: int | None = None) -> M:
             return make()
     except (ArithmeticError, AssertionError, IndexError, MemoryError, RuntimeError, TypeError) as e:
         reason = (str(e).splitlines() or [""])[0]
-        raise ValueError(f"{name} cannot be built: {type(e).__name__}: {reason}") from e
+        raise ValueError(
+            f"{name} cannot be built: expected sizes that can be counted and fit together, got "
+            f"{type(e).__name__}: {reason}"
+        ) from e
 
 
 def machine_memory() -> int | None:
