@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from exactflow.core.conditional import Affine
 from exactflow.core.images import center
 from exactflow.core.model import GenerativeModel
 from exactflow.core.transform import AutoregressiveTransform, Decoding
@@ -64,7 +65,7 @@ class ToyStage(AutoregressiveTransform):
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
-        self.num_tokens = TOKENS
+        self.num_tokens, self.conditional = TOKENS, Affine(1)
         self.shift = nn.Linear(TOKENS, TOKENS)
         self.scale = nn.Linear(TOKENS, TOKENS)
         self.labels = nn.Embedding(config.num_classes + 1, TOKENS)
@@ -75,21 +76,21 @@ class ToyStage(AutoregressiveTransform):
     def new_cache(self, x: Tensor, decoding: Decoding | None = None) -> None:
         return None
 
-    def affine(
+    def conditioner(
         self,
         x: Tensor,
         label: Tensor | None = None,
         cache: Any = None,
         start: int = 0,
         temperature: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         stop = x.shape[1]
         past = self.dropout(x[..., 0])
         shift = past @ self.shift.weight.tril(-1)[:stop, :stop].T + self.shift.bias[:stop]
         log_scale = past @ self.scale.weight.tril(-1)[:stop, :stop].T + self.scale.bias[:stop]
         if label is not None:
             shift = shift + self.labels(label)[:, :stop]
-        return shift[:, start:, None].to(x.dtype), log_scale[:, start:, None].to(x.dtype)
+        return torch.stack([log_scale, shift], dim=-1)[:, start:].to(x.dtype)
 
 
 @final

@@ -52,8 +52,7 @@ class ParameterRule:
         pattern: regular expression that matches the whole of their names.
         rate: factor of the learning rate.
         decay: whether weights decay.
-        matrices: how many matrices inside of a layer each of these weights stacks, which Muon makes
-            orthogonal steps of; 0: none.
+        matrices: how many of a layer's matrices each weight stacks, which Muon moves; 0: none.
     """
 
     pattern: str
@@ -381,8 +380,7 @@ def evaluating(model: GenerativeModel) -> Iterator[None]:
 
 def autoregressive_parts(flow: Flow) -> list[AutoregressiveTransform]:
     """The parts of a flow that a solver is asked to invert; a dequantiser's are never inverted."""
-    parts = (part for stage in flow.stages for part in stage.modules())
-    return [part for part in parts if isinstance(part, AutoregressiveTransform)]
+    return [p for s in flow.stages for p in s.modules() if isinstance(p, AutoregressiveTransform)]
 
 
 def log_density(
