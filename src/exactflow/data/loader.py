@@ -196,15 +196,16 @@ def _from_workers(loader: DataLoader[Batch]) -> Iterator[Batch]:
         yield from batches
     except Exception as error:
         ended = [workers[s] for s in wait(list(workers), timeout=1.0) if isinstance(s, int)]
-        if not ended:
+        lost = next((process for process in ended if process.exitcode), None)
+        if lost is None:  # one that had no more to do is not to blame
             raise
-        code = ended[0].exitcode or 0
+        code = lost.exitcode or 0
         if code < 0:
             how = f"was ended by {signal.Signals(-code).name}, as when memory runs out"
         else:
             how = f"ended with exit code {code}, and has said why"
         raise ProcessLostError(
-            f"process {ended[0].pid}, which loads images, {how}; run the same command to go on "
+            f"process {lost.pid}, which loads images, {how}; run the same command to go on "
             "from what is saved, with fewer num_workers if need be"
         ) from error
 
