@@ -17,6 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+Tokens = Float[Tensor, "batch tokens dim"]
+Theta = Float[Tensor, "batch tokens size"]
+Numbers = Float[Tensor, "*batch size"]  # raw outputs, or theta
+Scale = float | Float[Tensor, "tokens 1"]
+
 SOFTPLUS_OFFSET = 0.541324854612918  # softplus(offset) = 1: raw output 0 is the identity
 LARGEST_COUPLING = 2.0  # of one number of a token to another
 LOGISTIC_SCALE = 1.7  # logit(p) / 1.7 is within 0.01 of the normal quantile
@@ -27,11 +32,7 @@ CLOSE = {torch.float32: 1e-7, torch.float64: 1e-12}  # last change of a root tha
 
 
 class Conditional(ABC):
-    """A bijection of one token given its parameters theta; see the module.
-
-    Attributes:
-        size: how many numbers theta has for each token.
-    """
+    """A bijection of one token given its parameters theta; see the module."""
 
     @property
     @abstractmethod
@@ -44,36 +45,23 @@ class Conditional(ABC):
         """Raw parameters at which the map is close to the identity."""
 
     @abstractmethod
-    def constrain(self, raw: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+    def constrain(self, raw: Numbers) -> Numbers:
         """theta from a network's output, which may be any real numbers."""
 
     @abstractmethod
-    def forward(
-        self,
-        x: Float[Tensor, "batch tokens dim"],
-        theta: Float[Tensor, "batch tokens size"],
-    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, " batch"]]:
+    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
         """z, and ln |det dz/dx| of each sample, summed over its tokens, in nats."""
 
     @abstractmethod
-    def inverse(
-        self,
-        z: Float[Tensor, "batch tokens dim"],
-        theta: Float[Tensor, "batch tokens size"],
-    ) -> Float[Tensor, "batch tokens dim"]:
+    def inverse(self, z: Tokens, theta: Theta) -> Tokens:
         """The x with forward(x, theta)[0] == z, up to rounding."""
 
     @abstractmethod
-    def extrapolate(
-        self,
-        theta: Float[Tensor, "batch tokens size"],
-        other: Float[Tensor, "batch tokens size"],
-        scale: float | Float[Tensor, "tokens 1"],
-    ) -> Float[Tensor, "batch tokens size"]:
+    def extrapolate(self, theta: Theta, other: Theta, scale: Scale) -> Theta:
         """theta + scale (theta - other), of what can be extrapolated (guidance)."""
 
     @abstractmethod
-    def named(self, theta: Float[Tensor, "*batch size"]) -> Mapping[str, Tensor]:
+    def named(self, theta: Numbers) -> Mapping[str, Tensor]:
         """The parts of theta by their names, for people."""
 
 
@@ -105,41 +93,28 @@ class Affine(Conditional):
     def start(self) -> Float[Tensor, " size"]:
         return torch.zeros(self.size)
 
-    def constrain(self, raw: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+    def constrain(self, raw: Numbers) -> Numbers:
         """See `Conditional.constrain`."""
         if self.scale == "exp":
             return raw
         r, shift = raw.chunk(2, dim=-1)
         return torch.cat([F.softplus(r + SOFTPLUS_OFFSET).log(), shift], dim=-1)
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch tokens dim"],
-        theta: Float[Tensor, "batch tokens size"],
-    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, " batch"]]:
+    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
         """See `Conditional.forward`."""
         log_scale, shift = theta.chunk(2, dim=-1)
         return (x - shift) * torch.exp(-log_scale), -log_scale.flatten(1).sum(1)
 
-    def inverse(
-        self,
-        z: Float[Tensor, "batch tokens dim"],
-        theta: Float[Tensor, "batch tokens size"],
-    ) -> Float[Tensor, "batch tokens dim"]:
+    def inverse(self, z: Tokens, theta: Theta) -> Tokens:
         """See `Conditional.inverse`."""
         log_scale, shift = theta.chunk(2, dim=-1)
         return torch.addcmul(shift, z, log_scale.exp())
 
-    def extrapolate(
-        self,
-        theta: Float[Tensor, "batch tokens size"],
-        other: Float[Tensor, "batch tokens size"],
-        scale: float | Float[Tensor, "tokens 1"],
-    ) -> Float[Tensor, "batch tokens size"]:
+    def extrapolate(self, theta: Theta, other: Theta, scale: Scale) -> Theta:
         """See `Conditional.extrapolate`."""
         return theta + scale * (theta - other)
 
-    def named(self, theta: Float[Tensor, "*batch size"]) -> Mapping[str, Tensor]:
+    def named(self, theta: Numbers) -> Mapping[str, Tensor]:
         """See `Conditional.named`."""
         log_scale, shift = theta.chunk(2, dim=-1)
         return {"log_scale": log_scale, "shift": shift}
@@ -167,40 +142,27 @@ class Triangular(Conditional):
     def start(self) -> Float[Tensor, " size"]:
         return torch.zeros(self.size)
 
-    def constrain(self, raw: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+    def constrain(self, raw: Numbers) -> Numbers:
         """See `Conditional.constrain`: |N_ij| < 2."""
         return LARGEST_COUPLING * torch.tanh(raw / LARGEST_COUPLING)
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch tokens dim"],
-        theta: Float[Tensor, "batch tokens size"],
-    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, " batch"]]:
+    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
         """See `Conditional.forward`."""
         z = x + (self._matrix(theta) @ x[..., None])[..., 0]
         return z, x.new_zeros(len(x))
 
-    def inverse(
-        self,
-        z: Float[Tensor, "batch tokens dim"],
-        theta: Float[Tensor, "batch tokens size"],
-    ) -> Float[Tensor, "batch tokens dim"]:
+    def inverse(self, z: Tokens, theta: Theta) -> Tokens:
         """See `Conditional.inverse`."""
         matrix = self._matrix(theta)
         column = z[..., None]
         column = torch.linalg.solve_triangular(matrix, column, upper=False, unitriangular=True)
         return column[..., 0]
 
-    def extrapolate(
-        self,
-        theta: Float[Tensor, "batch tokens size"],
-        other: Float[Tensor, "batch tokens size"],
-        scale: float | Float[Tensor, "tokens 1"],
-    ) -> Float[Tensor, "batch tokens size"]:
+    def extrapolate(self, theta: Theta, other: Theta, scale: Scale) -> Theta:
         """See `Conditional.extrapolate`: an extrapolated covariance means nothing."""
         return theta
 
-    def named(self, theta: Float[Tensor, "*batch size"]) -> Mapping[str, Tensor]:
+    def named(self, theta: Numbers) -> Mapping[str, Tensor]:
         """See `Conditional.named`."""
         return {"coupling": theta}
 
@@ -242,26 +204,18 @@ class LogisticMixture(Conditional):
         raw = torch.stack([torch.zeros_like(means), means, torch.full_like(means, log_scale)])
         return raw[:, :, None].expand(3, self.components, self.dim).flatten()
 
-    def constrain(self, raw: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+    def constrain(self, raw: Numbers) -> Numbers:
         """See `Conditional.constrain`: any numbers will do."""
         return raw
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch tokens dim"],
-        theta: Float[Tensor, "batch tokens size"],
-    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, " batch"]]:
+    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
         """See `Conditional.forward`."""
         below, above, density = self._logarithms(x, *self._components(theta))
         log_derivative = density - below - above - math.log(LOGISTIC_SCALE)
         return (below - above) / LOGISTIC_SCALE, log_derivative.flatten(1).sum(1)
 
     @torch.no_grad()
-    def inverse(
-        self,
-        z: Float[Tensor, "batch tokens dim"],
-        theta: Float[Tensor, "batch tokens size"],
-    ) -> Float[Tensor, "batch tokens dim"]:
+    def inverse(self, z: Tokens, theta: Theta) -> Tokens:
         """See `Conditional.inverse`: Newton's method in float64, kept inside a shrinking bracket.
 
         The mixture's quantile lies between those of its components. Each number stops when its own
@@ -288,16 +242,11 @@ class LogisticMixture(Conditional):
                 break
         return x.to(z.dtype)
 
-    def extrapolate(
-        self,
-        theta: Float[Tensor, "batch tokens size"],
-        other: Float[Tensor, "batch tokens size"],
-        scale: float | Float[Tensor, "tokens 1"],
-    ) -> Float[Tensor, "batch tokens size"]:
+    def extrapolate(self, theta: Theta, other: Theta, scale: Scale) -> Theta:
         """See `Conditional.extrapolate`: log-weights, means and log-scales."""
         return theta + scale * (theta - other)
 
-    def named(self, theta: Float[Tensor, "*batch size"]) -> Mapping[str, Tensor]:
+    def named(self, theta: Numbers) -> Mapping[str, Tensor]:
         """See `Conditional.named`."""
         names = "log_weight", "mean", "log_scale"
         return dict(zip(names, self._components(theta), strict=True))
@@ -342,16 +291,12 @@ class Chain(Conditional):
     def start(self) -> Float[Tensor, " size"]:
         return torch.cat([part.start for part in self.parts])
 
-    def constrain(self, raw: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+    def constrain(self, raw: Numbers) -> Numbers:
         """See `Conditional.constrain`."""
         pairs = zip(self.parts, self._split(raw), strict=True)
         return torch.cat([part.constrain(r) for part, r in pairs], dim=-1)
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch tokens dim"],
-        theta: Float[Tensor, "batch tokens size"],
-    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, " batch"]]:
+    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
         """See `Conditional.forward`."""
         log_abs_det = x.new_zeros(len(x))
         for part, own in zip(self.parts, self._split(theta), strict=True):
@@ -359,27 +304,18 @@ class Chain(Conditional):
             log_abs_det = log_abs_det + change
         return x, log_abs_det
 
-    def inverse(
-        self,
-        z: Float[Tensor, "batch tokens dim"],
-        theta: Float[Tensor, "batch tokens size"],
-    ) -> Float[Tensor, "batch tokens dim"]:
+    def inverse(self, z: Tokens, theta: Theta) -> Tokens:
         """See `Conditional.inverse`."""
         for part, own in reversed([*zip(self.parts, self._split(theta), strict=True)]):
             z = part.inverse(z, own)
         return z
 
-    def extrapolate(
-        self,
-        theta: Float[Tensor, "batch tokens size"],
-        other: Float[Tensor, "batch tokens size"],
-        scale: float | Float[Tensor, "tokens 1"],
-    ) -> Float[Tensor, "batch tokens size"]:
+    def extrapolate(self, theta: Theta, other: Theta, scale: Scale) -> Theta:
         """See `Conditional.extrapolate`."""
         pairs = zip(self.parts, self._split(theta), self._split(other), strict=True)
         return torch.cat([part.extrapolate(t, o, scale) for part, t, o in pairs], dim=-1)
 
-    def named(self, theta: Float[Tensor, "*batch size"]) -> Mapping[str, Tensor]:
+    def named(self, theta: Numbers) -> Mapping[str, Tensor]:
         """See `Conditional.named`; names of parts are numbered from 1."""
         pairs = enumerate(zip(self.parts, self._split(theta), strict=True), 1)
         return {
