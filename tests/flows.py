@@ -43,6 +43,9 @@ CONFIGS: dict[str, TarFlowConfig] = {
         **BOUNDED,
         **SMALL,
     ),
+    "spline": TarFlowConfig(
+        (1, 4, 4), patch_size=2, conditional=("affine", "spline"), **BOUNDED, **SMALL
+    ),
     "gaussian noise": TarFlowConfig((1, 4, 4), patch_size=2, noise_std=0.1, **SMALL),
 }
 

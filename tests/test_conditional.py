@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from exactflow import registry
-from exactflow.core.conditional import Affine, Chain, Conditional, LogisticMixture, Triangular
+from exactflow.core.conditional import (
+    Affine,
+    Chain,
+    Conditional,
+    LogisticMixture,
+    Triangular,
+)
+from exactflow.core.spline import Spline
 from exactflow.flows.tarflow import TarFlow, TarFlowConfig
 from exactflow.sampling.guidance import Guidance, GuidedTransform
 from flows import make
@@ -21,7 +28,9 @@ CONDITIONALS: dict[str, Conditional] = {
     "mixture of 1": LogisticMixture(DIM, 1),
     "mixture of 4": LogisticMixture(DIM, 4),
     "mixture of 8": LogisticMixture(DIM, 8),
-    "chain": Chain((Affine(DIM), LogisticMixture(DIM, 3), Triangular(DIM))),
+    "spline": Spline(DIM, 8),
+    "spline of one bin": Spline(DIM, 1),
+    "chain": Chain((Affine(DIM), LogisticMixture(DIM, 3), Spline(DIM, 4), Triangular(DIM))),
 }
 
 
@@ -60,7 +69,7 @@ def test_round_trips_hold_also_in_the_tails(
     title: str, dtype: torch.dtype, tolerance: float, spread: float
 ) -> None:
     conditional = CONDITIONALS[title]
-    z, theta = (t.to(dtype) for t in some(conditional, 1 if "one" in title else DIM, spread))
+    z, theta = (t.to(dtype) for t in some(conditional, 1 if "one number" in title else DIM, spread))
     x = conditional.inverse(z, theta)
     assert x.dtype == dtype
     back = conditional.forward(x, theta)[0]
@@ -156,5 +165,5 @@ def test_guidance_extrapolates_parameters_and_refuses_what_means_nothing() -> No
 def test_bad_configurations(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
         TarFlow(TarFlowConfig((1, 4, 4), 2, 64, 2, 1, **fields))
-    with pytest.raises(ValueError, match=r"'affine' \| 'triangular' \| 'mixture', got 'spline'"):
-        registry.build("tarflow-tiny", conditional=["affine", "spline"], start_token=True)
+    with pytest.raises(ValueError, match=r"'mixture' \| 'spline', got 'bend'"):
+        registry.build("tarflow-tiny", conditional=["affine", "bend"], start_token=True)

@@ -16,9 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core import images as grey
-from exactflow.core.conditional import Affine, Chain, Conditional, LogisticMixture, Triangular
+from exactflow.core.conditional import (
+    Affine,
+    Chain,
+    Conditional,
+    LogisticMixture,
+    Triangular,
+)
 from exactflow.core.model import Flow, ParameterRule
 from exactflow.core.prior import DiagonalGaussian
+from exactflow.core.spline import Spline
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.nn import batch
 from exactflow.nn.causal import NetworkWeights, TransformerLayer
@@ -26,8 +33,8 @@ from exactflow.nn.decoding import DecodingCache
 
 EMBEDDING_STD = 0.01  # initial spread of position and class embeddings
 VARIANCE_MOMENTUM = 0.1  # weight of a new batch in the volume-preserving prior's variance
-PARTS = ("affine", "triangular", "mixture")
-Part = Literal["affine", "triangular", "mixture"]
+PARTS = ("affine", "triangular", "mixture", "spline")
+Part = Literal["affine", "triangular", "mixture", "spline"]
 
 
 @final
@@ -50,7 +57,7 @@ class TarFlowConfig:
     soft_clip: float = 0.0  # c > 0: raw outputs r become c tanh(r / c), STARFlow uses 4
     final_norm: bool = False  # RMSNorm before the output map, STARFlow
     conditional: tuple[Part, ...] = ("affine",)  # maps of a token, from data to latent
-    components: int = 4  # K of a mixture
+    components: int = 4  # K of a mixture, or bins of a spline
     start_token: bool = False  # token 0 moves too, by what a learned token before it says
 
     def __post_init__(self) -> None:
@@ -107,6 +114,7 @@ class TarFlowConfig:
             "affine": Affine(dim, self.scale),
             "triangular": Triangular(dim),
             "mixture": LogisticMixture(dim, self.components),
+            "spline": Spline(dim, self.components),
         }
         parts = tuple(known[part] for part in self.conditional)
         return parts[0] if len(parts) == 1 else Chain(parts)
