@@ -20,7 +20,8 @@ from exactflow.cli.settings import first_images, labels_named, resolve
 from exactflow.cli.train import train
 from exactflow.core.model import GenerativeModel
 from exactflow.data import DataConfig, ImageDataset, load
-from exactflow.data.classes import class_number, classes_in
+from exactflow.data.classes import class_number
+from exactflow.data.model_classes import classes_in
 from exactflow.evaluation.bits_per_dim import with_labels
 from exactflow.training import TrainConfig, fit
 from exactflow.training.budget import Budget

@@ -16,7 +16,7 @@ from exactflow.core.config import override
 from exactflow.core.model import FittedFlow, GenerativeModel, NonFiniteError
 from exactflow.core.processes import ALONE, current
 from exactflow.data import DataConfig, ImageDataset
-from exactflow.data.classes import classes_in
+from exactflow.data.model_classes import classes_in
 from exactflow.evaluation.bits_per_dim import check_fits
 from exactflow.evaluation.expected_time import expected_seconds
 from exactflow.evaluation.memory import PeakMemory

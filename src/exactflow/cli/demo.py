@@ -13,7 +13,7 @@ from exactflow.cli.terminal import say
 from exactflow.cli.train import Trained, read_metrics, train
 from exactflow.core.serialization import write_atomically
 from exactflow.data import load
-from exactflow.data.classes import classes_in
+from exactflow.data.model_classes import classes_in
 from exactflow.evaluation import pictures, report
 from exactflow.evaluation.baselines import Baseline, baselines
 from exactflow.evaluation.bits_per_dim import Evaluation, evaluate

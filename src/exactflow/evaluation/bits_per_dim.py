@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
-from exactflow.data.classes import classes_in
 from exactflow.data.datasets import ALL, ImageDataset
+from exactflow.data.model_classes import classes_in
 from exactflow.likelihood.log_likelihood import LogLikelihood, log_likelihood
 
 
