@@ -17,7 +17,7 @@ from exactflow.core.conditional import (
 from exactflow.core.spline import Spline
 from exactflow.flows.tarflow import TarFlow, TarFlowConfig
 from exactflow.sampling.guidance import Guidance, GuidedTransform
-from flows import make
+from flows import make, some_grey_levels, some_images, some_labels
 
 DIM = 4
 CONDITIONALS: dict[str, Conditional] = {
@@ -152,6 +152,22 @@ def test_guidance_extrapolates_parameters_and_refuses_what_means_nothing() -> No
     assert torch.equal(got["coupling 3"], ours["coupling 3"])
     with pytest.raises(ValueError, match="'gaussian-score' multiplies Gaussians"):
         GuidedTransform(block, Guidance(1.0, "gaussian-score"), 3)
+
+
+@pytest.mark.parametrize("name", ["triangular", "mixture", "spline", "mixture, triangular"])
+def test_a_network_in_bfloat16_keeps_its_arithmetic_in_float32(name: str) -> None:
+    """Latents and log-determinants are float32, and close to those of a float32 network."""
+    model = make(name, torch.float32)
+    x, label = some_images(model), some_labels(model)
+    z, log_abs_det = model.encode(x, label)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, other = model.encode(x, label)
+        loss = model.loss(some_grey_levels(model), label).mean()
+    loss.backward()
+    assert rounded.dtype == other.dtype == loss.dtype == torch.float32
+    torch.testing.assert_close(rounded, z, rtol=0, atol=0.2)
+    torch.testing.assert_close(other, log_abs_det, rtol=0.05, atol=0.5)
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize(
