@@ -40,8 +40,8 @@ _PAPER = "arXiv 2412.06329"
 # Of all our own: the published exponential scale overflows on single images after short training,
 # and where a latent is drawn that no image has; STARFlow's does not.
 _BOUNDED: dict[str, Any] = {"scale": "softplus", "soft_clip": 4.0, "final_norm": True}
-# A mixture of logistics for every number, where the paper has one Gaussian; narrower by a sixteenth,
-# since its output map is larger: as many parameters as the plain presets, 4 % more for CIFAR-10.
+# A mixture of logistics for every number, for which the paper has one Gaussian. Narrower, since the
+# output map is larger: as many parameters as the plain presets, 4 % more for CIFAR-10.
 _MIXTURE: dict[str, Any] = {
     **_BOUNDED,
     "width": 120,
