@@ -1,7 +1,6 @@
 """Where commands write: nothing of another call, model or set is mixed in; whole records."""
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,30 +12,24 @@ from PIL import Image
 
 import exactflow
 from exactflow import registry
-from exactflow.cli import early, main
+from exactflow.cli import early
 from exactflow.cli import sample as verb
 from exactflow.cli.parsing import parsed
 from exactflow.cli.places import check_apart
 from exactflow.data import DataConfig
 from exactflow.evaluation.comparison import fingerprint
+from processes import call
 
 Cli = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Cli:
+def cli(tmp_path: Path) -> Cli:
     """Runs one command in `tmp_path`: its exit status, and what it printed."""
 
     def run(*words: object) -> tuple[int, str]:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["exactflow", *map(str, words)])
-        status = 0
-        try:
-            main()
-        except SystemExit as end:
-            status = int(end.code or 0)
-        printed = capsys.readouterr()
-        return status, printed.out + printed.err
+        said = call(*words, cwd=tmp_path, fails=None)
+        return said.returncode, said.stdout + said.stderr
 
     return run
 
@@ -217,7 +210,7 @@ def test_records_are_json(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPa
     registry.build("tarflow-tiny", image_shape=(1, 8, 8), levels=17).save_pretrained(tmp_path / "m")
     status, printed = cli("encode", "m", "--n", 2, "--out", "e", "data.source=digits")
     assert status == 0, printed
-    record = json.loads(Path("e/encode.json").read_text(), parse_constant=pytest.fail)
+    record = json.loads((tmp_path / "e" / "encode.json").read_text(), parse_constant=pytest.fail)
     assert record["max_error"] == [None, None]
 
 

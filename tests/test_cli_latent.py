@@ -11,6 +11,7 @@ from PIL import Image
 
 from exactflow import registry
 from exactflow.cli import main
+from processes import call
 
 pytestmark = pytest.mark.slow  # two models are trained
 VERBS = ("attributes", "classify", "outliers", "restore")
@@ -40,19 +41,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cli(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def cli(home: Path):
     """Runs one command in that folder: its exit status, and what it printed, on one line."""
 
     def run(*words: object) -> tuple[int, str]:
-        monkeypatch.chdir(home)
-        monkeypatch.setattr(sys, "argv", ["exactflow", *map(str, words)])
-        status = 0
-        try:
-            main()
-        except SystemExit as end:
-            status = int(end.code or 0)
-        printed = capsys.readouterr()
-        return status, " ".join((printed.out + printed.err).split())
+        said = call(*words, cwd=home, fails=None)
+        return said.returncode, " ".join((said.stdout + said.stderr).split())
 
     return run
 

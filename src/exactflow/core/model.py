@@ -164,9 +164,7 @@ class GenerativeModel(nn.Module, ABC):
                 f"expected labels of type torch.int64 and shape ({batch},), "
                 f"got {label.dtype} {tuple(label.shape)}"
             )
-        if (
-            label.device.type == "cpu" and batch
-        ):  # elsewhere the embedding's own bounds check speaks up
+        if batch and label.device.type == "cpu":  # elsewhere the embedding checks its bounds
             low, high = int(label.min()), int(label.max())
             if low < 0 or high > self.null_label:
                 raise ValueError(
