@@ -43,6 +43,15 @@ CONFIGS: dict[str, TarFlowConfig] = {
         **BOUNDED,
         **SMALL,
     ),
+    "mixing, neighbours": TarFlowConfig(
+        (3, 2, 4),
+        patch_size=2,
+        conditional=("neighbours", "affine", "mixture"),
+        mixing=True,
+        num_classes=3,
+        **BOUNDED,
+        **SMALL,
+    ),
     "spline": TarFlowConfig(
         (1, 4, 4), patch_size=2, conditional=("affine", "spline"), **BOUNDED, **SMALL
     ),

@@ -24,6 +24,8 @@ CONDITIONALS: dict[str, Conditional] = {
     "affine": Affine(DIM),
     "affine, softplus": Affine(DIM, "softplus"),
     "triangular": Triangular(DIM),
+    "triangular, two entries": Triangular(DIM, ((1, 0), (3, 1))),
+    "triangular, no entries": Chain((Affine(DIM), Triangular(DIM, ()))),
     "triangular, one number": Chain((Affine(1), Triangular(1))),
     "mixture of 1": LogisticMixture(DIM, 1),
     "mixture of 4": LogisticMixture(DIM, 4),
@@ -154,7 +156,9 @@ def test_guidance_extrapolates_parameters_and_refuses_what_means_nothing() -> No
         GuidedTransform(block, Guidance(1.0, "gaussian-score"), 3)
 
 
-@pytest.mark.parametrize("name", ["triangular", "mixture", "spline", "mixture, triangular"])
+@pytest.mark.parametrize(
+    "name", ["triangular", "mixture", "spline", "mixture, triangular", "mixing, neighbours"]
+)
 def test_a_network_in_bfloat16_keeps_its_arithmetic_in_float32(name: str) -> None:
     """Latents and log-determinants are float32, and close to those of a float32 network."""
     model = make(name, torch.float32)
@@ -166,15 +170,56 @@ def test_a_network_in_bfloat16_keeps_its_arithmetic_in_float32(name: str) -> Non
     loss.backward()
     assert rounded.dtype == other.dtype == loss.dtype == torch.float32
     torch.testing.assert_close(rounded, z, rtol=0, atol=0.2)
+    for block in model.blocks:  # the map itself rounds nothing to bfloat16
+        tokens = torch.randn(2, *model.prior.shape)
+        theta = block.conditioner(tokens, None if label is None else label[:2])
+        with torch.autocast("cpu", torch.bfloat16):
+            moved = block.conditional.forward(tokens, theta)[0]
+        assert torch.equal(moved, block.conditional.forward(tokens, theta)[0])
+    for mixing in model.mixings:
+        with torch.autocast("cpu", torch.bfloat16):
+            moved = mixing(tokens)[0]
+        assert torch.equal(moved, mixing(tokens)[0])
     torch.testing.assert_close(other, log_abs_det, rtol=0.05, atol=0.5)
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
+def test_numbers_of_a_token_are_mixed_before_each_block() -> None:
+    """By a triangular matrix of each block's own, which the inverse undoes."""
+    model = make("mixing, neighbours")
+    mixing = model.mixings[1]
+    x = torch.randn(2, *model.prior.shape, dtype=torch.float64)
+    z, log_abs_det = mixing(x)
+    jacobian = torch.autograd.functional.jacobian(lambda u: mixing(u)[0], x[:1, :1])
+    jacobian = jacobian.view(model.config.token_dim, -1)
+    assert torch.equal(jacobian.diagonal(), torch.ones(len(jacobian)).double())
+    assert torch.equal(jacobian.triu(1), torch.zeros_like(jacobian))
+    assert float(jacobian.tril(-1).abs().max()) > 0
+    assert torch.equal(log_abs_det, torch.zeros(2).double())
+    torch.testing.assert_close(mixing.inverse(z), x, rtol=0, atol=1e-12)
+    assert not TarFlow(TarFlowConfig((1, 4, 4), 2, 64, 2, 1)).mixings
+
+
+def test_neighbours_are_the_pixel_itself_and_those_above_and_to_the_left() -> None:
+    """Numbers of a token: channel slowest, then row, then column."""
+    config = TarFlowConfig((2, 4, 4), 2, conditional=("neighbours",), start_token=True)
+    conditional = config.make_conditional()
+    assert isinstance(conditional, Triangular)
+    assert conditional.entries is not None
+    assert set(conditional.entries) == {
+        *((1, 0), (2, 0), (3, 1), (3, 2)),  # of one channel: left, above
+        *((5, 4), (6, 4), (7, 5), (7, 6)),  # of the other
+        *((4, 0), (5, 1), (6, 2), (7, 3)),  # the channel before, at the same pixel
+    }
+    with pytest.raises(ValueError, match="below the diagonal of 4 rows, got"):
+        Triangular(4, ((1, 1),))
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"conditional": ("mixture",)}, "start_token=True"),
-        ({"conditional": ()}, "affine | triangular | mixture"),
+        ({"conditional": ()}, "affine | neighbours | triangular | mixture"),
         ({"conditional": ("mixture",), "components": 0, "start_token": True}, "components >= 1"),
     ],
 )

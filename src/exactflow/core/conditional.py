@@ -125,18 +125,31 @@ class Affine(Conditional):
 class Triangular(Conditional):
     """z = (I + N) x, N strictly lower triangular: numbers of a token depend on those before them.
 
-    Behind an affine map it makes a token's law a Gaussian with a full covariance. Its determinant
-    is 1, its inverse a forward substitution. Guidance leaves N as it is.
+    Behind an affine map it makes a token's law a Gaussian with a full covariance; before one, every
+    number is predicted linearly from others of its token. Its determinant is 1, its inverse a
+    forward substitution. Guidance leaves N as it is.
 
     Attributes:
         dim: numbers of a token.
+        entries: (row, column) of those of N that are predicted, the others are 0; None: all.
+
+    Raises:
+        ValueError: an entry that is not below the diagonal.
     """
 
     dim: int
+    entries: tuple[tuple[int, int], ...] | None = None
+
+    def __post_init__(self) -> None:
+        for row, column in self.entries or ():
+            if not 0 <= column < row < self.dim:
+                raise ValueError(
+                    f"expected entries below the diagonal of {self.dim} rows, got {row, column}"
+                )
 
     @property
     def size(self) -> int:
-        return self.dim * (self.dim - 1) // 2
+        return self.dim * (self.dim - 1) // 2 if self.entries is None else len(self.entries)
 
     @property
     def start(self) -> Float[Tensor, " size"]:
@@ -148,7 +161,11 @@ class Triangular(Conditional):
 
     def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
         """See `Conditional.forward`."""
-        z = x + (self._matrix(theta) @ x[..., None])[..., 0]
+        if self.entries is None:
+            z = x + (self._matrix(theta) * x[..., None, :]).sum(-1)  # autocast rounds products of @
+        else:  # few of them
+            row, column = self._places(x.device)
+            z = x.index_add(-1, row, theta * x[..., column])
         return z, x.new_zeros(len(x))
 
     def inverse(self, z: Tokens, theta: Theta) -> Tokens:
@@ -169,9 +186,19 @@ class Triangular(Conditional):
     def _matrix(self, theta: Tensor) -> Float[Tensor, "batch tokens dim dim"]:
         """N, from its rows one after another."""
         matrix = theta.new_zeros(*theta.shape[:-1], self.dim, self.dim)
-        row, column = torch.tril_indices(self.dim, self.dim, -1, device=theta.device)
+        row, column = self._places(theta.device)
         matrix[..., row, column] = theta
         return matrix
+
+    def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the entries, in the order of theta."""
+        if self.entries is None:
+            row, column = torch.tril_indices(self.dim, self.dim, -1, device=device)
+        else:
+            row, column = (
+                torch.tensor(self.entries, dtype=torch.long, device=device).view(-1, 2).unbind(1)
+            )
+        return row, column
 
 
 @final

@@ -7,8 +7,7 @@ the paper's mathematics.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -16,108 +15,50 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core import images as grey
-from exactflow.core.conditional import (
-    Affine,
-    Chain,
-    Conditional,
-    LogisticMixture,
-    Triangular,
-)
 from exactflow.core.model import Flow, ParameterRule
 from exactflow.core.prior import DiagonalGaussian
-from exactflow.core.spline import Spline
-from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
+from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver, Transform
+from exactflow.flows.tarflow_config import TarFlowConfig
 from exactflow.nn import batch
 from exactflow.nn.causal import NetworkWeights, TransformerLayer
 from exactflow.nn.decoding import DecodingCache
+from exactflow.nn.precision import full_precision
 
 EMBEDDING_STD = 0.01  # initial spread of position and class embeddings
 VARIANCE_MOMENTUM = 0.1  # weight of a new batch in the volume-preserving prior's variance
-PARTS = ("affine", "triangular", "mixture", "spline")
-Part = Literal["affine", "triangular", "mixture", "spline"]
 
 
 @final
-@dataclass(frozen=True)
-class TarFlowConfig:
-    """Architecture and training noise of a TarFlow, [P-Ch-T-K-sigma] in the paper's notation."""
+class TokenMixing(Transform):
+    """z = (I + N) x for every token, N learned and strictly lower triangular, 0 at first.
 
-    image_shape: tuple[int, int, int] = (3, 64, 64)  # channels, height, width
-    patch_size: int = 4  # P: side of a patch; divides height and width
-    width: int = 1024  # Ch: transformer channels; a multiple of head_dim
-    blocks: int = 8  # T: flow blocks
-    layers_per_block: int = 8  # K: transformer layers in each block
-    head_dim: int = 64
-    num_classes: int = 0  # 0: unconditional
-    label_dropout: float = 0.1  # probability that training drops a label
-    volume_preserving: bool = False  # shifts only, and a prior with learned variance (VP)
-    noise_std: float = 0.0  # sigma in [-1, 1] units; 0: uniform dequantisation
-    levels: int = grey.PHOTOGRAPHIC_LEVELS  # grey levels of the images
-    scale: Literal["exp", "softplus"] = "exp"  # softplus: STARFlow (arXiv 2506.06276)
-    soft_clip: float = 0.0  # c > 0: raw outputs r become c tanh(r / c), STARFlow uses 4
-    final_norm: bool = False  # RMSNorm before the output map, STARFlow
-    conditional: tuple[Part, ...] = ("affine",)  # maps of a token, from data to latent
-    components: int = 4  # K of a mixture, or bins of a spline
-    start_token: bool = False  # token 0 moves too, by what a learned token before it says
+    What is constant of how the pixels of a patch depend on each other need not be predicted anew at
+    each token; its determinant is 1.
 
-    def __post_init__(self) -> None:
-        """Raise ValueError for what cannot be built."""
-        _, height, width = self.image_shape
-        if min(self.image_shape) < 1 or self.patch_size < 1:
-            raise ValueError(f"expected positive sizes, got {self.image_shape}, {self.patch_size}")
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"expected a patch size that divides height and width, got {self.patch_size} "
-                f"for {height} x {width}"
-            )
-        if self.head_dim < 1 or self.width < 1 or self.width % self.head_dim:
-            raise ValueError(
-                f"expected width to be a multiple of head_dim={self.head_dim}, got {self.width}"
-            )
-        if self.blocks < 1 or self.layers_per_block < 1:
-            raise ValueError("expected at least one block and one layer per block")
-        if self.num_classes < 0 or self.levels < 2:
-            raise ValueError("expected num_classes >= 0 and levels >= 2")
-        if not 0 <= self.label_dropout <= 1 or self.noise_std < 0 or self.soft_clip < 0:
-            raise ValueError(
-                "expected label_dropout in [0, 1] and non-negative noise_std and soft_clip"
-            )
-        if self.scale not in ("exp", "softplus"):
-            raise ValueError(f"expected scale 'exp' or 'softplus', got {self.scale!r}")
-        unknown = [part for part in self.conditional if part not in PARTS]
-        if unknown or not self.conditional or self.components < 1:
-            raise ValueError(
-                f"expected a conditional of parts {' | '.join(PARTS)} and components >= 1, "
-                f"got {list(self.conditional)} and {self.components}"
-            )
-        if self.conditional != ("affine",) and (self.volume_preserving or not self.start_token):
-            raise ValueError(
-                f"expected start_token=True and volume_preserving=False for the conditional "
-                f"{list(self.conditional)}: only an affine map leaves token 0 alone or has shifts "
-                "only"
-            )
+    Args:
+        dim: numbers of a token.
+    """
 
-    @property
-    def num_tokens(self) -> int:
-        """N = (H / P) (W / P)."""
-        return (self.image_shape[1] // self.patch_size) * (self.image_shape[2] // self.patch_size)
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim, dim))
 
-    @property
-    def token_dim(self) -> int:
-        """d = C P^2."""
-        return self.image_shape[0] * self.patch_size**2
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], label: Int[Tensor, " batch"] | None = None
+    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, " batch"]]:
+        """See `Transform.forward`."""
+        with full_precision(x.device):
+            return x + x @ self._coupling(x).mT, x.new_zeros(len(x))
 
-    def make_conditional(self) -> Conditional:
-        """What a block does to one token."""
-        dim = self.token_dim
-        known = {
-            "affine": Affine(dim, self.scale),
-            "triangular": Triangular(dim),
-            "mixture": LogisticMixture(dim, self.components),
-            "spline": Spline(dim, self.components),
-        }
-        parts = tuple(known[part] for part in self.conditional)
-        return parts[0] if len(parts) == 1 else Chain(parts)
+    def inverse(
+        self, z: Float[Tensor, "batch tokens dim"], label: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """See `Transform.inverse`: a forward substitution."""
+        upper = self._coupling(z).mT
+        return torch.linalg.solve_triangular(upper, z, upper=True, unitriangular=True, left=False)
+
+    def _coupling(self, like: Tensor) -> Float[Tensor, "dim dim"]:
+        return self.weight.tril(-1).to(like.dtype)
 
 
 @final
@@ -258,6 +199,9 @@ class TarFlow(Flow):
         self.blocks = nn.ModuleList(
             TarFlowBlock(config, reverse=index % 2 == 1) for index in range(config.blocks)
         )
+        self.mixings = nn.ModuleList(
+            TokenMixing(config.token_dim) for _ in range(config.blocks if config.mixing else 0)
+        )
         self.register_buffer("variance", torch.ones(config.num_tokens, config.token_dim))
 
     @property
@@ -314,8 +258,10 @@ class TarFlow(Flow):
         self.check_label(label, len(x))
         tokens = self.patchify(x).to(torch.promote_types(x.dtype, torch.float32))
         log_abs_det = tokens.new_zeros(len(x))
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
             assert isinstance(block, TarFlowBlock)
+            for mixing in self.mixings[index : index + 1]:
+                tokens, _ = mixing(tokens)
             moved, change = block(block.arrange(tokens), label)
             tokens, log_abs_det = block.arrange(moved), log_abs_det + change
         return tokens, log_abs_det
@@ -337,11 +283,15 @@ class TarFlow(Flow):
         self.check_label(label, len(z))
         tokens = z
         yield self.unpatchify(tokens)
-        for block in reversed(self.blocks):
+        for index in reversed(range(len(self.blocks))):
+            block = self.blocks[index]
             assert isinstance(block, TarFlowBlock)
             v = block.arrange(tokens)
             u = block.inverse(v, label) if solver is None else solver(block, v, label)
             tokens = block.arrange(u)
+            for mixing in self.mixings[index : index + 1]:
+                assert isinstance(mixing, TokenMixing)
+                tokens = mixing.inverse(tokens)
             yield self.unpatchify(tokens)
 
     def loss(
