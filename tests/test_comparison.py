@@ -21,6 +21,7 @@ from exactflow.likelihood.bound import chain_bound
 from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.likelihood.ode_estimate import ode_log_likelihood
 from exactflow.training.fitting import GreyLevelPasses
+from flows import perturb
 from processes import Command, Said, call
 
 pytestmark = [
@@ -251,6 +252,24 @@ def test_a_conditional_model_is_marked(
     given = Contender("given", model_of("tarflow", splits[0], num_classes=10))
     found = exactflow.compare([given], splits, tmp_path, extractor=pixels(16), protocol=SMALL)
     assert "Given the class of the image: given." in found.tables()[0].note
+
+
+def test_samples_of_a_contender_are_guided_as_it_says(
+    splits: tuple[ImageDataset, ImageDataset], tmp_path: Path
+) -> None:
+    """And a model of noisy images has a row of samples without a likelihood to rank it by."""
+    model = model_of("tarflow", splits[0], num_classes=10, noise_std=0.1)
+    perturb(model)
+    entries = [Contender("plain", model), Contender("guided", model, guidance=2.0)]
+    found = exactflow.compare(entries, splits, tmp_path, extractor=pixels(16), protocol=SMALL)
+    plain, guided = found.results
+    assert plain["samples"]["frechet"] != guided["samples"]["frechet"]
+    assert "Guided towards the class of the sample: guided (2)." in found.tables()[1].note
+    assert "denoised along the score: plain, guided." in found.tables()[1].note
+    assert found.tables()[0].rows[0][-1] == "none: noisy density"
+    drawn = exactflow.sample(model, 20, [k % 10 for k in range(20)], guidance=2.0, batch_size=20)
+    images = np.load(next((tmp_path / "models" / "guided" / "samples").glob("*.npz")))["images"]
+    assert np.array_equal(images, drawn.images.numpy())
 
 
 def test_two_numbers_of_evaluations_that_take_the_same_steps_are_one_plan() -> None:

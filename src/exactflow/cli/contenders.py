@@ -15,6 +15,7 @@ from exactflow.cli.train import read_metrics
 from exactflow.core.config import override
 from exactflow.core.model import FittedFlow, GenerativeModel, NonFiniteError
 from exactflow.core.processes import ALONE, current
+from exactflow.core.serialization import GUIDANCE
 from exactflow.data import DataConfig, ImageDataset
 from exactflow.data.model_classes import classes_in
 from exactflow.evaluation.bits_per_dim import check_fits
@@ -22,7 +23,7 @@ from exactflow.evaluation.expected_time import expected_seconds
 from exactflow.evaluation.memory import PeakMemory
 from exactflow.evaluation.protocol import Contender, Failure, Protocol, scored, spread
 from exactflow.evaluation.stages import Stages
-from exactflow.hub.pretrained import recorded_data
+from exactflow.hub.pretrained import recorded_data, recorded_guidance
 from exactflow.training import Progress, TrainConfig, fit
 from exactflow.training.budget import Budget, steps_within, training_flops
 from exactflow.training.fitting import fit_closed_form
@@ -119,7 +120,7 @@ class Contenders:
         else:
             model = self._loaded(name)
         try:
-            return expected_seconds(model, self._held_out, protocol)
+            return expected_seconds(model, self._held_out, protocol, self._guidance(name, model))
         except NonFiniteError:
             return None
 
@@ -152,7 +153,7 @@ class Contenders:
             facts |= {"images_seen": last["images"], "seconds": last["seconds"]}
             facts["step_seconds"] = last.get("step_seconds")
             facts |= _work(model, last["images"])
-        return Contender(shown, model, facts)
+        return Contender(shown, model, facts, guidance=self._guidance(name, model))
 
     def _trained(self, name: str) -> Contender:
         folder = self._folder / name
@@ -183,11 +184,21 @@ class Contenders:
             "step_seconds": result.step_seconds,
             "peak_memory": memory["bytes"],
         }
-        card = {"training data": self._training.describe(), "cost": facts}
+        guidance = self._guidance(name, model)
+        card = {"training data": self._training.describe(), "cost": facts, GUIDANCE: guidance}
         current().on_main(lambda: model.save_pretrained(folder / "model", card=card))
         lines = [line for line in read_metrics(folder) if "bits_per_dim" in line]
         curve = [{n: line[n] for n in ("step_seconds", "images", "bits_per_dim")} for line in lines]
-        return Contender(name, model, {**facts, **_work(model, result.images_seen)}, curve)
+        facts |= _work(model, result.images_seen)
+        return Contender(name, model, facts, curve, guidance)
+
+    def _guidance(self, name: str, model: GenerativeModel) -> float:
+        """The scale that samples of a preset, or of a model with such a card, are drawn with."""
+        if not model.num_classes:
+            return 0.0
+        if name in registry.names():
+            return registry.preset(name).guidance
+        return recorded_guidance(model)
 
     def _recipe(self, settings: Settings, model: GenerativeModel, stages: Stages) -> TrainConfig:
         """The preset's, as long as the budget lasts."""

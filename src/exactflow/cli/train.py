@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 from rich.table import Table
 
+from exactflow import registry
 from exactflow.cli.arguments import Train
 from exactflow.cli.places import check_apart
 from exactflow.cli.settings import CONFIG_FILE, Settings, pick_device, resolve
@@ -17,6 +18,7 @@ from exactflow.cli.terminal import note, say
 from exactflow.core.model import FittedFlow, GenerativeModel
 from exactflow.core.processes import current
 from exactflow.core.random import generator
+from exactflow.core.serialization import GUIDANCE
 from exactflow.data import ImageDataset, load
 from exactflow.evaluation import pictures
 from exactflow.evaluation.baselines import Baseline
@@ -105,6 +107,7 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
             **({"processes": group.count} if group.count > 1 else {}),
             "torch": torch.__version__,
         },
+        GUIDANCE: registry.preset(settings.preset).guidance if model.num_classes else 0.0,
     }
     group.on_main(lambda: model.save_pretrained(folder / "model", card=card))
     return Trained(settings, model, training, result, evaluation)

@@ -35,12 +35,14 @@ class Preset:
         training: fields of the trainer's configuration that differ from its defaults.
         data: fields of the data configuration that differ from its defaults.
         published: what the source reports of this model, with the source; "" for our own.
+        guidance: scale of guidance that its samples are meant to be drawn with.
     """
 
     config: Any
     training: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     data: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     published: str = ""
+    guidance: float = 0.0
 
 
 @final

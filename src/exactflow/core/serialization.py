@@ -18,6 +18,7 @@ WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 PLAN_FILE = "plan.json"  # how to invert this model fast here; of no use to other weights
 CLASS_NAMES = "class names"  # in the card: of the classes 0, 1, ...
+GUIDANCE = "guidance"  # in the card: scale that samples are meant to be drawn with
 FORMAT_VERSION = 1
 JSON_DEPTH = 32  # of what this library writes and reads; its own files have at most 8 levels
 JSON_BYTES = 64 * 2**20

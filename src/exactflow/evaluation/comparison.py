@@ -79,13 +79,14 @@ class Bench:
         drawn = []
         for index, each in enumerate(sampling_plans(model, protocol)):
             count = protocol.few_samples if index else protocol.samples
-            drawn.append(self._samples(model, stages, each, count))
-        memory = stages.keep("memory", asdict(protocol), lambda: self._memory(model))
+            drawn.append(self._samples(contender, stages, each, count))
+        memory = stages.keep("memory", asdict(protocol), lambda: self._memory(contender))
         return {
             "name": contender.name,
             "family": model.kind,
             "parameters": model.num_parameters,
             "num_classes": model.num_classes,
+            "guidance": contender.guidance,
             "training": dict(contender.training),
             "curve": [dict(point) for point in contender.curve],
             "likelihood": likelihood,
@@ -150,16 +151,18 @@ class Bench:
         }
 
     def _samples(
-        self, model: GenerativeModel, stages: Stages, plan: tuple[str, int | None], count: int
+        self, contender: Contender, stages: Stages, plan: tuple[str, int | None], count: int
     ) -> Result:
         """Cost and quality of `count` samples."""
-        solver, steps = plan
+        model, (solver, steps) = contender.model, plan
         main = plan == sampling_plans(model, self.protocol)[0]
         name = "samples" if main else f"samples-{steps}"
         how = {"seed": self.protocol.seed, "solver": solver, "steps": steps, "count": count}
+        if contender.guidance:
+            how["guidance"] = contender.guidance
 
         def draw(rows: range) -> Arrays:
-            drawn = self._draw(model, rows, plan)
+            drawn = self._draw(contender, rows, plan)
             return {
                 "images": drawn.images.cpu().numpy(),
                 "seconds": np.array([drawn.seconds]),
@@ -186,27 +189,29 @@ class Bench:
             **_on_curve(few),
         }
 
-    def _draw(self, model: GenerativeModel, rows: range, plan: tuple[str, int | None]) -> Samples:
+    def _draw(self, contender: Contender, rows: range, plan: tuple[str, int | None]) -> Samples:
         """The samples of these numbers, in one batch; classes in turn."""
-        solver, steps = plan
+        model, (solver, steps) = contender.model, plan
         return sample(
             model,
             len(rows),
             torch.tensor(rows) % model.num_classes if model.num_classes else None,
             self.protocol.seed + rows.start,
             solver=solver,
+            guidance=contender.guidance,
             steps=steps,
             batch_size=len(rows),
             on_nonfinite="raise" if isinstance(model, PathModel) else "omit",
         )
 
-    def _memory(self, model: GenerativeModel) -> Result:
+    def _memory(self, contender: Contender) -> Result:
         """Peak bytes of scoring and of drawing one chunk."""
+        model = contender.model
         images, label = spread(self.held_out, CHUNK, model)
         peak = PeakMemory(model.device)
         scored(model, images, label, self.protocol)
         scoring, peak = peak.bytes(), PeakMemory(model.device)
-        self._draw(model, range(CHUNK), sampling_plans(model, self.protocol)[0])
+        self._draw(contender, range(CHUNK), sampling_plans(model, self.protocol)[0])
         return {"scoring": scoring, "sampling": peak.bytes(), "images": len(images)}
 
     def _quality(

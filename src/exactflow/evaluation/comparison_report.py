@@ -228,6 +228,12 @@ class Report:
             "a training image than 99 % of the held-out images are. Passes: one after the "
             "other, for a batch; a flow's are each of one block. s / sample: in batches of 64."
         )
+        guided = [f"{r['name']} ({r['guidance']:g})" for r in self.results if r["guidance"]]
+        if guided:
+            note += f" Guided towards the class of the sample: {', '.join(guided)}."
+        noisy = [r["name"] for r in self.results if r["likelihood"]["bits_per_dim"] is None]
+        if noisy:
+            note += f" Trained with Gaussian noise, denoised along the score: {', '.join(noisy)}."
         return Table("Samples", header, rows, note)
 
     def _quality(self, name: str, found: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,9 @@ from exactflow.sampling.sample import sample
 FEW = 2  # steps of a solver, or evaluations of a bound, that are timed
 
 
-def expected_seconds(model: GenerativeModel, held_out: ImageDataset, protocol: Protocol) -> float:
+def expected_seconds(
+    model: GenerativeModel, held_out: ImageDataset, protocol: Protocol, guidance: float = 0.0
+) -> float:
     """Seconds of scoring images and drawing samples, about, by one chunk of each.
 
     Nothing else that a comparison does is counted: features of the images and of the samples take
@@ -27,6 +29,7 @@ def expected_seconds(model: GenerativeModel, held_out: ImageDataset, protocol: P
         model: trained or not, where it is to be measured.
         held_out: what is scored.
         protocol: how much of it, and how many samples.
+        guidance: scale that samples are drawn with.
     """
     images, label = spread(held_out, CHUNK, model)
     few = replace(protocol, bound_evaluations=FEW, ode_steps=FEW)
@@ -35,7 +38,7 @@ def expected_seconds(model: GenerativeModel, held_out: ImageDataset, protocol: P
     total = each * count * _longer(model, protocol)
     plans = sampling_plans(model, protocol)  # of one solver, with more or fewer steps
     (solver, steps), counts = plans[0], (protocol.samples, *[protocol.few_samples] * len(plans[1:]))
-    each = _seconds(lambda: _drawn(model, solver, steps and FEW), model) / CHUNK
+    each = _seconds(lambda: _drawn(model, solver, steps and FEW, guidance), model) / CHUNK
     passes = (count * (steps or FEW) / FEW for (_, steps), count in zip(plans, counts, strict=True))
     return total + each * sum(passes)
 
@@ -47,10 +50,19 @@ def _longer(model: GenerativeModel, protocol: Protocol) -> float:
     return protocol.ode_steps / FEW if isinstance(model, PathModel) else 1.0
 
 
-def _drawn(model: GenerativeModel, solver: str, steps: int | None) -> None:
+def _drawn(model: GenerativeModel, solver: str, steps: int | None, guidance: float) -> None:
     label = torch.arange(CHUNK) % model.num_classes if model.num_classes else None
     rule = "raise" if isinstance(model, PathModel) else "omit"
-    sample(model, CHUNK, label, solver=solver, steps=steps, batch_size=CHUNK, on_nonfinite=rule)
+    sample(
+        model,
+        CHUNK,
+        label,
+        solver=solver,
+        guidance=guidance,
+        steps=steps,
+        batch_size=CHUNK,
+        on_nonfinite=rule,
+    )
 
 
 def _seconds(work: Callable[[], Any], model: GenerativeModel) -> float:

@@ -88,12 +88,14 @@ class Contender:
         model: where it is to be measured.
         training: what its training saw and cost, JSON-able; empty where nobody knows.
         curve: held-out likelihood in the course of its training.
+        guidance: scale of guidance that its samples are drawn with.
     """
 
     name: str
     model: GenerativeModel
     training: Mapping[str, Any] = field(default_factory=dict)
     curve: Sequence[Mapping[str, Any]] = ()
+    guidance: float = 0.0
 
 
 @final

@@ -19,6 +19,7 @@ from exactflow.core.serialization import (
     CLASS_NAMES,
     CONFIG_FILE,
     FORMAT_VERSION,
+    GUIDANCE,
     WEIGHTS_FILE,
     file_of,
     read_json,
@@ -121,6 +122,16 @@ def recorded_data(model: GenerativeModel) -> dict[str, Any]:
             f"writes it, with text for {', '.join(texts)}"
         )
     return recorded
+
+
+def recorded_guidance(model: GenerativeModel) -> float:
+    """The scale of guidance that the card of a loaded model names; 0 if none."""
+    recorded = describe(model).get("card", {}).get(GUIDANCE, 0.0)
+    if not isinstance(recorded, int | float) or not 0 <= recorded < math.inf:
+        raise ValueError(
+            f"{model.home}: expected a finite {GUIDANCE} >= 0 in the card, got {recorded!r}"
+        )
+    return float(recorded)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
