@@ -57,7 +57,7 @@ class Sample:
     """Draw images from a model; sample k belongs to seed k."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """Model folder, run folder or hub id."""
+    """Shipped model, model folder, run folder or hub id."""
     n: Annotated[int, tyro.conf.arg(aliases=["--count"])] = 16
     """Number of samples; --count under torchrun, which would take --n for an option of its own."""
     label: tuple[str, ...] = ()
@@ -107,7 +107,7 @@ class Evaluate:
     """
 
     model: Annotated[str, tyro.conf.Positional]
-    """Model folder, run folder or hub id."""
+    """Shipped model, model folder, run folder or hub id."""
     settings: Settings = ()
     split: Literal["train", "validation", "test"] = "test"
     k: int = 1
@@ -130,7 +130,7 @@ class Compare:
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Presets, run folders, model folders or hub ids."""
+    """Presets, shipped models, run folders, model folders or hub ids."""
     settings: Settings = ()
     data: str = "digits"
     """Source of the images, as in data.source."""
@@ -154,7 +154,7 @@ class Encode:
     """
 
     model: Annotated[str, tyro.conf.Positional]
-    """Model folder, run folder or hub id."""
+    """Shipped model, model folder, run folder or hub id."""
     settings: Settings = ()
     split: Literal["train", "validation", "test"] = "test"
     n: int = 8
@@ -178,7 +178,7 @@ class Plan:
     """
 
     model: Annotated[str, tyro.conf.Positional]
-    """Model folder, run folder or hub id."""
+    """Shipped model, model folder, run folder or hub id."""
     batch_size: tuple[int, ...] = (1, 16)
     """Numbers of samples decoded together; a plan serves all that are no larger."""
     tolerance: float | None = None
@@ -195,7 +195,7 @@ class Convergence:
     """
 
     model: Annotated[str, tyro.conf.Positional]
-    """Model folder, run folder or hub id."""
+    """Shipped model, model folder, run folder or hub id."""
     settings: Settings = ()
     split: Literal["train", "validation", "test"] = "test"
     n: int = 64
@@ -250,7 +250,7 @@ class Info:
     """
 
     name: Annotated[str | None, tyro.conf.Positional] = None
-    """Preset, model folder, run folder or hub id; none lists all presets."""
+    """Preset, shipped model, model folder, run folder or hub id; none lists presets and these."""
     settings: Settings = ()
     config: Path | None = None
     """YAML file, as of train."""

@@ -23,6 +23,7 @@ from exactflow.evaluation.expected_time import expected_seconds
 from exactflow.evaluation.memory import PeakMemory
 from exactflow.evaluation.protocol import Contender, Failure, Protocol, scored, spread
 from exactflow.evaluation.stages import Stages
+from exactflow.hub import shipped
 from exactflow.hub.pretrained import recorded_data, recorded_guidance
 from exactflow.training import Progress, TrainConfig, fit
 from exactflow.training.budget import Budget, steps_within, training_flops
@@ -39,7 +40,7 @@ class Contenders:
     """The models of a comparison, one after the other: presets are trained when they are due.
 
     Args:
-        names: presets, run folders, model folders or hub ids.
+        names: presets, shipped models, run folders, model folders or hub ids.
         data: where the images are.
         training: the training split, for presets.
         held_out: scored in the course of a training.
@@ -126,7 +127,7 @@ class Contenders:
 
     def _loaded(self, name: str) -> GenerativeModel:
         """The saved model, if it was not trained on another version of the data."""
-        if not Path(name).exists() and "/" not in name:
+        if not (Path(name).exists() or "/" in name or name in shipped.NAMES):
             registry.preset(name)  # raises, with the nearest names
         model = load_model(name, self._device.type)
         check_fits(model, self._training)

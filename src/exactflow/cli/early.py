@@ -10,6 +10,7 @@ from exactflow.cli.arguments import Compare, Convert, Demo, Info, Train
 from exactflow.cli.preset_table import check_preset, listed
 from exactflow.cli.terminal import say
 from exactflow.cli.words import SECTIONS, parse_words, read_file
+from exactflow.hub import shipped
 
 # the sections of settings that a command takes; others that take any take those of the data
 _TAKEN = {
@@ -36,8 +37,8 @@ def answered(command: Any) -> bool:
         check_preset(command.preset)
     names = command.models if isinstance(command, Compare) else ()
     for name in (command.name,) if isinstance(command, Info) and command.name else names:
-        if not (Path(name).exists() or "/" in name):
-            check_preset(name)
+        if not (Path(name).exists() or "/" in name or name in shipped.NAMES):
+            check_preset(name, shipped.NAMES)
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     if command == Info() and alone:
         _list()
@@ -47,10 +48,10 @@ def answered(command: Any) -> bool:
 
 def _check_model(text: str) -> None:
     """What `from_pretrained` says of a place that holds no model, without loading anything."""
-    if not Path(text).exists() and (text.count("/") != 1 or text.startswith((".", "/", "~"))):
-        raise FileNotFoundError(
-            f"expected a model folder or a hub id 'owner/name', got {text!r}: no such folder"
-        )
+    if Path(text).exists() or text in shipped.NAMES:
+        return
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise FileNotFoundError(shipped.no_model(text))
 
 
 def _list() -> None:
@@ -60,3 +61,5 @@ def _list() -> None:
     for name, row in listed().items():
         table.add_row(name, row.image, f"{row.parameters:,}", row.published)
     say(table)
+    if shipped.NAMES:
+        say(f"trained models in this package: {', '.join(shipped.NAMES)}")

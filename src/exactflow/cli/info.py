@@ -9,6 +9,7 @@ from exactflow.cli import cost
 from exactflow.cli.arguments import Info
 from exactflow.cli.settings import SECTIONS, Settings, resolve
 from exactflow.core.serialization import finite
+from exactflow.hub import shipped
 from exactflow.hub.pretrained import describe, from_pretrained
 
 
@@ -39,7 +40,7 @@ def _preset(settings: Settings) -> None:
 
 
 def _saved(command: Info, name: str) -> None:
-    if not (Path(name).is_dir() or "/" in name):
+    if not (Path(name).is_dir() or "/" in name or name in shipped.NAMES):
         registry.preset(name)  # raises, with a suggestion
     if command.settings or command.config or cost.is_asked(command):
         raise ValueError(f"costs and settings are those of a preset, {name} is a saved model")

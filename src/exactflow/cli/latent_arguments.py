@@ -22,7 +22,7 @@ class Attributes:
     """
 
     model: Model
-    """Model folder, run folder or hub id of a flow; labels are not shown to it."""
+    """Shipped model, model folder, run folder or hub id of a flow; labels are not shown to it."""
     attribute: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CLASS")]
     """Class of the data, by name or number, such as Dress or 3."""
     settings: Settings = ()
@@ -54,7 +54,8 @@ class Classify:
     """
 
     model: Model
-    """Model folder, run folder or hub id of a model trained with labels (model.num_classes=10)."""
+    """Shipped model, model folder, run folder or hub id of a model trained with labels
+    (model.num_classes=10)."""
     settings: Settings = ()
     split: Literal["train", "test"] = "test"
     """Which images to classify; those of the validation split give the temperature."""
@@ -88,7 +89,7 @@ class Outliers:
     """
 
     model: Model
-    """Model folder, run folder or hub id of an exact flow with bits/dim."""
+    """Shipped model, model folder, run folder or hub id of an exact flow with bits/dim."""
     settings: Settings = ()
     outside: str = "digits"
     """The other set, as in data.source: digits, fashion-mnist, hub:owner/name, or a folder of
@@ -122,7 +123,7 @@ class Restore:
     """
 
     model: Model
-    """Model folder, run folder or hub id of an exact flow."""
+    """Shipped model, model folder, run folder or hub id of an exact flow."""
     settings: Settings = ()
     task: Literal["inpaint", "denoise"] = "inpaint"
     """What to do."""

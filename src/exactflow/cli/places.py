@@ -8,6 +8,7 @@ from typing import final
 from exactflow.cli.settings import CONFIG_FILE
 from exactflow.data import DataConfig
 from exactflow.data.config import is_path
+from exactflow.hub.pretrained import shipped_model
 from exactflow.training.log import LOG_FILE
 
 _MADE = ("samples.json", "samples.png", "trace.png", "inversion.png")
@@ -49,10 +50,10 @@ def check_no_run(out: Path) -> None:
 def own_folder(location: str, name: str) -> Path:
     """Where a verb writes about a model: `name` in its run folder, or beside its weights.
 
-    Of a model from the hub: in runs/MODEL.
+    Of a model that ships with the package or is from the hub: in runs/MODEL.
     """
     place = Path(location)
-    if not place.is_dir():
+    if not place.is_dir() or shipped_model(location) is not None:
         return Path("runs") / place.name / name
     if place.name == "model" and is_run(place.parent):
         place = place.parent

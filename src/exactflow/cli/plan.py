@@ -9,6 +9,7 @@ from exactflow.cli.settings import load_flow
 from exactflow.cli.terminal import say
 from exactflow.core.model import Flow
 from exactflow.core.serialization import PLAN_FILE
+from exactflow.hub.pretrained import shipped_model
 from exactflow.nn import compiled
 from exactflow.sampling.plan import InversionPlan, keep_plans, read_plans
 from exactflow.sampling.planner import make_plan
@@ -18,6 +19,11 @@ def run(command: Plan) -> None:
     """Measure for every batch size, keep the plans beside the model, and show them."""
     model = load_flow(command.model, command.device)
     assert model.home is not None  # it was loaded from a folder
+    if shipped_model(model.home) is not None:
+        raise ValueError(
+            f"a plan is kept beside its model, and {command.model} lies in the package: save it in "
+            f"a folder first, exactflow.from_pretrained({command.model!r}).save_pretrained(FOLDER)"
+        )
     if not command.batch_size:
         raise ValueError("expected at least one batch size")
     read_plans(model.home)  # a damaged file is found before the work, not after it

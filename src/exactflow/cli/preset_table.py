@@ -5,6 +5,7 @@ A test holds the file to the presets; `python -m exactflow.cli.preset_table` wri
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import final
@@ -37,11 +38,16 @@ def listed() -> dict[str, Listed]:
     return {name: Listed(**row) for name, row in json.loads(TABLE.read_text("utf-8")).items()}
 
 
-def check_preset(name: str) -> None:
-    """Raise ValueError with the nearest names where there is no preset of that name."""
+def check_preset(name: str, others: Sequence[str] = ()) -> None:
+    """Raise ValueError with the nearest names where there is no preset of that name.
+
+    Args:
+        name: as it was typed.
+        others: names that may be meant as well.
+    """
     names = listed()
     if name not in names:
-        raise ValueError(f"unknown preset {name!r}{suggestion(name, names)}")
+        raise ValueError(f"unknown preset {name!r}{suggestion(name, [*others, *names])}")
 
 
 def digest(name: str) -> str:

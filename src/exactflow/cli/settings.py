@@ -20,7 +20,7 @@ from exactflow.data.config import located
 from exactflow.data.datasets import identify
 from exactflow.data.prepared import open_prepared
 from exactflow.evaluation.bits_per_dim import with_labels
-from exactflow.hub.pretrained import from_pretrained, recorded_data
+from exactflow.hub.pretrained import from_pretrained, recorded_data, recorded_reading
 from exactflow.training import TrainConfig
 
 CONFIG_FILE = "config.yaml"  # of a run folder
@@ -150,7 +150,7 @@ def resolve(
 
 
 def data_of(model: GenerativeModel, words: Sequence[str]) -> DataConfig:
-    """The data a saved model was trained on, with changes.
+    """The data a saved model was trained on, with changes: as its run or else its card says.
 
     The same set under another name is read as it was for the training, but for what is changed; of
     another set nothing of that reading applies.
@@ -165,14 +165,20 @@ def data_of(model: GenerativeModel, words: Sequence[str]) -> DataConfig:
     run = home.parent.parent if home.parent.name == "checkpoints" else home.parent
     files = [folder / CONFIG_FILE for folder in (home, run)]
     file = next((file for file in files if file.is_file()), None)
-    recorded = {} if file is None else read_file(file).get("data", {})
+    recorded = recorded_reading(model) if file is None else read_file(file).get("data", {})
     if "source" not in {**recorded, **changes}:
-        raise ValueError(f"{home} does not say what it was trained on: give data.source=...")
+        known = recorded_data(model)
+        if "id" in known:
+            told = f"was trained on {known['id']} (version {known.get('version')})"
+        else:
+            told = "does not say what it was trained on"
+        raise ValueError(f"{home} {told}: give data.source=...")
     data = _made(DataConfig, {**recorded, **changes})
-    if "source" in changes and "source" in recorded:
+    if "source" in changes and recorded:
         then = _made(DataConfig, recorded)
         now = replace(then, source=data.source, validation=data.validation)
-        if located(now.source) != located(then.source) and not _is_known(model, now):
+        same = "source" in recorded and located(now.source) == located(then.source)
+        if not same and not _is_known(model, now):
             return _made(DataConfig, changes)
     return data
 

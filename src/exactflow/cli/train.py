@@ -104,6 +104,7 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
             "images_seen": result.images_seen,
             "seconds": round(result.seconds, 1),
             "device": str(model.device),
+            "threads": torch.get_num_threads(),
             **({"processes": group.count} if group.count > 1 else {}),
             "torch": torch.__version__,
         },

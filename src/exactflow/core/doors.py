@@ -19,7 +19,7 @@ def require_model(model: object) -> None:
         return
     got = type(model).__name__
     if isinstance(model, str | os.PathLike):
-        got = f"{os.fspath(model)!r}: exactflow.from_pretrained loads a folder or a hub id"
+        got = f"{os.fspath(model)!r}: exactflow.from_pretrained loads a model by folder or name"
     elif isinstance(model, nn.Module):
         for name in ("module", "_orig_mod"):  # of DataParallel and DDP; of torch.compile
             if isinstance(getattr(model, name, None), GenerativeModel):

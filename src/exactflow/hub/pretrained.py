@@ -1,4 +1,4 @@
-"""Loading models: what `save_pretrained` wrote, here or on the Hugging Face hub, and runs."""
+"""Loading models: shipped ones, what `save_pretrained` wrote, here or on a hub, and runs."""
 
 import difflib
 import math
@@ -25,9 +25,11 @@ from exactflow.core.serialization import (
     read_json,
 )
 from exactflow.core.tensor_files import read_safetensors, require_regular
+from exactflow.hub import shipped
 from exactflow.hub.runs import averaged_model, is_run
 
 ALIGNMENT = 64  # bytes, of tensors that PyTorch allocates
+READING = "read as"  # in the card of a shipped model: `data.*` fields that find its data again
 RUNS_FOLDER = "runs"  # where the command line puts runs: no owner of models on the hub
 
 
@@ -42,13 +44,17 @@ def from_pretrained(
     Args:
         path_or_hub_id: a folder that `save_pretrained` wrote; a run folder, of which the finished
             model is taken or, where it has not ended, the newest checkpoint; a checkpoint's folder;
-            or an id "owner/name" of the hub, which needs the extra `hub`. Of a checkpoint the
-            averaged weights are taken, if it has any, and a warning says which weights these are.
+            the name of a model that ships with the package (`exactflow.hub.shipped.NAMES`); or an
+            id "owner/name" of the hub, which needs the extra `hub`. Of a checkpoint the averaged
+            weights are taken, if it has any, and a warning says which weights these are. A folder
+            here that is called like a shipped model is meant only if it holds a model or a run. A
+            shipped model is stored in float16 and loaded in float32; any other has the type it was
+            saved with.
         device: where to put the model.
         revision: of a model of the hub, to pin it: a branch, a tag or a commit.
 
     Raises:
-        FileNotFoundError: no such folder, and no hub id either.
+        FileNotFoundError: no such folder, and neither a shipped model's name nor a hub id.
         ValueError: a folder that holds no model, a damaged one, or one of a newer format; a device
             that is not here.
     """
@@ -60,6 +66,8 @@ def from_pretrained(
     else:
         model, state = _saved_model(folder)
         home, source = folder, _unlike(folder)
+    if shipped_model(folder) is not None:
+        state = {name: _widened(value) for name, value in state.items()}
     check_weights(model, state, source)
     placed = {name: _aligned(value).to(target) for name, value in state.items()}
     model.load_state_dict(placed, assign=True)
@@ -68,6 +76,15 @@ def from_pretrained(
     model.class_names = _class_names(model, home)
     model.home = home
     return model.eval()
+
+
+def shipped_model(location: str | Path) -> Path | None:
+    """The folder in the package that `from_pretrained` reads for a location; None: another."""
+    path, name = Path(location), str(location)
+    nested = path / "model"
+    if any(file_of(folder, CONFIG_FILE).exists() for folder in (path, nested)) or is_run(path):
+        return path if path.resolve().parent == shipped.FOLDER else None
+    return shipped.FOLDER / name if name in shipped.NAMES else None
 
 
 def _class_names(model: GenerativeModel, home: Path) -> tuple[str, ...]:
@@ -132,6 +149,16 @@ def recorded_guidance(model: GenerativeModel) -> float:
             f"{model.home}: expected a finite {GUIDANCE} >= 0 in the card, got {recorded!r}"
         )
     return float(recorded)
+
+
+def recorded_reading(model: GenerativeModel) -> dict[str, Any]:
+    """The `data.*` fields that the card of a loaded model says its data are read with, if any."""
+    recorded = describe(model).get("card", {}).get(READING, {})
+    if not isinstance(recorded, dict):
+        raise ValueError(
+            f"{model.home}: expected fields of the data in the card's {READING!r}, got {recorded!r}"
+        )
+    return recorded
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -224,6 +251,11 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _widened(value: Tensor) -> Tensor:
+    """The tensor, in float32 if it was stored in float16."""
+    return value.float() if value.dtype == torch.float16 else value
+
+
 def _aligned(value: Tensor) -> Tensor:
     """The tensor where an allocator would put it: a product's last bit depends on the address.
 
@@ -248,13 +280,14 @@ def _available(device: torch.device | str) -> torch.device:
 def _locate(path_or_hub_id: str | Path, revision: str | None) -> Path:
     path = Path(path_or_hub_id)
     text = str(path_or_hub_id)
-    if path.is_dir():
+    local = shipped_model(path_or_hub_id) or path
+    if local.is_dir():
         if revision is not None:
             raise ValueError(
                 f"revision={revision!r} is of a model on the hub, {text!r} is a folder"
             )
-        nested = path / "model"
-        return nested if file_of(nested, CONFIG_FILE).exists() else path
+        nested = local / "model"
+        return nested if file_of(nested, CONFIG_FILE).exists() else local
     if path.exists():
         raise FileNotFoundError(
             f"expected a model folder or a hub id 'owner/name', got {text!r}: no such folder, but "
@@ -262,9 +295,7 @@ def _locate(path_or_hub_id: str | Path, revision: str | None) -> Path:
         )
     owner = Path(text.partition("/")[0])
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise FileNotFoundError(
-            f"expected a model folder or a hub id 'owner/name', got {text!r}: no such folder"
-        )
+        raise FileNotFoundError(shipped.no_model(text))
     if owner.is_dir() or owner.name == RUNS_FOLDER:
         raise FileNotFoundError(f"no such run: {text!r}{_nearest(owner, path.name)}")
     try:
