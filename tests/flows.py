@@ -43,10 +43,10 @@ CONFIGS: dict[str, TarFlowConfig] = {
         **BOUNDED,
         **SMALL,
     ),
-    "mixing, neighbours": TarFlowConfig(
+    "mixing, channels": TarFlowConfig(
         (3, 2, 4),
         patch_size=2,
-        conditional=("neighbours", "affine", "mixture"),
+        conditional=("channels", "affine", "mixture"),
         mixing=True,
         num_classes=3,
         **BOUNDED,

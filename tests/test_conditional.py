@@ -157,7 +157,7 @@ def test_guidance_extrapolates_parameters_and_refuses_what_means_nothing() -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["triangular", "mixture", "spline", "mixture, triangular", "mixing, neighbours"]
+    "name", ["triangular", "mixture", "spline", "mixture, triangular", "mixing, channels"]
 )
 def test_a_network_in_bfloat16_keeps_its_arithmetic_in_float32(name: str) -> None:
     """Latents and log-determinants are float32, and close to those of a float32 network."""
@@ -186,7 +186,7 @@ def test_a_network_in_bfloat16_keeps_its_arithmetic_in_float32(name: str) -> Non
 
 def test_numbers_of_a_token_are_mixed_before_each_block() -> None:
     """By a triangular matrix of each block's own, which the inverse undoes."""
-    model = make("mixing, neighbours")
+    model = make("mixing, channels")
     mixing = model.mixings[1]
     x = torch.randn(2, *model.prior.shape, dtype=torch.float64)
     z, log_abs_det = mixing(x)
@@ -200,16 +200,16 @@ def test_numbers_of_a_token_are_mixed_before_each_block() -> None:
     assert not TarFlow(TarFlowConfig((1, 4, 4), 2, 64, 2, 1)).mixings
 
 
-def test_neighbours_are_the_pixel_itself_and_those_above_and_to_the_left() -> None:
+def test_channels_are_those_before_at_the_same_pixel() -> None:
     """Numbers of a token: channel slowest, then row, then column."""
-    config = TarFlowConfig((2, 4, 4), 2, conditional=("neighbours",), start_token=True)
+    config = TarFlowConfig((3, 2, 4), 2, conditional=("channels",), start_token=True)
     conditional = config.make_conditional()
     assert isinstance(conditional, Triangular)
     assert conditional.entries is not None
     assert set(conditional.entries) == {
-        *((1, 0), (2, 0), (3, 1), (3, 2)),  # of one channel: left, above
-        *((5, 4), (6, 4), (7, 5), (7, 6)),  # of the other
-        *((4, 0), (5, 1), (6, 2), (7, 3)),  # the channel before, at the same pixel
+        (channel * 4 + pixel, before * 4 + pixel)
+        for channel, before in [(1, 0), (2, 0), (2, 1)]
+        for pixel in range(4)
     }
     with pytest.raises(ValueError, match="below the diagonal of 4 rows, got"):
         Triangular(4, ((1, 1),))
@@ -219,7 +219,7 @@ def test_neighbours_are_the_pixel_itself_and_those_above_and_to_the_left() -> No
     ("fields", "message"),
     [
         ({"conditional": ("mixture",)}, "start_token=True"),
-        ({"conditional": ()}, "affine | neighbours | triangular | mixture"),
+        ({"conditional": ()}, "affine | channels | triangular | mixture"),
         ({"conditional": ("mixture",), "components": 0, "start_token": True}, "components >= 1"),
     ],
 )

@@ -1,7 +1,6 @@
 """What defines a TarFlow: its architecture, its training noise, and what it does to a token."""
 
 from dataclasses import dataclass
-from itertools import product
 from typing import Literal, final
 
 from exactflow.core import images as grey
@@ -14,8 +13,8 @@ from exactflow.core.conditional import (
 )
 from exactflow.core.spline import Spline
 
-PARTS = ("affine", "neighbours", "triangular", "mixture", "spline")
-Part = Literal["affine", "neighbours", "triangular", "mixture", "spline"]
+PARTS = ("affine", "channels", "triangular", "mixture", "spline")
+Part = Literal["affine", "channels", "triangular", "mixture", "spline"]
 
 
 @final
@@ -94,7 +93,7 @@ class TarFlowConfig:
         dim = self.token_dim
         known = {
             "affine": Affine(dim, self.scale),
-            "neighbours": Triangular(dim, self._neighbours()),
+            "channels": Triangular(dim, self._channels()),
             "triangular": Triangular(dim),
             "mixture": LogisticMixture(dim, self.components),
             "spline": Spline(dim, self.components),
@@ -102,15 +101,12 @@ class TarFlowConfig:
         parts = tuple(known[part] for part in self.conditional)
         return parts[0] if len(parts) == 1 else Chain(parts)
 
-    def _neighbours(self) -> tuple[tuple[int, int], ...]:
-        """Pairs of a number and one before it: of the same pixel, or above or to the left of it."""
-        channels, side = self.image_shape[0], self.patch_size
-        places = list(product(range(channels), range(side), range(side)))
-        number = {place: index for index, place in enumerate(places)}
-        pairs = [
-            (number[c, i, j], number[near])
-            for c, i, j in places
-            for near in [*((before, i, j) for before in range(c)), (c, i, j - 1), (c, i - 1, j)]
-            if near in number
-        ]
-        return tuple(pairs)
+    def _channels(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of a number and one of the same pixel in a channel before."""
+        channels, size = self.image_shape[0], self.patch_size**2
+        return tuple(
+            (channel * size + pixel, before * size + pixel)
+            for channel in range(channels)
+            for before in range(channel)
+            for pixel in range(size)
+        )
