@@ -81,6 +81,24 @@ def _meta_blurred(size: int, published: str) -> Preset:
 
 _META = "example of facebookresearch/flow_matching 1.0.10"
 _BLURRED = f"ImageNet with blurred faces, {_META}; label dropout and law of t unverified"
+_FASHION: dict[str, Any] = {
+    "image_shape": (1, 28, 28),
+    "dequantize": True,
+    "times": "stratified",
+    "model_channels": 32,
+    "channel_mult": (1.0, 1.0, 2.0),
+    "num_res_blocks": 1,
+    "attention_factors": (4,),
+    "head_channels": 32,
+    "resample": "conv",
+}
+_SMALL = {
+    "epochs": 20.0,
+    "batch_size": 64,
+    "warmup_steps": 200,
+    "learning_rate": 2e-3,
+    "ema_decay": 0.999,
+}
 PRESETS: dict[str, Preset] = {
     # Small ones of our own, for a CPU.
     "flow-matching-tiny": Preset(
@@ -113,25 +131,15 @@ PRESETS: dict[str, Preset] = {
         data={"source": "digits"},
     ),
     "flow-matching-fashion-mnist": Preset(
-        FlowMatchingConfig(
-            image_shape=(1, 28, 28),
-            dequantize=True,
-            times="stratified",
-            model_channels=32,
-            channel_mult=(1.0, 1.0, 2.0),
-            num_res_blocks=1,
-            attention_factors=(4,),
-            head_channels=32,
-            resample="conv",
-        ),
-        training={
-            "epochs": 20.0,
-            "batch_size": 64,
-            "warmup_steps": 200,
-            "learning_rate": 2e-3,
-            "ema_decay": 0.999,
-        },
+        FlowMatchingConfig(**_FASHION),
+        training=_SMALL,
         data={"source": "fashion-mnist"},
+    ),
+    "flow-matching-fashion-mnist-samples": Preset(
+        FlowMatchingConfig(num_classes=10, **_FASHION),
+        training=_SMALL,
+        data={"source": "fashion-mnist"},
+        guidance=1.0,
     ),
     "flow-matching-cifar10": Preset(
         FlowMatchingConfig(
