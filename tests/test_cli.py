@@ -69,7 +69,7 @@ def test_sample_writes_pictures_and_their_cost(run: Path, tmp_path: Path) -> Non
     assert names == {"samples.png", "samples.json", "trace.png", *seeds}
     cost = json.loads((tmp_path / "s" / "samples.json").read_text())
     assert cost["seeds"] == [5, 6, 7]
-    assert cost["evaluations"] == sum(cost["iterations"]) == 2 * 15
+    assert cost["evaluations"] == sum(cost["iterations"]) == 2 * 16
     assert max(cost["certificate"]) < 1e-3
     assert Image.open(tmp_path / "s" / "seed_000005.png").size == (8, 8)
     one = cli("sample", run, "--n", 1, "--seed", 6, "--out", "t", cwd=tmp_path)

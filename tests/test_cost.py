@@ -161,7 +161,7 @@ def four_processes() -> Iterator[None]:
 @pytest.mark.parametrize("name", ["tarflow-digits", "hdit-tiny", "iddpm-tiny"])
 def test_shards_are_those_of_pytorch(name: str) -> None:
     """Sizes that four does not divide among them: every part is rounded up."""
-    config = recipe(name, ema_decay=0.99, batch_size=64)
+    config = recipe(name, ema_decay=0.99, batch_size=64, optimizer="adamw")
     predicted = step_memory(on_meta(name), config, devices=4, shards=4)
     model = exactflow.build(name)
     for part in (*model.stages, model):
@@ -184,7 +184,7 @@ def test_shards_are_those_of_pytorch(name: str) -> None:
 
 def test_split_parameters_leave_one_stage_in_one_piece() -> None:
     name = "tarflow-digits"
-    model, config = on_meta(name), recipe(name, batch_size=64)
+    model, config = on_meta(name, width=256), recipe(name, batch_size=64, optimizer="adamw")
     whole, split = (step_memory(model, config, devices=4, shards=n) for n in (1, 4))
     stage = max(sum(p.nbytes for p in block.parameters()) for block in model.stages)
     outside = 4 * model.num_parameters - sum(
@@ -195,6 +195,8 @@ def test_split_parameters_leave_one_stage_in_one_piece() -> None:
     assert split.weights == pytest.approx(whole.weights / 4, rel=0.02)
     assert split.activations == whole.activations
     assert split.working < whole.working
+    with pytest.raises(ValueError, match="optimizer=muon needs all parameters on every device"):
+        step_memory(model, recipe(name, batch_size=64, optimizer="muon"), devices=4, shards=4)
     for shards in (0, 3, 8):
         with pytest.raises(ValueError, match="shards that divide 4 devices"):
             step_memory(model, config, devices=4, shards=shards)
@@ -202,7 +204,7 @@ def test_split_parameters_leave_one_stage_in_one_piece() -> None:
 
 def test_the_fewest_shards_that_fit() -> None:
     name = "tarflow-digits"
-    model, config = on_meta(name, width=256), recipe(name, batch_size=8)
+    model, config = on_meta(name, width=256), recipe(name, batch_size=8, optimizer="adamw")
     totals = {n: step_memory(model, config, devices=8, shards=n).total for n in (1, 2, 4, 8)}
     assert totals[1] > totals[4] > totals[8]
     found = fewest_shards(model, config, totals[4], devices=8)

@@ -158,7 +158,7 @@ def _options(model: GenerativeModel, cost: TrainingCost, limit: int) -> Iterator
         unsplit = list(remedies(model, cost.config, limit, devices=devices, shards=cost.shards))
     for config, fitting in unsplit:
         yield f"fits with {_changes(cost.config, config)}: {size(fitting.total)}"
-    if cost.shards == devices:
+    if cost.shards == devices or cost.config.unsplit:
         return
     split = fewest_shards(model, cost.config, limit, devices=devices)
     if split is not None:

@@ -134,17 +134,17 @@ class _WithUnused(nn.Module):
 
 def _chosen(model: GenerativeModel, config: TrainConfig) -> Literal["ddp", "fsdp", "hsdp"]:
     """The way that was asked for; "auto" splits what takes too much of a device's memory."""
-    if config.reversible and config.parallel in ("fsdp", "hsdp"):
+    if config.unsplit and config.parallel in ("fsdp", "hsdp"):
         raise ValueError(
-            "reversible training has all parameters at hand in the backward pass: expected "
-            f"parallel 'auto' or 'ddp', got {config.parallel!r}"
+            f"{config.unsplit} needs all parameters in every process: expected parallel 'auto' or "
+            f"'ddp', got {config.parallel!r}"
         )
     match config.parallel:
         case "ddp" | "fsdp" | "hsdp":
             return config.parallel
         case "auto":
             pass
-    if config.reversible or model.device.type != "cuda":
+    if config.unsplit or model.device.type != "cuda":
         return "ddp"
     state = STATE_COPIES * sum(p.nbytes for p in model.parameters())
     if state <= STATE_SHARE * torch.cuda.get_device_properties(model.device).total_memory:

@@ -113,6 +113,13 @@ class TrainConfig:
                     f"TrainConfig.{name}: expected {expected}, got {getattr(self, name)!r}"
                 )
 
+    @property
+    def unsplit(self) -> str:
+        """The field for which every process needs all parameters, as NAME=VALUE; "" if none."""
+        if self.optimizer == "muon":  # which works on whole matrices
+            return "training.optimizer=muon"
+        return "training.reversible=true" if self.reversible else ""
+
     def micro_batch(self, processes: int) -> int:
         """Images that each process takes at once: its share of a micro-batch.
 

@@ -89,6 +89,10 @@ def step_memory(
     share, parts = config.micro_batch(devices), config.accumulate
     if shards < 1 or devices % shards:
         raise ValueError(f"expected shards that divide {devices} devices, got {shards}")
+    if config.unsplit and shards > 1:
+        raise ValueError(
+            f"{config.unsplit} needs all parameters on every device: expected 1 shard, got {shards}"
+        )
     if isinstance(model, FittedFlow):
         raise ValueError(f"a model of kind {model.kind!r} is fitted in closed form, without steps")
     if model.device.type != "meta":
