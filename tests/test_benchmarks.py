@@ -9,12 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import exactflow
+from exactflow import registry
 from exactflow.flows.tarflow import TarFlow, TarFlowConfig
+from test_data import write_idx
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SIZES = {"image_shape": (3, 8, 8), "patch_size": 2, "width": 64, "layers_per_block": 2}
@@ -32,7 +36,7 @@ def path() -> Iterator[None]:
     yield
     sys.path.remove(str(BENCHMARKS))
     names = ("baseline", "measure", "tarflow", "sampling", "families", "gpu_solvers", "gpu")
-    for name in (*names, "reversible"):
+    for name in (*names, "reversible", "ablation", "showcase", "compare"):
         sys.modules.pop(name, None)
 
 
@@ -416,3 +420,59 @@ def test_results_of_another_benchmark_are_not_overwritten(tmp_path: Path) -> Non
     with pytest.raises(SystemExit, match="expected results of benchmarks"):
         script("families").main(["--quick", "--only", "tarflow", "--out", str(out)])
     assert out.read_text() == '{"results": []}'
+
+
+@pytest.mark.slow
+def test_recipes_are_ablated_and_results_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every row, at equal images and at equal seconds, over seeds."""
+    ablation = script("ablation")
+    data = tmp_path / "data"
+    (data / "fashion-mnist").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    for name, count in (("train", 24), ("t10k", 16)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        write_idx(data / "fashion-mnist", name, pixels[:count], labels)
+    small = ("model.width=40", "model.head_dim=40", "model.blocks=1", "training.batch_size=8")
+    place, rows = ablation.ROWS["fashion-mnist"]
+    rows = [(title, preset, (*words, *small)) for title, preset, words in rows]
+    monkeypatch.setattr(ablation, "ROWS", {"fashion-mnist": (place, rows)})
+    monkeypatch.setattr(ablation, "IMAGES", 128)
+    monkeypatch.setattr(ablation, "SECONDS", 0.2)
+    words = ["--data", data, "--out", tmp_path / "out", "--seeds", 0, 1]
+    monkeypatch.setattr(sys, "argv", ["ablation.py", *map(str, words)])
+    ablation.main()
+    said = capsys.readouterr().out
+    assert said.count("| plain: affine, AdamW |") == 2
+    assert said.count("| 128 |") == len(rows)
+    assert "fashion-mnist, equal seconds" in said
+    ablation.main()
+    assert capsys.readouterr().out == said
+
+
+def test_two_models_are_shown_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    showcase = script("showcase")
+    results = []
+    for name in ("ours", "theirs"):
+        folder = tmp_path / "models" / name / "samples"
+        folder.mkdir(parents=True)
+        for part in range(2):
+            images = np.full((32, 1, 28, 28), 100 * part, np.uint8)
+            np.savez(folder / f"{part}.npz", images=images)
+        samples = {"seconds_per_sample": 0.004, "frechet": 9.0}
+        results.append({"name": name, "samples": samples, "training": {"step_seconds": 300.0}})
+    (tmp_path / "report.json").write_text(json.dumps({"results": results}))
+    out = tmp_path / "showcase.png"
+    monkeypatch.setattr(sys, "argv", ["showcase.py", str(tmp_path), str(out), "ours", "theirs"])
+    showcase.main()
+    assert Image.open(out).size[0] > 1000
+
+
+def test_the_comparison_names_presets() -> None:
+    compare = script("compare")
+    fashion, digits = compare.words("fashion-mnist"), compare.words(None)
+    assert fashion[-2:] == ["--data", "fashion-mnist"]
+    assert digits[-2:] == ["--data", "digits"]
+    for name in (*fashion[:-2], *digits[:-2]):
+        assert name in registry.names()
