@@ -20,7 +20,7 @@ import torch
 from exactflow.cli.settings import resolve, some
 from exactflow.core.serialization import write_json
 from exactflow.data import load
-from exactflow.evaluation.bits_per_dim import evaluate
+from exactflow.metrics.bits_per_dim import evaluate
 from exactflow.training import fit
 from exactflow.training.budget import Budget, steps_within
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exactflow.flows.tarflow import TarFlow, TarFlowConfig
+from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 
 
 @final

@@ -27,11 +27,11 @@ from tarflow import machine
 from torch import Tensor
 
 import exactflow
-from exactflow import registry
 from exactflow.core.config import override
 from exactflow.core.model import FittedFlow, Flow
 from exactflow.core.serialization import write_atomically
 from exactflow.data import DataConfig, ImageDataset, load
+from exactflow.models import registry
 from exactflow.training import Interrupted, Progress, TrainConfig, fit
 from exactflow.training.fitting import fit_closed_form
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 import exactflow
 from exactflow.core.transform import AutoregressiveTransform
-from exactflow.flows.tarflow import TarFlow, TarFlowConfig
+from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 from exactflow.training.optim import TrainConfig, make_optimizer
 
 BUDGET = 510.0  # seconds for all sections

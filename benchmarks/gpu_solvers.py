@@ -26,7 +26,7 @@ from tarflow import latents, pictures
 from torch import Tensor
 
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
-from exactflow.flows.tarflow import TarFlow, TarFlowConfig
+from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 from exactflow.sampling.autoregressive import Adaptive, Sequential, named_solvers
 
 LEARNING_RATE = 3e-4

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from measure import hardware, resident_megabytes
 
-from exactflow import registry
 from exactflow.core.config import override
-from exactflow.evaluation.memory import PeakMemory
+from exactflow.metrics.memory import PeakMemory
+from exactflow.models import registry
 from exactflow.training import Progress, TrainConfig, fit
 from exactflow.training.cost import random_images
 from exactflow.training.step_memory import step_memory

@@ -22,9 +22,9 @@ import torch
 from measure import hardware, interleaved, peak_megabytes
 from torch import Tensor
 
-from exactflow import registry
 from exactflow.core.model import DataInitialized, GenerativeModel
 from exactflow.core.random import generator
+from exactflow.models import registry
 from exactflow.training.optim import TrainConfig, make_optimizer, recomputed
 from exactflow.training.reversible import reversible
 

@@ -32,9 +32,9 @@ from exactflow.core.random import generator
 from exactflow.core.serialization import CONFIG_FILE
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.data import Augmentation, DataConfig, load, training_batches
-from exactflow.evaluation.profiles import inversion_plot
-from exactflow.flows.tarflow import TarFlow, TarFlowConfig
+from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 from exactflow.nn import compiled
+from exactflow.pictures.profiles import inversion_plot
 from exactflow.sampling.autoregressive import Sequential, named_solvers
 from exactflow.sampling.certificate import Certificate
 from exactflow.sampling.inversion import Inversion

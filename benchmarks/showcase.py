@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from exactflow.core.serialization import write_atomically
-from exactflow.evaluation.figures import new_figure, png_of
-from exactflow.evaluation.pictures import grid
+from exactflow.pictures.figures import new_figure, png_of
+from exactflow.pictures.grids import grid
 
 CLASSES = 10
 EACH = 5  # of a class

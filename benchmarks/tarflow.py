@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import exactflow
 from exactflow.core.random import generator, normal_rows, uniform_rows
 from exactflow.core.transform import AutoregressiveTransform
-from exactflow.flows.tarflow import TarFlow, TarFlowBlock, TarFlowConfig
+from exactflow.models.tarflow.model import TarFlow, TarFlowBlock, TarFlowConfig
 from exactflow.sampling.guidance import GuidedTransform
 from exactflow.training.optim import TrainConfig, make_optimizer
 

@@ -10,8 +10,8 @@ import torch
 
 import exactflow
 from exactflow.core.transform import Decoding
-from exactflow.flows import macow_published
-from exactflow.flows.tarflow import TarFlow, TarFlowConfig
+from exactflow.models.macow import published as macow_published
+from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 from exactflow.sampling.autoregressive import Adaptive, GaussSeidelJacobi, Jacobi
 from exactflow.sampling.planner import make_plan
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 import exactflow
-from exactflow import registry
 from exactflow.core.model import Flow, GenerativeModel
+from exactflow.models import registry
 
 FLOW_SOLVERS = ("sequential", "jacobi", "gauss-seidel-jacobi", "selective", "adaptive")
 PATH_SOLVERS = ("euler", "midpoint", "heun", "dpm++", "ancestral", "ddim")

@@ -4,9 +4,9 @@ from functools import cache
 
 import torch
 
-from exactflow import registry
 from exactflow.core.model import Flow, GenerativeModel
-from exactflow.flows.tarflow import TarFlow, TarFlowConfig
+from exactflow.models import registry
+from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 
 SMALL = {"width": 64, "blocks": 2, "layers_per_block": 1}
 BOUNDED = {"scale": "softplus", "soft_clip": 4.0, "final_norm": True, "start_token": True}

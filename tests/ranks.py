@@ -32,14 +32,14 @@ from torch.distributed import run as torchrun
 from torch.distributed.launcher.api import elastic_launch
 
 import faults
-from exactflow import registry
+from exactflow.comparison.compare import compare
+from exactflow.comparison.protocol import Protocol
 from exactflow.core.config import override
-from exactflow.core.processes import joined
+from exactflow.core.process_group import joined
 from exactflow.data import DataConfig
-from exactflow.evaluation.compare import compare
-from exactflow.evaluation.extractors import pixels
-from exactflow.evaluation.protocol import Protocol
 from exactflow.likelihood.log_likelihood import log_likelihood
+from exactflow.metrics.extractors import pixels
+from exactflow.models import registry
 from exactflow.sampling.sample import sample
 from exactflow.training import Progress, TrainConfig, fit
 from exactflow.training.log import LOG_FILE

@@ -250,7 +250,7 @@ FINE: list[tuple[Law, str, str]] = [
     (public_things_are_documented, "__init__.py", ""),
     (one_file_knows_256, "core/images.py", "x = 127.5"),
     (one_file_knows_256, "data/folder.py", "x = y / 255"),
-    (one_file_knows_256, "flows/tarflow.py", "width = 256"),
+    (one_file_knows_256, "models/tarflow/model.py", "width = 256"),
     (one_file_knows_256, "a.py", "width = 128; y = 'a 256'; flag = True"),
     (one_file_knows_256, "a.py", "def f(x, *, batch_size: int = 256): g(x, batch_size=256)"),
     (one_file_knows_256, "a.py", "class A:\n batch_size: int = 256\n name: str"),

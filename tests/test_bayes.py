@@ -8,7 +8,7 @@ from torch import Tensor
 
 from exactflow.core import images as grey
 from exactflow.core.random import generator, uniform_rows
-from exactflow.evaluation.bayes import (
+from exactflow.latent.bayes import (
     Classification,
     calibrate,
     class_log_likelihoods,

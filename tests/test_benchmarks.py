@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 import exactflow
-from exactflow import registry
-from exactflow.flows.tarflow import TarFlow, TarFlowConfig
+from exactflow.models import registry
+from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 from test_data import write_idx
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import exactflow
-from exactflow import registry
 from exactflow.cli import train
 from exactflow.cli.settings import resolve
 from exactflow.data import DataConfig, ImageDataset, load
+from exactflow.models import registry
 from exactflow.training import Progress, TrainConfig, fit
 from exactflow.training.fitting import fit_closed_form
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from exactflow.core.model import Flow
 from exactflow.core.random import generator, normal_rows
 from exactflow.core.transform import AutoregressiveTransform, Decoding
-from exactflow.flows.tarflow import TarFlow, TarFlowConfig
+from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 from exactflow.sampling.autoregressive import Adaptive, Jacobi, Sequential
 from exactflow.sampling.guidance import Guidance, GuidedTransform
 from exactflow.sampling.sample import sample

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 import exactflow
-from exactflow import registry
 from exactflow.cli import early
 from exactflow.cli import sample as verb
 from exactflow.cli.parsing import parsed
 from exactflow.cli.places import check_apart
+from exactflow.comparison.comparison import fingerprint
 from exactflow.data import DataConfig
-from exactflow.evaluation.comparison import fingerprint
+from exactflow.models import registry
 from processes import call
 
 Cli = Callable[..., tuple[int, str]]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from exactflow import registry
 from exactflow.cli import main
+from exactflow.models import registry
 from processes import call
 
 pytestmark = pytest.mark.slow  # two models are trained

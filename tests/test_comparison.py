@@ -11,15 +11,15 @@ import pytest
 import torch
 
 import exactflow
+from exactflow.comparison import comparison, protocol
+from exactflow.comparison.protocol import Contender, Failure, Protocol
+from exactflow.comparison.report import KINDS, Report
 from exactflow.core.model import FittedFlow, GenerativeModel, NonFiniteError
 from exactflow.data import DataConfig, ImageDataset, load
-from exactflow.evaluation import comparison, protocol
-from exactflow.evaluation.comparison_report import KINDS, Report
-from exactflow.evaluation.extractors import pixels
-from exactflow.evaluation.protocol import Contender, Failure, Protocol
 from exactflow.likelihood.bound import chain_bound
 from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.likelihood.ode_estimate import ode_log_likelihood
+from exactflow.metrics.extractors import pixels
 from exactflow.training.fitting import GreyLevelPasses
 from flows import perturb
 from processes import Command, Said, call

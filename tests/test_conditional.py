@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from exactflow import registry
 from exactflow.core.conditional import (
     Affine,
     Chain,
@@ -15,7 +14,8 @@ from exactflow.core.conditional import (
     Triangular,
 )
 from exactflow.core.spline import Spline
-from exactflow.flows.tarflow import TarFlow, TarFlowConfig
+from exactflow.models import registry
+from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 from exactflow.sampling.guidance import Guidance, GuidedTransform
 from flows import make, some_grey_levels, some_images, some_labels
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import exactflow
-from exactflow import registry
 from exactflow.core.model import (
     AugmentedFlow,
     DataInitialized,
@@ -16,6 +15,7 @@ from exactflow.core.model import (
     NonFiniteError,
 )
 from exactflow.data.datasets import ImageDataset
+from exactflow.models import registry
 from exactflow.training import TrainConfig, fit
 from exactflow.training.fitting import fit_closed_form
 from flows import blueprint, perturb, some_grey_levels, some_images, some_labels

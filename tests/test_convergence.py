@@ -15,8 +15,8 @@ from exactflow.cli import convergence as convergence_command
 from exactflow.cli.arguments import Convergence
 from exactflow.core.model import NonFiniteError
 from exactflow.core.transform import AutoregressiveTransform
-from exactflow.evaluation.profiles import convergence_plot, inversion_plot
-from exactflow.flows.tarflow import TarFlow, TarFlowConfig
+from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
+from exactflow.pictures.profiles import convergence_plot, inversion_plot
 from exactflow.sampling.convergence import (
     BlockConvergence,
     JacobiProfile,

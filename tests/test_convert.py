@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import exactflow
-from exactflow import registry
 from exactflow.cli.arguments import Convert
 from exactflow.cli.convert import run as run_convert
-from exactflow.diffusion.discrete import DiscreteDiffusion
-from exactflow.diffusion.hdit import HDiT
-from exactflow.diffusion.openai_published import to_published
-from exactflow.flows import macow_published
+from exactflow.models import registry
+from exactflow.models.diffusion.model import DiscreteDiffusion
+from exactflow.models.diffusion.openai import to_published
+from exactflow.models.hdit.model import HDiT
+from exactflow.models.macow import published as macow_published
 from processes import call
 
 TOLERANCE = 1e-5  # of the largest output

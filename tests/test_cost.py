@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import exactflow
-from exactflow import registry
 from exactflow.core.config import override
 from exactflow.core.model import DataInitialized, FittedFlow, GenerativeModel
+from exactflow.models import registry
 from exactflow.training import TrainConfig
 from exactflow.training.budget import training_flops
 from exactflow.training.cost import fewest_shards, measured_rate, remedies, training_cost

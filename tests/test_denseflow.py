@@ -14,23 +14,23 @@ from exactflow.core import images as grey
 from exactflow.core.config import override
 from exactflow.core.model import log_density
 from exactflow.core.random import generator, normal_rows
-from exactflow.flows.denseflow import DenseFlow, DenseFlowConfig
-from exactflow.flows.denseflow_parts import (
-    ChannelNorm,
-    CouplingDequantizer,
-    DenseCoupling,
-    standard_normal_log_prob,
-)
-from exactflow.flows.denseflow_presets import PRESETS
-from exactflow.flows.denseflow_published import MARK, from_published, renamed
-from exactflow.flows.transforms import Squeeze
-from exactflow.nn.dense import (
+from exactflow.core.transforms import Squeeze
+from exactflow.models.denseflow.model import DenseFlow, DenseFlowConfig
+from exactflow.models.denseflow.network import (
     DeferredBatchNorm,
     DenseCouplingNetwork,
     NystromAttention,
     pseudo_inverse,
 )
-from exactflow.nn.masked_convolution import initializing
+from exactflow.models.denseflow.parts import (
+    ChannelNorm,
+    CouplingDequantizer,
+    DenseCoupling,
+    standard_normal_log_prob,
+)
+from exactflow.models.denseflow.presets import PRESETS
+from exactflow.models.denseflow.published import MARK, from_published, renamed
+from exactflow.models.macow.masked_convolution import initializing
 from exactflow.training.optim import TrainConfig, recomputed
 from flows import blueprint
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from exactflow.core import images as grey
 from exactflow.core.config import checked, override
-from exactflow.diffusion.discrete import DiscreteDiffusion, DiscreteDiffusionConfig
-from exactflow.diffusion.discrete_presets import PRESETS
-from exactflow.diffusion.openai_published import unet_of
-from exactflow.diffusion.step_importance import HISTORY, UNIFORM_SHARE, StepImportance
 from exactflow.likelihood.bound import chain_bound
+from exactflow.models.diffusion.model import DiscreteDiffusion, DiscreteDiffusionConfig
+from exactflow.models.diffusion.openai import unet_of
+from exactflow.models.diffusion.presets import PRESETS
+from exactflow.models.diffusion.step_importance import HISTORY, UNIFORM_SHARE, StepImportance
 from exactflow.paths.chain import MarkovChain
 from exactflow.sampling.reverse import DDIM
 from exactflow.sampling.sample_chain import sample_chain

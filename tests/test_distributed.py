@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
 
-from exactflow import registry
 from exactflow.core.model import FittedFlow
 from exactflow.data.loader import training_batches
+from exactflow.models import registry
 from processes import carry_out
 from test_training import assert_same_bits, final_state, read_log
 from training_worker import make_data

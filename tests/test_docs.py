@@ -20,10 +20,10 @@ import pytest
 from PIL import Image
 
 import exactflow
-from exactflow import registry
 from exactflow.cli import arguments, early, main, running
 from exactflow.likelihood import log_likelihood as scoring
 from exactflow.likelihood.ode_estimate import ode_log_likelihood
+from exactflow.models import registry
 from exactflow.sampling import planner
 from flows import blueprint
 from processes import run

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import exactflow
-from exactflow.evaluation.bits_per_dim import Evaluation
-from exactflow.evaluation.comparison_report import Report
+from exactflow.comparison.report import Report
 from exactflow.likelihood.log_likelihood import LogLikelihood, of_estimate
 from exactflow.likelihood.ode_estimate import ode_log_likelihood
+from exactflow.metrics.bits_per_dim import Evaluation
 from exactflow.paths.path_model import PathModel
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from exactflow import registry
 from exactflow.cli import compare, main
+from exactflow.comparison import expected_time
+from exactflow.comparison.expected_time import FEW, expected_seconds
+from exactflow.comparison.protocol import CHUNK, Protocol
 from exactflow.data import DataConfig, ImageDataset, load
-from exactflow.evaluation import expected_time
-from exactflow.evaluation.expected_time import FEW, expected_seconds
-from exactflow.evaluation.protocol import CHUNK, Protocol
+from exactflow.models import registry
 
 SMALL = Protocol(
     images=128, estimate_images=64, bound_evaluations=20, ode_steps=20, samples=640,

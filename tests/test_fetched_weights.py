@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from exactflow.data import http_client, remote
-from exactflow.evaluation import inception
-from exactflow.evaluation.inception import PUBLIC_FILE, read_inception
+from exactflow.metrics import inception
+from exactflow.metrics.inception import PUBLIC_FILE, read_inception
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exactflow import registry
 from exactflow.core.model import Flow, log_density
 from exactflow.core.transform import AutoregressiveTransform
-from exactflow.flows.tarflow import TarFlow, TarFlowConfig
+from exactflow.models import registry
+from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 from flows import CONFIGS, NAMES, TINY, make, perturb, some_grey_levels, some_images, some_labels
 
 

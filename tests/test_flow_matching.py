@@ -13,15 +13,15 @@ from exactflow.core import images as grey
 from exactflow.core.config import override
 from exactflow.core.random import generator
 from exactflow.likelihood.ode_estimate import ode_log_likelihood
-from exactflow.paths.coupling import minibatch_transport
-from exactflow.paths.flow_matching import (
+from exactflow.models.flow_matching.model import (
     FlowMatching,
     FlowMatchingConfig,
     PathName,
     TimeLaw,
     draw_times,
 )
-from exactflow.paths.flow_matching_presets import PRESETS
+from exactflow.models.flow_matching.presets import PRESETS
+from exactflow.paths.coupling import minibatch_transport
 from exactflow.paths.path import Cosine, Straight, VariancePreserving
 from exactflow.paths.path_model import OnPath, Prediction, convert
 from exactflow.sampling.sample import sample

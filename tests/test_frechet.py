@@ -13,8 +13,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from exactflow.data import DataConfig, ImageDataset, load
-from exactflow.evaluation.extractors import FeatureExtractor, pixels
-from exactflow.evaluation.frechet import FeatureStatistics, frechet_distance, statistics_of
+from exactflow.metrics.extractors import FeatureExtractor, pixels
+from exactflow.metrics.frechet import FeatureStatistics, frechet_distance, statistics_of
 
 
 def law(mean: list[float], covariance: np.ndarray, name: str | None = None) -> FeatureStatistics:

@@ -24,7 +24,7 @@ from exactflow.data import (
     verify,
 )
 from exactflow.data.checked import CheckedImages, hashes_of
-from exactflow.evaluation.extractors import extract, pixels
+from exactflow.metrics.extractors import extract, pixels
 from test_data import SPLITS, same, whole, write_classes
 from test_data import pixels as random_pixels
 

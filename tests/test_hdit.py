@@ -14,15 +14,15 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from exactflow.core.config import checked, override
 from exactflow.core.images import center
-from exactflow.diffusion.hdit import HDiT, HDiTConfig
-from exactflow.diffusion.hdit_presets import PRESETS
-from exactflow.diffusion.hdit_published import from_published
-from exactflow.nn.hdit_attention import (
+from exactflow.models.hdit.attention import (
     block_sparse,
     neighborhood_attention,
     shifted_window_attention,
     token_positions,
 )
+from exactflow.models.hdit.model import HDiT, HDiTConfig
+from exactflow.models.hdit.presets import PRESETS
+from exactflow.models.hdit.published import from_published
 from flows import blueprint
 
 CASES = ["hdit_neighborhood_global", "hdit_shifted_window_cond"]

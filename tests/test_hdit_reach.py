@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from exactflow import registry
 from exactflow.core.config import override
-from exactflow.diffusion.hdit import HDiT, HDiTConfig
-from exactflow.diffusion.hdit_published import from_published
+from exactflow.models import registry
+from exactflow.models.hdit.model import HDiT, HDiTConfig
+from exactflow.models.hdit.published import from_published
 
 SIDE, NEAR = 64, {"type": "neighborhood"}
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import exactflow
-from exactflow import registry
+from exactflow.models import registry
 from flows import NAMES, blueprint, make, some_images, some_labels
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exactflow.core.images import center
-from exactflow.evaluation.extractors import extract, inception
-from exactflow.evaluation.inception import PUBLIC_FILE, PUBLIC_SHA256, Inception, read_inception
+from exactflow.metrics.extractors import extract, inception
+from exactflow.metrics.inception import PUBLIC_FILE, PUBLIC_SHA256, Inception, read_inception
 
 # Of the names and shapes, in order, in the network of the public port (pytorch-fid 0.3.0).
 LAYOUT = "8ca497103391675d239b6cbe936a080934f935dfd57b70343674200035f2c5e8"
@@ -169,7 +169,7 @@ def test_only_the_public_weights_make_an_fid(
     assert extractor.name == f"inception-{digest[:8]}"
     assert extractor.dims == 2048
     assert extractor.distance_name == f"FD-inception-{digest[:8]}"
-    monkeypatch.setattr("exactflow.evaluation.extractors.PUBLIC_SHA256", digest)
+    monkeypatch.setattr("exactflow.metrics.extractors.PUBLIC_SHA256", digest)
     assert extractor.distance_name == "FID"
 
 

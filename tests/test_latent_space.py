@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from exactflow.core.model import NonFiniteError
-from exactflow.evaluation.figures import image_table
-from exactflow.evaluation.latent_space import (
+from exactflow.latent.interpolation import interpolate
+from exactflow.latent.latent_space import (
     attribute_direction,
     encode_images,
     move,
     reconstruction_error,
 )
-from exactflow.flows.whitening import Whitening, WhiteningConfig
-from exactflow.sampling.latent import interpolate
+from exactflow.models.gaussian.whitening import Whitening, WhiteningConfig
+from exactflow.pictures.figures import image_table
 from flows import make, perturb, some_grey_levels, some_labels
 from gaussian_flow import GaussianFlow, some_factor
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from exactflow.core import images as grey
 from exactflow.core.model import Flow, NonFiniteError, log_density
 from exactflow.core.prior import Prior
-from exactflow.flows.tarflow import TarFlow, TarFlowConfig
 from exactflow.likelihood.log_likelihood import LogLikelihood, log_likelihood
+from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 from flows import make, perturb, some_grey_levels, some_labels
 
 

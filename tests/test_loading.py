@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import exactflow
-from exactflow import registry
 from exactflow.core import building
 from exactflow.core.model import GenerativeModel
-from exactflow.evaluation.frechet import FeatureStatistics
-from exactflow.hub.pretrained import recorded_data
+from exactflow.metrics.frechet import FeatureStatistics
+from exactflow.models import registry
+from exactflow.models.pretrained import recorded_data
 from exactflow.sampling.plan import read_plans
 
 DEEP = '{"kind": ' + "[" * 10**5 + "]" * 10**5 + "}"

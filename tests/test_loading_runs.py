@@ -12,7 +12,7 @@ import exactflow
 from exactflow.cli.settings import data_of
 from exactflow.core.model import GenerativeModel
 from exactflow.data.datasets import ImageDataset
-from exactflow.hub.pretrained import describe, recorded_data
+from exactflow.models.pretrained import describe, recorded_data
 from exactflow.training import Progress, TrainConfig, fit
 from exactflow.training.fitting import fit_closed_form
 from stopped_runs import Stopped, sign

@@ -16,13 +16,7 @@ from exactflow.core.config import override
 from exactflow.core.model import log_density
 from exactflow.core.random import generator, normal_rows
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
-from exactflow.data.config import DataConfig
-from exactflow.flows import macow_published
-from exactflow.flows.macow import MaCow, MaCowConfig
-from exactflow.flows.macow_parts import GlowStep, Level, Step, StepPlan, Unit
-from exactflow.flows.macow_presets import PRESETS
-from exactflow.flows.macow_published import from_published, published_config, to_published
-from exactflow.flows.transforms import (
+from exactflow.core.transforms import (
     ActNorm,
     Coupling,
     InvertibleConvolution,
@@ -30,13 +24,19 @@ from exactflow.flows.transforms import (
     Orientation,
     Squeeze,
 )
-from exactflow.nn.masked_convolution import (
+from exactflow.data.config import DataConfig
+from exactflow.models.macow import published as macow_published
+from exactflow.models.macow.masked_convolution import (
     ContextEncoder,
     CouplingNetwork,
     DataDependent,
     WeightNormConv,
     initializing,
 )
+from exactflow.models.macow.model import MaCow, MaCowConfig
+from exactflow.models.macow.parts import GlowStep, Level, Step, StepPlan, Unit
+from exactflow.models.macow.presets import PRESETS
+from exactflow.models.macow.published import from_published, published_config, to_published
 from exactflow.sampling.autoregressive import (
     NAMES,
     Adaptive,

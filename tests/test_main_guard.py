@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import exactflow
-from exactflow import registry
 from exactflow.core.main_guard import require_main_guard
 from exactflow.core.model import FittedFlow
 from exactflow.data import evaluation_batches, training_batches
+from exactflow.models import registry
 from exactflow.training import TrainConfig, fit
 from exactflow.training.fitting import fit_closed_form
 from training_worker import make_data, make_toy

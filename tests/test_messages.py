@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import ranks
-from exactflow.core import processes
+from exactflow.core import process_group as processes
 from exactflow.core.messages import SentError, pickled, unpickled
 from exactflow.core.model import NonFiniteError
-from exactflow.core.processes import Processes, ProcessLostError, joined
+from exactflow.core.process_group import Processes, ProcessLostError, joined
 from exactflow.data import DataError
 from exactflow.training import Interrupted
 

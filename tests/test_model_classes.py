@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 import exactflow
 from exactflow.cli import attributes, evaluate, sample
 from exactflow.cli.arguments import Evaluate, Sample
-from exactflow.cli.contenders import Contenders
 from exactflow.cli.latent_arguments import Attributes
 from exactflow.cli.settings import first_images, labels_named, resolve
 from exactflow.cli.train import train
+from exactflow.comparison.contenders import Contenders
 from exactflow.core.model import GenerativeModel
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.data.classes import class_number
 from exactflow.data.model_classes import classes_in
-from exactflow.evaluation.bits_per_dim import with_labels
+from exactflow.metrics.bits_per_dim import with_labels
 from exactflow.training import TrainConfig, fit
 from exactflow.training.budget import Budget
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from exactflow import registry
 from exactflow.cli.cost import on_meta
 from exactflow.cli.settings import resolve
 from exactflow.core import building
+from exactflow.models import registry
 
 TOO_LARGE = [
     ("tarflow-tiny", {"width": 10**9}),

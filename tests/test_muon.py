@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from exactflow import registry
-from exactflow.flows.tarflow import TarFlow, TarFlowConfig
+from exactflow.models import registry
+from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 from exactflow.training.muon import Muon, orthogonalize
 from exactflow.training.optim import TrainConfig, make_optimizer
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from exactflow import registry
 from exactflow.data import DataConfig, load
-from exactflow.evaluation.out_of_distribution import (
+from exactflow.latent.out_of_distribution import (
     SCORES,
     auroc,
     compressed_bits_per_dim,
@@ -18,6 +17,7 @@ from exactflow.evaluation.out_of_distribution import (
     roc,
 )
 from exactflow.likelihood.log_likelihood import log_likelihood
+from exactflow.models import registry
 from flows import make, some_grey_levels
 from gaussian_flow import GaussianFlow, some_factor
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import exactflow
-from exactflow import registry
 from exactflow.core.model import NonFiniteError
 from exactflow.data.datasets import ImageDataset
+from exactflow.models import registry
 from exactflow.paths.chain_model import ChainModel
 from exactflow.paths.path_model import PathModel
 from exactflow.training import TrainConfig, fit

@@ -11,7 +11,7 @@ import exactflow
 from exactflow.core.model import Flow, NonFiniteError
 from exactflow.core.serialization import PLAN_FILE
 from exactflow.core.transform import Solver
-from exactflow.flows.tarflow import TarFlow
+from exactflow.models.tarflow.model import TarFlow
 from exactflow.sampling import planner
 from exactflow.sampling.autoregressive import Adaptive, Sequential
 from exactflow.sampling.plan import Candidate, InversionPlan, keep_plans, read_plans

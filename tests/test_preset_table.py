@@ -1,7 +1,7 @@
 """The list of presets that is read from a file is the one that building them gives."""
 
-from exactflow import registry
 from exactflow.cli.preset_table import counted, digest, listed
+from exactflow.models import registry
 
 REMEDY = "python -m exactflow.cli.preset_table"
 

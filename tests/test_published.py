@@ -13,12 +13,12 @@ import torch
 
 from exactflow.cli import results
 from exactflow.cli.arguments import Results
+from exactflow.comparison import published_results as published
+from exactflow.comparison.published_results import PublishedRow, arrange, comparable, rows
 from exactflow.data import ImageDataset
 from exactflow.data.decode import Preprocessing
-from exactflow.evaluation import published
-from exactflow.evaluation.bits_per_dim import Evaluation
-from exactflow.evaluation.published import PublishedRow, arrange, comparable, rows
 from exactflow.likelihood.log_likelihood import LogLikelihood
+from exactflow.metrics.bits_per_dim import Evaluation
 
 ROWS = rows()
 VERSIONED = {"imagenet32", "imagenet64"}

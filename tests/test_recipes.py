@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
-from exactflow import registry
 from exactflow.cli import cost, main, running
 from exactflow.cli.settings import Settings, read_file, resolve
+from exactflow.models import registry
 from exactflow.training import TrainConfig
 from exactflow.training.cost import TrainingCost, training_cost
 

@@ -18,7 +18,7 @@ from exactflow.cli.settings import CONFIG_FILE, Settings, data_of, resolve
 from exactflow.cli.train import train
 from exactflow.cli.trained_on import trained_on
 from exactflow.data import DataConfig, ImageDataset, load, prepare
-from exactflow.hub.pretrained import from_pretrained
+from exactflow.models.pretrained import from_pretrained
 
 TINY = ("model.width=16", "model.blocks=2", "model.layers_per_block=1", "model.head_dim=16")
 FAST = ("training.steps=2", "training.warmup_steps=1", "training.batch_size=8")

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exactflow import registry
 from exactflow.core.model import NonFiniteError, log_density
-from exactflow.evaluation.restoration import (
+from exactflow.latent.restoration import (
     denoise,
     exact_flow,
     inpaint,
@@ -17,6 +16,7 @@ from exactflow.evaluation.restoration import (
     missing_region,
     psnr,
 )
+from exactflow.models import registry
 from flows import make, some_grey_levels, some_images, some_labels
 from gaussian_flow import GaussianFlow, some_factor
 

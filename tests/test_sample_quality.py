@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from exactflow.data import DataConfig, ImageDataset, load
-from exactflow.evaluation import sample_quality
-from exactflow.evaluation.extractors import classifier, extract, feature_batches, pixels
-from exactflow.evaluation.sample_quality import (
+from exactflow.metrics import sample_quality
+from exactflow.metrics.extractors import classifier, extract, feature_batches, pixels
+from exactflow.metrics.sample_quality import (
     density_coverage,
     kernel_distance,
     memorisation,
@@ -209,7 +209,7 @@ def folder(digits: ImageDataset, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_the_classifier_knows_digits_and_is_trained_once(
     digits: ImageDataset, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exactflow.evaluation.feature_classifier._train", None)
+    monkeypatch.setattr("exactflow.metrics.feature_classifier._train", None)
     found = classifier(digits, folder)
     assert found.accuracy(load(DataConfig("digits"), "test")) >= 0.95
     assert found.name.startswith("cnn-digits-")
@@ -222,7 +222,7 @@ def test_the_classifier_knows_digits_and_is_trained_once(
 def test_the_classifier_is_a_function_of_data_and_seed(
     digits: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exactflow.evaluation.feature_classifier._STEPS", 3)
+    monkeypatch.setattr("exactflow.metrics.feature_classifier._STEPS", 3)
     state = torch.get_rng_state()
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
@@ -269,7 +269,7 @@ def test_the_bar_tells_rate_and_time_left(
 def test_a_classifier_takes_large_colour_images_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exactflow.evaluation.feature_classifier._STEPS", 2)
+    monkeypatch.setattr("exactflow.metrics.feature_classifier._STEPS", 2)
     images, labels = images_of((9, 3, 40, 50)).numpy(), np.arange(9) % 3
     data = ImageDataset(
         images, labels, "o/big", "1", "train", 256, ("a", "b", "c"), "", "", "f" * 64

@@ -10,12 +10,12 @@ from torch import Tensor
 from exactflow.core.model import Flow, NonFiniteError
 from exactflow.core.random import normal_rows
 from exactflow.core.transform import AutoregressiveTransform
-from exactflow.flows.tarflow import TarFlow, TarFlowConfig
+from exactflow.latent.interpolation import interpolate, reconstruct
+from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 from exactflow.sampling.autoregressive import Sequential
 from exactflow.sampling.denoise import score_denoise
 from exactflow.sampling.guidance import Guidance, GuidedTransform
 from exactflow.sampling.inversion import Inversion
-from exactflow.sampling.latent import interpolate, reconstruct
 from exactflow.sampling.sample import sample
 from flows import CONFIGS, NAMES, make, perturb, some_grey_levels, some_labels
 

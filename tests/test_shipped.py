@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 import exactflow
-from exactflow import registry
 from exactflow.cli import ship as shipping
 from exactflow.cli.settings import Settings, data_of, resolve
 from exactflow.cli.ship import ship
@@ -22,8 +21,8 @@ from exactflow.cli.train import train
 from exactflow.core.serialization import CONFIG_FILE, WEIGHTS_FILE
 from exactflow.core.tensor_files import read_safetensors
 from exactflow.data import load
-from exactflow.hub import shipped
-from exactflow.hub.pretrained import READING, describe, from_pretrained, recorded_data
+from exactflow.models import registry, shipped
+from exactflow.models.pretrained import READING, describe, from_pretrained, recorded_data
 from processes import call
 
 DOCUMENTED = ("digits", "fashion-mnist", "fashion-mnist-samples", "cifar10")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from exactflow import registry
 from exactflow.cli import main
 from exactflow.core import progress
 from exactflow.core.progress import tracked
+from exactflow.models import registry
 
 SOURCES = Path(__file__).parents[1] / "src" / "exactflow"
 

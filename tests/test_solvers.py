@@ -14,7 +14,7 @@ from exactflow.core.conditional import Affine
 from exactflow.core.model import Flow, NonFiniteError
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.data import DataConfig, load
-from exactflow.flows.tarflow import TarFlow, TarFlowConfig
+from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 from exactflow.sampling.autoregressive import (
     NAMES as SOLVER_NAMES,
 )

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import exactflow
-from exactflow import registry
-from exactflow.flows.tarflow import TarFlow, TarFlowConfig
+from exactflow.models import registry
+from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 from exactflow.sampling.autoregressive import Sequential
 from exactflow.sampling.guidance import Guidance
 from exactflow.sampling.inversion import Inversion

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from exactflow.diffusion.openai_published import (
+from exactflow.models.diffusion.classifier import ClassifierConfig, ClassifierUNet
+from exactflow.models.diffusion.openai import (
     UNRECORDED,
     classifier_of,
     learns_variance,
@@ -19,7 +20,6 @@ from exactflow.diffusion.openai_published import (
     unet_of,
     with_attention_order,
 )
-from exactflow.nn.classifier import ClassifierConfig, ClassifierUNet
 from exactflow.nn.unet import UNet, UNetConfig
 from exactflow.nn.unet_parts import sinusoidal_embedding
 

@@ -16,19 +16,19 @@ from PIL import Image
 from torch.distributions import MultivariateNormal
 
 import exactflow
-from exactflow import registry
 from exactflow.core import images as grey
 from exactflow.core.model import FittedFlow, log_density
 from exactflow.core.random import generator, normal_rows
 from exactflow.data import DataConfig, load
 from exactflow.data.augmentation import Augmentation
-from exactflow.evaluation import baselines as floor
-from exactflow.evaluation.baselines import baselines
-from exactflow.flows import moments
-from exactflow.flows.gaussianisation import Gaussianisation, GaussianisationConfig
-from exactflow.flows.moments import LinearFit
-from exactflow.flows.whitening import Whitening, WhiteningConfig
 from exactflow.likelihood.log_likelihood import log_likelihood
+from exactflow.metrics import baselines as floor
+from exactflow.metrics.baselines import baselines
+from exactflow.models import registry
+from exactflow.models.gaussian import moments
+from exactflow.models.gaussian.gaussianisation import Gaussianisation, GaussianisationConfig
+from exactflow.models.gaussian.moments import LinearFit
+from exactflow.models.gaussian.whitening import Whitening, WhiteningConfig
 from exactflow.sampling.sample import sample
 from exactflow.training import TrainConfig
 from exactflow.training.fitting import fit_closed_form

@@ -3,18 +3,18 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from exactflow import registry as registry
+    from exactflow.comparison.compare import compare as compare
     from exactflow.core.model import Flow as Flow
     from exactflow.core.model import GenerativeModel as GenerativeModel
-    from exactflow.evaluation.compare import compare as compare
-    from exactflow.hub.convert import convert as convert
-    from exactflow.hub.pretrained import from_pretrained as from_pretrained
+    from exactflow.latent.interpolation import interpolate as interpolate
+    from exactflow.latent.interpolation import reconstruct as reconstruct
     from exactflow.likelihood.log_likelihood import LogLikelihood as LogLikelihood
     from exactflow.likelihood.log_likelihood import log_likelihood as log_likelihood
-    from exactflow.registry import build as build
+    from exactflow.models import registry
+    from exactflow.models.convert import convert as convert
+    from exactflow.models.pretrained import from_pretrained as from_pretrained
+    from exactflow.models.registry import build as build
     from exactflow.sampling.guidance import Guidance as Guidance
-    from exactflow.sampling.latent import interpolate as interpolate
-    from exactflow.sampling.latent import reconstruct as reconstruct
     from exactflow.sampling.sample import sample as sample
     from exactflow.sampling.samples import Samples as Samples
 
@@ -27,13 +27,13 @@ _HOMES = {
     "Guidance": "exactflow.sampling.guidance",
     "LogLikelihood": "exactflow.likelihood.log_likelihood",
     "Samples": "exactflow.sampling.samples",
-    "build": "exactflow.registry",
-    "compare": "exactflow.evaluation.compare",
-    "convert": "exactflow.hub.convert",
-    "from_pretrained": "exactflow.hub.pretrained",
-    "interpolate": "exactflow.sampling.latent",
+    "build": "exactflow.models.registry",
+    "compare": "exactflow.comparison.compare",
+    "convert": "exactflow.models.convert",
+    "from_pretrained": "exactflow.models.pretrained",
+    "interpolate": "exactflow.latent.interpolation",
     "log_likelihood": "exactflow.likelihood.log_likelihood",
-    "reconstruct": "exactflow.sampling.latent",
+    "reconstruct": "exactflow.latent.interpolation",
     "sample": "exactflow.sampling.sample",
 }
 
@@ -60,7 +60,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name == "registry":
-        return import_module("exactflow.registry")
+        return import_module("exactflow.models.registry")
     if name not in _HOMES:
         raise AttributeError(f"module 'exactflow' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

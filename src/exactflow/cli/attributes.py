@@ -11,14 +11,14 @@ from exactflow.cli.terminal import say
 from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data import ImageDataset, load
 from exactflow.data.classes import class_number
-from exactflow.evaluation.bits_per_dim import check_fits
-from exactflow.evaluation.figures import image_table
-from exactflow.evaluation.latent_space import (
+from exactflow.latent.latent_space import (
     attribute_direction,
     encode_images,
     move,
     reconstruction_error,
 )
+from exactflow.metrics.bits_per_dim import check_fits
+from exactflow.pictures.figures import image_table
 
 
 def run(command: Attributes) -> None:

@@ -13,7 +13,7 @@ from exactflow.cli.trained_on import trained_on
 from exactflow.core.model import GenerativeModel
 from exactflow.core.serialization import write_atomically, write_json
 from exactflow.data import ImageDataset
-from exactflow.evaluation.bayes import (
+from exactflow.latent.bayes import (
     Classification,
     calibrate,
     check_conditional,
@@ -22,7 +22,7 @@ from exactflow.evaluation.bayes import (
     log_posterior,
     log_prior,
 )
-from exactflow.evaluation.bits_per_dim import check_fits, with_labels
+from exactflow.metrics.bits_per_dim import check_fits, with_labels
 
 ROWS = {
     "accuracy": "accuracy",

@@ -12,8 +12,8 @@ from exactflow.cli.terminal import say
 from exactflow.core.random import generator, normal_rows
 from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data import load
-from exactflow.evaluation.bits_per_dim import check_fits
-from exactflow.evaluation.profiles import convergence_plot
+from exactflow.metrics.bits_per_dim import check_fits
+from exactflow.pictures.profiles import convergence_plot
 from exactflow.sampling.convergence import TOLERANCE, BlockConvergence, convergence, crm_percent
 
 

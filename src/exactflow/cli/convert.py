@@ -7,7 +7,7 @@ from exactflow.cli.places import check_no_run
 from exactflow.cli.terminal import say
 from exactflow.cli.words import parse_words
 from exactflow.core.config import checked
-from exactflow.hub.convert import convert
+from exactflow.models.convert import convert
 
 OPTIONS = ("channels", "height", "width", "levels", "noise_std")
 

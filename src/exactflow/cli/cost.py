@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from exactflow import registry
 from exactflow.cli.arguments import Info
 from exactflow.cli.settings import Settings, pick_device
 from exactflow.cli.terminal import say
@@ -13,6 +12,7 @@ from exactflow.core import building
 from exactflow.core.config import override
 from exactflow.core.model import GenerativeModel
 from exactflow.data import load
+from exactflow.models import registry
 from exactflow.training import TrainConfig
 from exactflow.training.cost import (
     TrainingCost,

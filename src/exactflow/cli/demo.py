@@ -14,11 +14,12 @@ from exactflow.cli.train import Trained, read_metrics, train
 from exactflow.core.serialization import write_atomically
 from exactflow.data import load
 from exactflow.data.model_classes import classes_in
-from exactflow.evaluation import pictures, report
-from exactflow.evaluation.baselines import Baseline, baselines
-from exactflow.evaluation.bits_per_dim import Evaluation, evaluate
-from exactflow.evaluation.figures import curves
 from exactflow.likelihood.log_likelihood import LogLikelihood
+from exactflow.metrics.baselines import Baseline, baselines
+from exactflow.metrics.bits_per_dim import Evaluation, evaluate
+from exactflow.pictures import grids as pictures
+from exactflow.pictures import report
+from exactflow.pictures.figures import curves
 from exactflow.sampling.sample import Samples, sample
 
 PRESET = "tarflow-digits"

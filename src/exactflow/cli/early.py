@@ -10,7 +10,7 @@ from exactflow.cli.arguments import Compare, Convert, Demo, Info, Train
 from exactflow.cli.preset_table import check_preset, listed
 from exactflow.cli.terminal import say
 from exactflow.cli.words import SECTIONS, parse_words, read_file
-from exactflow.hub import shipped
+from exactflow.models import shipped
 
 # the sections of settings that a command takes; others that take any take those of the data
 _TAKEN = {

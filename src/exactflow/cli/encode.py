@@ -9,9 +9,9 @@ from exactflow.cli.settings import data_of, first_images, load_flow
 from exactflow.cli.terminal import say
 from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data import load
-from exactflow.evaluation import pictures
-from exactflow.evaluation.bits_per_dim import check_fits
-from exactflow.sampling.latent import interpolate, reconstruct
+from exactflow.latent.interpolation import interpolate, reconstruct
+from exactflow.metrics.bits_per_dim import check_fits
+from exactflow.pictures import grids as pictures
 
 
 def run(command: Encode) -> None:

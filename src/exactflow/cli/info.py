@@ -4,13 +4,12 @@ from pathlib import Path
 
 import yaml
 
-from exactflow import registry
 from exactflow.cli import cost
 from exactflow.cli.arguments import Info
 from exactflow.cli.settings import SECTIONS, Settings, resolve
 from exactflow.core.serialization import finite
-from exactflow.hub import shipped
-from exactflow.hub.pretrained import describe, from_pretrained
+from exactflow.models import registry, shipped
+from exactflow.models.pretrained import describe, from_pretrained
 
 
 def run(command: Info) -> None:

@@ -10,17 +10,17 @@ from exactflow.cli.terminal import say
 from exactflow.cli.trained_on import trained_on
 from exactflow.core.serialization import write_atomically, write_json
 from exactflow.data import ImageDataset
-from exactflow.evaluation.bits_per_dim import check_fits
-from exactflow.evaluation.figures import image_table
-from exactflow.evaluation.out_of_distribution import (
+from exactflow.latent.out_of_distribution import (
     SCORES,
     auroc,
     foreign_set,
     outlier_plot,
     outlier_scores,
 )
-from exactflow.evaluation.restoration import exact_flow
+from exactflow.latent.restoration import exact_flow
 from exactflow.likelihood.log_likelihood import log_likelihood
+from exactflow.metrics.bits_per_dim import check_fits
+from exactflow.pictures.figures import image_table
 
 SHOWN = 10  # images of each side in the picture of them
 

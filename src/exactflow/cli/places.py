@@ -8,7 +8,7 @@ from typing import final
 from exactflow.cli.settings import CONFIG_FILE
 from exactflow.data import DataConfig
 from exactflow.data.config import is_path
-from exactflow.hub.pretrained import shipped_model
+from exactflow.models.pretrained import shipped_model
 from exactflow.training.log import LOG_FILE
 
 _MADE = ("samples.json", "samples.png", "trace.png", "inversion.png")

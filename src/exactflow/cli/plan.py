@@ -9,7 +9,7 @@ from exactflow.cli.settings import load_flow
 from exactflow.cli.terminal import say
 from exactflow.core.model import Flow
 from exactflow.core.serialization import PLAN_FILE
-from exactflow.hub.pretrained import shipped_model
+from exactflow.models.pretrained import shipped_model
 from exactflow.nn import compiled
 from exactflow.sampling.plan import InversionPlan, keep_plans, read_plans
 from exactflow.sampling.planner import make_plan

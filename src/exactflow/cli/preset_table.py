@@ -52,7 +52,7 @@ def check_preset(name: str, others: Sequence[str] = ()) -> None:
 
 def digest(name: str) -> str:
     """Of the kind and the configuration of a preset."""
-    from exactflow import registry
+    from exactflow.models import registry
 
     kind = registry.family_of(name).model.kind
     return hashlib.sha256(f"{kind} {registry.preset(name).config}".encode()).hexdigest()[:16]
@@ -62,7 +62,7 @@ def counted(name: str) -> Listed:
     """A preset as it should be listed, by building it."""
     import torch
 
-    from exactflow import registry
+    from exactflow.models import registry
 
     with torch.device("meta"):
         model = registry.build(name)
@@ -72,7 +72,7 @@ def counted(name: str) -> Listed:
 
 def write() -> None:
     """Write the file anew; only what has changed is built."""
-    from exactflow import registry
+    from exactflow.models import registry
 
     before = listed() if TABLE.exists() else {}
     rows = {}

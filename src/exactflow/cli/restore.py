@@ -13,9 +13,9 @@ from exactflow.cli.terminal import say
 from exactflow.core.model import Flow
 from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data import load
-from exactflow.evaluation.bits_per_dim import check_fits
-from exactflow.evaluation.figures import image_table
-from exactflow.evaluation.restoration import PEAK, denoise, exact_flow, inpaint, missing_region
+from exactflow.latent.restoration import PEAK, denoise, exact_flow, inpaint, missing_region
+from exactflow.metrics.bits_per_dim import check_fits
+from exactflow.pictures.figures import image_table
 
 
 def run(command: Restore) -> None:

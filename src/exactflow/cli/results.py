@@ -10,10 +10,10 @@ from rich.text import Text
 
 from exactflow.cli.arguments import Results
 from exactflow.cli.terminal import say
+from exactflow.comparison import published_results as published
+from exactflow.comparison.published_results import Doubt, Metric, PublishedRow, Section
 from exactflow.core.config import suggestion
 from exactflow.core.serialization import finite, write_atomically
-from exactflow.evaluation import published
-from exactflow.evaluation.published import Doubt, Metric, PublishedRow, Section
 
 Tables = Mapping[Metric, tuple[Section, ...]]
 

@@ -11,13 +11,13 @@ from exactflow.cli.arguments import Sample
 from exactflow.cli.places import SamplesFolder, own_folder
 from exactflow.cli.settings import NULL_LABEL, labels_named, load_model
 from exactflow.cli.terminal import say
+from exactflow.comparison.comparison import fingerprint
 from exactflow.core.model import Flow, GenerativeModel
-from exactflow.core.processes import current
+from exactflow.core.process_group import current
 from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data.classes import numbered
-from exactflow.evaluation import pictures
-from exactflow.evaluation.comparison import fingerprint
-from exactflow.evaluation.profiles import inversion_plot
+from exactflow.pictures import grids as pictures
+from exactflow.pictures.profiles import inversion_plot
 from exactflow.sampling.guidance import Guidance
 from exactflow.sampling.sample import Samples, sample
 

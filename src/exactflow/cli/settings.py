@@ -9,7 +9,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from exactflow import registry
 from exactflow.cli.words import SECTIONS, TYPED, merge, parse_words, read_file
 from exactflow.core.config import checked, override
 from exactflow.core.model import Flow, GenerativeModel
@@ -19,8 +18,9 @@ from exactflow.data.classes import class_number, numbered
 from exactflow.data.config import located
 from exactflow.data.datasets import identify
 from exactflow.data.prepared import open_prepared
-from exactflow.evaluation.bits_per_dim import with_labels
-from exactflow.hub.pretrained import from_pretrained, recorded_data, recorded_reading
+from exactflow.metrics.bits_per_dim import with_labels
+from exactflow.models import registry
+from exactflow.models.pretrained import from_pretrained, recorded_data, recorded_reading
 from exactflow.training import TrainConfig
 
 CONFIG_FILE = "config.yaml"  # of a run folder

@@ -10,22 +10,22 @@ from typing import Any, final
 import torch
 from rich.table import Table
 
-from exactflow import registry
 from exactflow.cli.arguments import Train
 from exactflow.cli.places import check_apart
 from exactflow.cli.settings import CONFIG_FILE, Settings, pick_device, resolve
 from exactflow.cli.terminal import note, say
 from exactflow.core.model import FittedFlow, GenerativeModel
-from exactflow.core.processes import current
+from exactflow.core.process_group import current
 from exactflow.core.random import generator
 from exactflow.core.serialization import GUIDANCE
 from exactflow.data import ImageDataset, load
-from exactflow.evaluation import pictures
-from exactflow.evaluation.baselines import Baseline
-from exactflow.evaluation.bits_per_dim import Evaluation, evaluate, with_labels
 from exactflow.likelihood.log_likelihood import log_likelihood
+from exactflow.metrics.baselines import Baseline
+from exactflow.metrics.bits_per_dim import Evaluation, evaluate, with_labels
+from exactflow.models import registry
 from exactflow.paths.chain_model import ChainModel
 from exactflow.paths.path_model import PathModel
+from exactflow.pictures import grids as pictures
 from exactflow.sampling.sample import sample
 from exactflow.training import FitResult, Interrupted, Progress, fit
 from exactflow.training.compatible import check_compatible

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from exactflow.core.model import GenerativeModel
 from exactflow.data import DataConfig, ImageDataset, load
-from exactflow.evaluation.baselines import FIT_IMAGES
-from exactflow.hub.pretrained import recorded_data
+from exactflow.metrics.baselines import FIT_IMAGES
+from exactflow.models.pretrained import recorded_data
 
 COMPARED = FIT_IMAGES  # images: a larger training split is not read only to be compared
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from exactflow.core.main_guard import require_main_guard
-from exactflow.core.processes import ProcessLostError
+from exactflow.core.process_group import ProcessLostError
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation, AugmentedEpoch
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.streaming import StreamedImages

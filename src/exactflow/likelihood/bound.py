@@ -17,7 +17,7 @@ from torch import Tensor
 
 from exactflow.core import images as grey
 from exactflow.core.model import NonFiniteError, evaluating
-from exactflow.core.processes import current
+from exactflow.core.process_group import current
 from exactflow.core.progress import shown_progress
 from exactflow.core.random import generator, normal_rows
 from exactflow.paths.chain import MarkovChain, Network

@@ -19,7 +19,7 @@ from exactflow.core.model import (
     evaluating,
     log_density,
 )
-from exactflow.core.processes import current
+from exactflow.core.process_group import current
 from exactflow.core.random import generator, normal_rows, uniform_rows
 from exactflow.likelihood.bound import ChainBound, chain_bound
 from exactflow.likelihood.ode_estimate import OdeEstimate, check_finite, ode_log_likelihood

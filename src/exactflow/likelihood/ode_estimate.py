@@ -17,7 +17,7 @@ from torch import Tensor
 from exactflow.core import images as grey
 from exactflow.core.model import NonFiniteError
 from exactflow.core.prior import DiagonalGaussian
-from exactflow.core.processes import current
+from exactflow.core.process_group import current
 from exactflow.core.random import generator, normal_rows, uniform_rows
 from exactflow.paths.ode import Field, OdeSolver, State, solve, uniform_times
 from exactflow.paths.path_model import PathModel

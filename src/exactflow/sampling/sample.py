@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exactflow.core.doors import LabelsLike, as_labels, require_model
 from exactflow.core.model import Flow, GenerativeModel, autoregressive_parts, evaluating
-from exactflow.core.processes import Processes, current
+from exactflow.core.process_group import Processes, current
 from exactflow.core.progress import tracked
 from exactflow.core.random import generator, normal_rows
 from exactflow.core.transform import Solver

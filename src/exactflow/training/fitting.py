@@ -16,7 +16,7 @@ from torch import Tensor
 
 from exactflow.core.main_guard import require_main_guard
 from exactflow.core.model import FittedFlow
-from exactflow.core.processes import joined
+from exactflow.core.process_group import joined
 from exactflow.core.progress import tracked
 from exactflow.core.random import generator
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation

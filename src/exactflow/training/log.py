@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, final
 
-from exactflow.core.processes import ALONE, Processes
+from exactflow.core.process_group import ALONE, Processes
 from exactflow.core.saved_run import LogState
 from exactflow.core.serialization import explained_write, write_atomically
 

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exactflow.core import shared_batch as shared
 from exactflow.core.main_guard import require_main_guard
 from exactflow.core.model import DataInitialized, GenerativeModel, NonFiniteError
-from exactflow.core.processes import Processes, joined
+from exactflow.core.process_group import Processes, joined
 from exactflow.core.random import derive_seed, generator
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.loader import Batch, training_batches
-from exactflow.nn import batch as shared
 from exactflow.training import checkpoint as disk
 from exactflow.training.compatible import check_compatible
 from exactflow.training.diagnosis import diagnose, save_batch

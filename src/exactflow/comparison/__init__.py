@@ -1,0 +1,1 @@
+"""Models of any kind on the same images, and what papers report."""

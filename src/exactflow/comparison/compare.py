@@ -1,0 +1,113 @@
+"""The verb `compare`: models of any kind on the same images, one report."""
+
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from exactflow.comparison.comparison import Bench
+from exactflow.comparison.protocol import Contender, Failure, Protocol
+from exactflow.comparison.report import Report, report_of
+from exactflow.core.model import GenerativeModel, NonFiniteError
+from exactflow.core.process_group import current
+from exactflow.data.datasets import DataConfig, ImageDataset, load
+from exactflow.metrics.extractors import FeatureExtractor, classifier, pixels
+
+PROTOCOL = Protocol()
+
+
+def compare(
+    models: Mapping[str, GenerativeModel] | Iterable[Contender | Failure],
+    data: str | DataConfig | tuple[ImageDataset, ImageDataset],
+    folder: str | Path = "runs/compare",
+    *,
+    extractor: FeatureExtractor | None = None,
+    protocol: Protocol = PROTOCOL,
+    setting: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> Report:
+    """Measure all models alike: likelihood by kind, samples, cost; write report.html, .md, .json.
+
+    What `folder` holds of the same weights, images and protocol is not measured again, so that the
+    same call goes on after a crash. Numbers depend on the protocol's seed, not on batches. A model
+    whose numbers are not finite does not stop the others: the report says what happened to it.
+    Processes that work together share the measurements; the report is the same.
+
+    Args:
+        models: by name; or contenders, which also know what their training cost. They may come
+            one by one: each is measured before the next is asked for.
+        data: source of the images, as in `DataConfig.source`; how to read them; or the training
+            split and the held-out one.
+        folder: for the report and everything measured.
+        extractor: of the features that samples are compared in; None: those of a small classifier
+            trained on these images, or without labels their low frequencies.
+        protocol: how much is measured.
+        setting: what else to print in the report.
+        progress: show bars.
+
+    Raises:
+        ValueError: two models of one name, none at all, or one that does not fit the images.
+        NonFiniteError: of no model everything is finite.
+    """
+    folder, group = Path(folder), current()
+    training, held_out = _splits(data)
+    if extractor is None:
+        extractor = pixels()
+        if training.labels is not None:
+            extractor = group.main_first(lambda: classifier(training, folder / "features"))
+    if isinstance(models, Mapping):
+        named = cast("Mapping[str, GenerativeModel]", models)
+        models = (Contender(name, model.eval()) for name, model in named.items())
+    bench = Bench(training, held_out, extractor, protocol, folder / "models", progress)
+    results: dict[str, dict[str, Any]] = {}
+    failures: dict[str, str] = {}
+    devices: set[str] = set()
+    for contender in models:
+        name = contender.name
+        if name in results or name in failures:
+            raise ValueError(f"expected a name for each model, got {name!r} twice")
+        if isinstance(contender, Failure):
+            failures[name] = contender.reason
+            continue
+        devices.add(str(contender.model.device))
+        try:
+            results[name] = bench.measure(contender)
+        except NonFiniteError as error:
+            failures[name] = str(error)
+    if not results:
+        if failures:
+            raise NonFiniteError("; ".join(f"{n}: {why}" for n, why in failures.items()))
+        raise ValueError("expected models to compare, got none")
+    setting = {**(setting or {}), **_machine(devices)}
+
+    def write() -> Report:
+        report = report_of(bench, list(results.values()), setting, failures)
+        report.save(folder)
+        return report
+
+    return group.on_main(write)
+
+
+def _splits(
+    data: str | DataConfig | tuple[ImageDataset, ImageDataset],
+) -> tuple[ImageDataset, ImageDataset]:
+    if isinstance(data, tuple):
+        return data
+    config = DataConfig(data) if isinstance(data, str) else data
+    return load(config, "train"), load(config, "test")
+
+
+def _machine(devices: Iterable[str]) -> dict[str, Any]:
+    """What the seconds of a report depend on."""
+    return {
+        "device": ", ".join(sorted(devices)),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "exactflow": version("exactflow"),
+    }

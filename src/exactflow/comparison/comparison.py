@@ -1,0 +1,239 @@
+"""Models of any kind on the same images: what is measured of each."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exactflow.comparison.memo import Arrays, Stages
+from exactflow.comparison.protocol import (
+    CHUNK,
+    Contender,
+    Protocol,
+    sampling_plans,
+    scored,
+    spread,
+    spread_rows,
+)
+from exactflow.core.model import GenerativeModel
+from exactflow.data.datasets import ImageDataset
+from exactflow.metrics.bits_per_dim import check_fits
+from exactflow.metrics.extractors import FeatureExtractor
+from exactflow.metrics.memory import PeakMemory
+from exactflow.metrics.quality import SampleQuality
+from exactflow.paths.path_model import PathModel
+from exactflow.sampling.sample import Samples, sample
+
+Result = dict[str, Any]
+
+
+@final
+@dataclass(frozen=True)
+class Bench:
+    """What all models are measured against.
+
+    Attributes:
+        training: among these images the nearest neighbours of samples are looked for.
+        held_out: scored; and samples are compared with them.
+        extractor: of the features that distances are taken in.
+        protocol: how much is measured.
+        folder: where results are kept.
+        progress: show bars.
+    """
+
+    training: ImageDataset
+    held_out: ImageDataset
+    extractor: FeatureExtractor
+    protocol: Protocol
+    folder: Path
+    progress: bool = False
+
+    @cached_property
+    def quality(self) -> SampleQuality:
+        """The measure of samples."""
+        folder = self.folder / "features"
+        return SampleQuality(
+            self.training, self.held_out, self.extractor, folder, self.protocol.seed, self.progress
+        )
+
+    def measure(self, contender: Contender) -> Result:
+        """Everything about one model, JSON-able; what `folder` has of it is not measured again.
+
+        Raises:
+            ValueError: the model is not made for these images.
+            NonFiniteError: a likelihood is not finite, or a sample of a model on a path.
+        """
+        model, protocol = contender.model, self.protocol
+        check_fits(model, self.held_out)
+        stages = self._stages(contender.name, {"weights": fingerprint(model)})
+        likelihood = self._likelihood(model, stages)
+        drawn = []
+        for index, each in enumerate(sampling_plans(model, protocol)):
+            count = protocol.few_samples if index else protocol.samples
+            drawn.append(self._samples(contender, stages, each, count))
+        memory = stages.keep("memory", asdict(protocol), lambda: self._memory(contender))
+        return {
+            "name": contender.name,
+            "family": model.kind,
+            "parameters": model.num_parameters,
+            "num_classes": model.num_classes,
+            "guidance": contender.guidance,
+            "training": dict(contender.training),
+            "curve": [dict(point) for point in contender.curve],
+            "likelihood": likelihood,
+            "samples": drawn[0],
+            "other_steps": drawn[1:],
+            "memory": memory,
+        }
+
+    def floor(self) -> Result:
+        """Training images in the place of samples: how near a perfect model would come."""
+        images, _ = self.training.tensors(spread_rows(self.training, self.protocol.samples))
+        stages = self._stages("training-images", {})
+        few = self._quality(images[: self.protocol.few_samples], stages, "quality of few", {})
+        whole = self._quality(images, stages, "quality", {})
+        return {"count": len(images), **whole, **_on_curve(few)}
+
+    def drawn(self, name: str, count: int) -> Tensor:
+        """The first main samples of a measured model, as grey levels."""
+        parts = sorted((self.folder / name / "samples").glob("*.npz"))
+        found: list[Tensor] = []
+        while parts and sum(map(len, found)) < count:
+            found.append(torch.from_numpy(np.load(parts.pop(0))["images"]))
+        return torch.cat(found)[:count]
+
+    def _stages(self, name: str, identity: Mapping[str, Any]) -> Stages:
+        data = {"training": self.training.fingerprint, "held out": self.held_out.fingerprint}
+        return Stages(self.folder / name, {**identity, **data}, self.progress)
+
+    def _likelihood(self, model: GenerativeModel, stages: Stages) -> Result:
+        """Mean over images with its kind and error."""
+        protocol = self.protocol
+        images, label = spread(self.held_out, protocol.scored_images(model), model)
+        how = {"seed": protocol.seed, "images": len(images)}
+        if isinstance(model, PathModel):
+            how |= {
+                "bound": protocol.bound_evaluations,
+                "ode": [protocol.ode_solver, protocol.ode_steps],
+            }
+
+        def score(rows: range) -> Arrays:
+            began = time.perf_counter()
+            chosen = slice(rows.start, rows.stop)
+            chunk = None if label is None else label[chosen]
+            found = scored(model, images[chosen], chunk, protocol, first=rows.start)
+            facts = {"kind": found.kind, "k": found.k, "dequantization": found.dequantization}
+            return {
+                "nats": found.nats.numpy(),
+                "seconds": np.array([time.perf_counter() - began]),
+                "facts": np.array([json.dumps({**facts, **found.details})]),
+            }
+
+        parts = stages.collect("likelihood", how, len(images), CHUNK, score)
+        bits = -parts["nats"] / (model.dims * math.log(2))
+        facts = json.loads(str(parts["facts"][0]))
+        noisy = facts["kind"] == "noisy-density"
+        return {
+            **facts,
+            "bits_per_dim": None if noisy else float(bits.mean()),
+            "standard_error": None if noisy else float(bits.std(ddof=1)) / math.sqrt(len(bits)),
+            "images": len(bits),
+            "seconds_per_image": float(parts["seconds"].sum()) / len(bits),
+        }
+
+    def _samples(
+        self, contender: Contender, stages: Stages, plan: tuple[str, int | None], count: int
+    ) -> Result:
+        """Cost and quality of `count` samples."""
+        model, (solver, steps) = contender.model, plan
+        main = plan == sampling_plans(model, self.protocol)[0]
+        name = "samples" if main else f"samples-{steps}"
+        how = {"seed": self.protocol.seed, "solver": solver, "steps": steps, "count": count}
+        if contender.guidance:
+            how["guidance"] = contender.guidance
+
+        def draw(rows: range) -> Arrays:
+            drawn = self._draw(contender, rows, plan)
+            return {
+                "images": drawn.images.cpu().numpy(),
+                "seconds": np.array([drawn.seconds]),
+                "evaluations": np.array([drawn.evaluations]),
+                "failures": np.array([len(drawn.failures)]),
+            }
+
+        parts = stages.collect(name, how, count, CHUNK, draw)
+        images = torch.from_numpy(parts["images"])
+        cost = {
+            "solver": solver,
+            "steps": steps,
+            "count": count,
+            "nonfinite": int(parts["failures"].sum()),
+            "evaluations": float(parts["evaluations"].mean()),
+            "seconds_per_sample": float(parts["seconds"].sum()) / count,
+        }
+        few = self._quality(
+            images[: self.protocol.few_samples], stages, f"quality of few {name}", how
+        )
+        return {
+            **cost,
+            **self._quality(images, stages, f"quality of {name}", how),
+            **_on_curve(few),
+        }
+
+    def _draw(self, contender: Contender, rows: range, plan: tuple[str, int | None]) -> Samples:
+        """The samples of these numbers, in one batch; classes in turn."""
+        model, (solver, steps) = contender.model, plan
+        return sample(
+            model,
+            len(rows),
+            torch.tensor(rows) % model.num_classes if model.num_classes else None,
+            self.protocol.seed + rows.start,
+            solver=solver,
+            guidance=contender.guidance,
+            steps=steps,
+            batch_size=len(rows),
+            on_nonfinite="raise" if isinstance(model, PathModel) else "omit",
+        )
+
+    def _memory(self, contender: Contender) -> Result:
+        """Peak bytes of scoring and of drawing one chunk."""
+        model = contender.model
+        images, label = spread(self.held_out, CHUNK, model)
+        peak = PeakMemory(model.device)
+        scored(model, images, label, self.protocol)
+        scoring, peak = peak.bytes(), PeakMemory(model.device)
+        self._draw(contender, range(CHUNK), sampling_plans(model, self.protocol)[0])
+        return {"scoring": scoring, "sampling": peak.bytes(), "images": len(images)}
+
+    def _quality(
+        self, images: Tensor, stages: Stages, name: str, identity: Mapping[str, Any]
+    ) -> Result:
+        """Distances of images from the held-out ones, and from the nearest training image."""
+        if len(images) < 2:
+            return {}
+
+        how = {**identity, "extractor": self.extractor.name, "images": len(images)}
+        return stages.keep(name, how, lambda: self.quality(images))
+
+
+def _on_curve(quality: Result) -> Result:
+    """The distance of as many samples as every point of a curve has: it falls with their number."""
+    return {"curve_frechet": quality["frechet"]} if quality else {}
+
+
+def fingerprint(model: GenerativeModel) -> str:
+    """Hash of kind, configuration and weights."""
+    digest = hashlib.sha256(f"{model.kind} {model.config}".encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

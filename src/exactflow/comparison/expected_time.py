@@ -1,0 +1,75 @@
+"""How long a protocol will take for a model, from a few of its steps."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from exactflow.comparison.protocol import CHUNK, Protocol, sampling_plans, scored, spread
+from exactflow.core.model import GenerativeModel
+from exactflow.data.datasets import ImageDataset
+from exactflow.paths.chain_model import ChainModel
+from exactflow.paths.path_model import PathModel
+from exactflow.sampling.sample import sample
+
+FEW = 2  # steps of a solver, or evaluations of a bound, that are timed
+
+
+def expected_seconds(
+    model: GenerativeModel, held_out: ImageDataset, protocol: Protocol, guidance: float = 0.0
+) -> float:
+    """Seconds of scoring images and drawing samples, about, by one chunk of each.
+
+    Nothing else that a comparison does is counted: features of the images and of the samples take
+    the same for every model.
+
+    Args:
+        model: trained or not, where it is to be measured.
+        held_out: what is scored.
+        protocol: how much of it, and how many samples.
+        guidance: scale that samples are drawn with.
+    """
+    images, label = spread(held_out, CHUNK, model)
+    few = replace(protocol, bound_evaluations=FEW, ode_steps=FEW)
+    each = _seconds(lambda: scored(model, images, label, few), model) / len(images)
+    count = min(protocol.scored_images(model), len(held_out))
+    total = each * count * _longer(model, protocol)
+    plans = sampling_plans(model, protocol)  # of one solver, with more or fewer steps
+    (solver, steps), counts = plans[0], (protocol.samples, *[protocol.few_samples] * len(plans[1:]))
+    each = _seconds(lambda: _drawn(model, solver, steps and FEW, guidance), model) / CHUNK
+    passes = (count * (steps or FEW) / FEW for (_, steps), count in zip(plans, counts, strict=True))
+    return total + each * sum(passes)
+
+
+def _longer(model: GenerativeModel, protocol: Protocol) -> float:
+    """Evaluations of a score in the protocol, for each one that is timed."""
+    if isinstance(model, ChainModel):
+        return protocol.bound_evaluations / FEW
+    return protocol.ode_steps / FEW if isinstance(model, PathModel) else 1.0
+
+
+def _drawn(model: GenerativeModel, solver: str, steps: int | None, guidance: float) -> None:
+    label = torch.arange(CHUNK) % model.num_classes if model.num_classes else None
+    rule = "raise" if isinstance(model, PathModel) else "omit"
+    sample(
+        model,
+        CHUNK,
+        label,
+        solver=solver,
+        guidance=guidance,
+        steps=steps,
+        batch_size=CHUNK,
+        on_nonfinite=rule,
+    )
+
+
+def _seconds(work: Callable[[], Any], model: GenerativeModel) -> float:
+    """Of the second time: the first one also makes what is made once."""
+    work()
+    began = time.perf_counter()
+    work()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter() - began

@@ -1,0 +1,179 @@
+"""How much is measured of every model alike, whatever its kind."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import numpy as np
+from torch import Tensor
+
+from exactflow.core.model import GenerativeModel
+from exactflow.data.datasets import ImageDataset
+from exactflow.likelihood.bound import chain_bound
+from exactflow.likelihood.log_likelihood import (
+    LogLikelihood,
+    log_likelihood,
+    of_bound,
+    of_estimate,
+)
+from exactflow.likelihood.ode_estimate import ode_log_likelihood
+from exactflow.metrics.bits_per_dim import with_labels
+from exactflow.paths.chain_model import ChainModel
+from exactflow.paths.ode import OdeSolver
+from exactflow.paths.path import InterpolatedCosine
+from exactflow.paths.path_model import PathModel
+
+CHUNK = 64  # images scored or drawn together
+
+
+@final
+@dataclass(frozen=True)
+class Protocol:
+    """How much is measured, of all models alike.
+
+    Attributes:
+        images: held-out images that are scored, at most.
+        estimate_images: the same where a differential equation is solved for each of them.
+        bound_evaluations: of the network for each image of a chain's bound.
+        ode_solver: of likelihoods that are estimates, on a fixed grid.
+        ode_steps: of that solver.
+        samples: drawn of each model.
+        evaluations: of the network for a sample of a model on a path, about: with the first number
+            the main samples are drawn, the others give the curve of quality against cost.
+        curve_samples: samples for each other number of evaluations.
+        seed: of noise and samples.
+    """
+
+    images: int = 2000
+    estimate_images: int = 500
+    bound_evaluations: int = 50
+    ode_solver: OdeSolver = "midpoint"
+    ode_steps: int = 50
+    samples: int = 2000
+    evaluations: tuple[int, ...] = (50, 10, 250)
+    curve_samples: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for counts too small to measure anything."""
+        for name in ("images", "estimate_images", "bound_evaluations", "samples", "curve_samples"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name}: expected at least 2, got {getattr(self, name)}")
+        if not self.evaluations or min(*self.evaluations, self.ode_steps) < 1:
+            raise ValueError(
+                f"expected evaluations and ode_steps of at least 1, got {self.evaluations} "
+                f"and {self.ode_steps}"
+            )
+        if self.ode_solver == "dopri5":
+            raise ValueError("ode_solver: expected one of a fixed grid, got 'dopri5'")
+
+    @property
+    def few_samples(self) -> int:
+        """Samples of every point of the curve of quality against cost."""
+        return min(self.samples, self.curve_samples)
+
+    def scored_images(self, model: GenerativeModel) -> int:
+        """How many images are scored at most."""
+        solved = isinstance(model, PathModel) and not isinstance(model, ChainModel)
+        return self.estimate_images if solved else self.images
+
+
+@final
+@dataclass(frozen=True)
+class Contender:
+    """A model that is compared.
+
+    Attributes:
+        name: in tables, and of the folder with its results.
+        model: where it is to be measured.
+        training: what its training saw and cost, JSON-able; empty where nobody knows.
+        curve: held-out likelihood in the course of its training.
+        guidance: scale of guidance that its samples are drawn with.
+    """
+
+    name: str
+    model: GenerativeModel
+    training: Mapping[str, Any] = field(default_factory=dict)
+    curve: Sequence[Mapping[str, Any]] = ()
+    guidance: float = 0.0
+
+
+@final
+@dataclass(frozen=True)
+class Failure:
+    """A model that was to be compared and cannot be: its training overflowed, say.
+
+    Attributes:
+        name: in tables.
+        reason: for people.
+    """
+
+    name: str
+    reason: str
+
+
+def scored(
+    model: GenerativeModel,
+    images: Tensor,
+    label: Tensor | None,
+    protocol: Protocol,
+    *,
+    first: int = 0,
+) -> LogLikelihood:
+    """Log-likelihood of images in the way that the protocol asks of models of this kind.
+
+    Args:
+        model: any.
+        images: grey levels.
+        label: class of each image.
+        protocol: says with how many evaluations.
+        first: number of the first image in its set.
+    """
+    size, seed = CHUNK, protocol.seed
+    if isinstance(model, ChainModel):
+        count = protocol.bound_evaluations
+        bound = chain_bound(
+            model, images, label, seed=seed, evaluations=count, first=first, batch_size=size
+        )
+        return of_bound(bound)
+    if isinstance(model, PathModel):
+        estimate = ode_log_likelihood(
+            model,
+            images,
+            label,
+            seed=seed,
+            solver=protocol.ode_solver,
+            steps=protocol.ode_steps,
+            first=first,
+            batch_size=size,
+        )
+        return of_estimate(estimate)
+    return log_likelihood(model, images, label, seed=seed, first=first, batch_size=size)
+
+
+def spread(
+    dataset: ImageDataset, count: int, model: GenerativeModel
+) -> tuple[Tensor, Tensor | None]:
+    """At most `count` images, evenly spread, and their labels where the model is conditional."""
+    return with_labels(model, dataset, spread_rows(dataset, count))
+
+
+def spread_rows(dataset: ImageDataset, count: int) -> np.ndarray:
+    """Where at most `count` images are, evenly spread."""
+    return np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
+
+
+def sampling_plans(
+    model: GenerativeModel, protocol: Protocol
+) -> tuple[tuple[str, int | None], ...]:
+    """Solvers and their steps, for each number of evaluations; a flow knows its own."""
+    wanted = protocol.evaluations
+    if not isinstance(model, PathModel):
+        return (("auto", None),)
+    if isinstance(model, ChainModel):
+        solver, steps = "ddim", [min(count, model.chain.steps) for count in wanted]
+    elif isinstance(model.path, InterpolatedCosine):
+        solver, steps = "dpm++", list(wanted)
+    else:
+        solver, steps = "heun", [max(1, count // 2) for count in wanted]  # two evaluations a step
+    return tuple((solver, count) for count in dict.fromkeys(steps))

@@ -1,1 +1,0 @@
-"""Diffusion models: discrete chains and continuous time, one file per family."""

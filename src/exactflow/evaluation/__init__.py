@@ -1,1 +1,0 @@
-"""Measuring models on data, and showing what came of it."""

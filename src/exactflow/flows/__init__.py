@@ -1,1 +1,0 @@
-"""Flows, one file per family."""

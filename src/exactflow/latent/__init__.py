@@ -1,0 +1,1 @@
+"""What a density is used for: editing, classifying, detecting, restoring."""

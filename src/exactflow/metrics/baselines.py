@@ -1,0 +1,141 @@
+"""The floor of every likelihood table: models fitted in closed form, in seconds.
+
+A model that does not beat the full-covariance Gaussian has learned less than second moments; one
+that does not beat Gaussianisation has learned less than what linear prediction leaves, value by
+value.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from exactflow.data import DataConfig, ImageDataset, load
+from exactflow.data.loader import evaluation_batches
+from exactflow.likelihood.log_likelihood import LogLikelihood, log_likelihood
+from exactflow.models.gaussian.gaussianisation import Gaussianisation, GaussianisationConfig
+from exactflow.models.gaussian.moments import FULL_COVARIANCE_DIMS
+from exactflow.models.gaussian.whitening import LinearFirstFlow, Whitening, WhiteningConfig
+
+BATCH = 500  # images at a time
+FIT_IMAGES = 50_000  # at most so many training images,
+FIT_VALUES = 2**28  # and at most so many pixel values of them, are read
+ENOUGH = 10  # images per dimension of a covariance, from which on it is not shrunk
+LAYERS = 2  # of Gaussianisation: where tokens are many, later ones find next to nothing
+MARGINAL_VALUES = 2**24  # values at most that its layers are fitted to
+
+
+@final
+@dataclass(frozen=True)
+class Baseline:
+    """A fitted model on held-out images.
+
+    Attributes:
+        likelihood: per image, of the draws of noise that `log_likelihood` makes for the seed.
+        parameters: numbers that were fitted.
+        trained_on: images of the training split it was fitted to.
+    """
+
+    likelihood: LogLikelihood
+    parameters: int
+    trained_on: int
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able, without the values of single images."""
+        several = len(self.likelihood.nats) > 1
+        return {
+            "kind": self.likelihood.kind,
+            "bits_per_dim": self.likelihood.bits_per_dim,
+            "standard_error": self.likelihood.standard_error if several else None,
+            "parameters": self.parameters,
+            "trained_on": self.trained_on,
+        }
+
+
+def training_images(config: DataConfig, held_out: ImageDataset) -> ImageDataset:
+    """As much of the training split as baselines are fitted to.
+
+    Raises:
+        DataError: the source has none, or it cannot be read.
+    """
+    most = max(1, min(FIT_IMAGES, FIT_VALUES // math.prod(held_out.event_shape)))
+    limit = most if config.limit is None else min(most, config.limit)
+    return load(replace(config, limit=limit), "train")
+
+
+def baselines(
+    training: ImageDataset,
+    held_out: ImageDataset,
+    *,
+    seed: int = 0,
+    k: int = 1,
+    device: torch.device | None = None,
+    progress: bool = False,
+) -> dict[str, Baseline]:
+    """Fit every baseline to `training` and score `held_out`.
+
+    Args:
+        training: what to fit to.
+        held_out: what to score, of the same shape and levels.
+        seed: names the noise of the score.
+        k: draws of it per image.
+        device: where to compute; None or one without float64: the CPU.
+        progress: show how far each score is.
+
+    Returns:
+        The baselines by name, weakest first.
+    """
+    images, _ = held_out.tensors()
+    found = {}
+    for name, model in _fitted(training, device).items():
+        options = {"k": k, "seed": seed, "batch_size": BATCH, "progress": progress}
+        likelihood = log_likelihood(model, images, data=held_out.fingerprint, **options)
+        found[name] = Baseline(likelihood, model.num_parameters, len(training))
+    return found
+
+
+def described(found: Mapping[str, Baseline]) -> dict[str, dict[str, Any]]:
+    """All of them as JSON holds them."""
+    return {name: baseline.describe() for name, baseline in found.items()}
+
+
+def _fitted(training: ImageDataset, device: torch.device | None) -> dict[str, LinearFirstFlow]:
+    """Independent pixels, a Gaussian, and its Gaussianisation: two fits for the three of them."""
+    shape, levels = training.event_shape, training.levels
+    dims = math.prod(shape)
+    small = dims <= FULL_COVARIANCE_DIMS
+    config = GaussianisationConfig(
+        shape,
+        "full" if small else "dct",
+        levels=levels,
+        layers=LAYERS,
+        fit_images=max(2, MARGINAL_VALUES // dims),
+    )
+    if len(training) < ENOUGH * config.linear.layout.tokens:
+        config = replace(config, shrinkage=None)
+    independent = Whitening(WhiteningConfig(shape, "diagonal", levels=levels))
+    layered = Gaussianisation(config)
+    if device is None or device.type == "mps":
+        device = torch.device("cpu")
+    for model in (independent, layered):
+        model.to(device).fit(_Batches(training))
+    return {
+        "independent pixels": independent,
+        "full-covariance Gaussian" if small else "DCT-factorised Gaussian": layered.gaussian(),
+        "Gaussianisation" if small else "DCT-factorised Gaussianisation": layered,
+    }
+
+
+@final
+class _Batches:
+    """The images of a set, as often as one asks."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in evaluation_batches(self._dataset, BATCH):
+            yield batch.images

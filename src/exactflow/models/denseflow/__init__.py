@@ -1,0 +1,1 @@
+"""DenseFlow (Grcic et al., arXiv 2106.04627)."""

@@ -1,0 +1,390 @@
+"""DenseFlow: coupling flows that inject noise channels between densely connected units.
+
+Grcic et al., Densely connected normalizing flows, arXiv 2106.04627. Gaussian channels are added
+inside every block, so the flow maps (image, noise) to its latent, one to one, and gives a lower
+bound of ln p(image), not the density. Sampling is one parallel pass that drops the noise again.
+Written from the paper's mathematics.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Float, Int, Integer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from exactflow.core import images as grey
+from exactflow.core import shared_batch as batch
+from exactflow.core.model import AugmentedFlow, DataInitialized
+from exactflow.core.transform import Solver
+from exactflow.models.denseflow.network import AttentionVariant, DeferredBatchNorm
+from exactflow.models.denseflow.parts import (
+    ChannelGaussian,
+    ChannelNorm,
+    CouplingDequantizer,
+    DenseBlock,
+    standard_normal_log_prob,
+)
+from exactflow.models.macow.masked_convolution import initializing
+
+MAX_UNITS = 10_000  # of a block
+
+
+@final
+@dataclass(frozen=True)
+class DenseFlowConfig:
+    """Architecture of a DenseFlow-L-g: L = sum of units x modules, g = growth."""
+
+    image_shape: tuple[int, int, int] = (3, 32, 32)  # channels, height, width
+    units: tuple[int, ...] = (6, 4, 1)  # of each block, at 1/2, 1/4, ... of the resolution
+    modules: tuple[int, ...] = (5, 6, 20)  # coupling modules in each unit of a block
+    widths: tuple[int, ...] = (48, 48, 48)  # channels of a block's coupling networks
+    growth: int = 10  # g: noise channels injected before every unit but a block's first
+    dense_depth: int = 7  # layers of a coupling network's dense part
+    dense_growth: int = 64  # channels that each of them adds
+    landmarks: int = 4  # of the attention; divides the number of positions of every block
+    attention: AttentionVariant = "published"  # corrected: what was meant, with other weights
+    dequantizer_steps: int = 4  # couplings of the variational dequantiser
+    dequantizer_width: int = 64  # channels of its context and networks
+    dequantizer_depth: int = 4  # layers of each of its dense parts
+    dequantizer_growth: int = 64  # channels that each of them adds
+    context_growth: int = 16  # the same in the network of its context
+    levels: int = grey.PHOTOGRAPHIC_LEVELS  # grey levels of the images
+    initial_images: int = 64  # how many the normalisations start from; published: a batch
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what cannot be built."""
+        blocks = len(self.units)
+        if not blocks or {len(self.modules), len(self.widths)} != {blocks}:
+            raise ValueError(
+                "expected units, modules and widths with one entry for each block, got "
+                f"{self.units}, {self.modules}, {self.widths}"
+            )
+        sizes = (*self.image_shape, *self.units, *self.modules, self.growth, self.landmarks)
+        networks = (self.dense_depth, self.dense_growth, self.dequantizer_width)
+        networks += (self.dequantizer_depth, self.dequantizer_growth, self.context_growth)
+        if min(*sizes, *networks) < 1 or min(self.widths) < 2 or self.dequantizer_steps < 0:
+            raise ValueError(f"expected positive sizes and widths of 2 or more, got {self}")
+        if max(*self.units, *self.modules) > MAX_UNITS:  # lists of them are made before any layer
+            raise ValueError(f"expected at most {MAX_UNITS:,} units and modules, got {self}")
+        if self.attention not in ("published", "corrected"):
+            raise ValueError(
+                f"expected attention 'published' or 'corrected', got {self.attention!r}"
+            )
+        if min(self.levels, self.initial_images) < 2:
+            raise ValueError(
+                "expected levels and initial_images of 2 or more, "
+                f"got {self.levels} and {self.initial_images}"
+            )
+        _, height, width = self.image_shape
+        if height % 2**blocks or width % 2**blocks:
+            raise ValueError(
+                f"expected height and width that are multiples of {2**blocks} for {blocks} "
+                f"blocks, got {height} x {width}"
+            )
+        rows, columns = self.size(blocks - 1)
+        if rows * columns % self.landmarks:
+            raise ValueError(
+                f"expected landmarks that divide the {rows} x {columns} positions of the last "
+                f"block, got {self.landmarks}"
+            )
+
+    @property
+    def channels(self) -> tuple[tuple[int, int], ...]:
+        """Channels of each block's input and output."""
+        pairs: list[tuple[int, int]] = []
+        entering = 4 * self.image_shape[0]
+        for units in self.units:
+            pairs.append((entering, entering + (units - 1) * self.growth))
+            entering = 2 * pairs[-1][1]  # a squeeze, of which half is kept
+        return tuple(pairs)
+
+    def size(self, block: int) -> tuple[int, int]:
+        """Height and width in a block."""
+        return self.image_shape[1] >> (block + 1), self.image_shape[2] >> (block + 1)
+
+    @property
+    def dropped_shapes(self) -> list[tuple[int, int, int]]:
+        """Shape of what is dropped after each block but the last."""
+        pairs = enumerate(pairwise(self.channels))
+        return [(follower[0], *self.size(block + 1)) for block, (_, follower) in pairs]
+
+    @property
+    def injected_shapes(self) -> list[tuple[int, int, int]]:
+        """Shape of each injection of noise, in order."""
+        return [
+            (self.growth, *self.size(block))
+            for block, units in enumerate(self.units)
+            for _ in range(units - 1)
+        ]
+
+
+@final
+class DenseFlow(AugmentedFlow, DataInitialized):
+    """The model: a variational dequantiser, and dense blocks between which half is dropped.
+
+    A latent is flat: the dropped halves, first dropped first, which are N(0, 1), then the last
+    block's output, a Gaussian with a learned mean and scale per channel.
+
+    Before training, `initialize` it on images: without, every `ChannelNorm` starts as the identity.
+    """
+
+    kind: ClassVar[str] = "denseflow"
+    exact: ClassVar[bool] = False
+
+    def __init__(self, config: DenseFlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dequantizer = CouplingDequantizer(
+            config.image_shape[0],
+            config.dequantizer_steps,
+            config.dequantizer_width,
+            config.dequantizer_depth,
+            config.dequantizer_growth,
+            config.context_growth,
+        )
+        self.blocks = nn.ModuleList(
+            DenseBlock(
+                entering,
+                config.growth,
+                units,
+                modules,
+                width,
+                config.dense_depth,
+                config.dense_growth,
+                config.landmarks,
+                config.attention,
+            )
+            for (entering, _), units, modules, width in zip(
+                config.channels, config.units, config.modules, config.widths, strict=True
+            )
+        )
+        last = config.channels[-1][1]
+        self.prior_mean = nn.Parameter(torch.zeros(1, last, 1, 1))
+        self.prior_log_scale = nn.Parameter(torch.zeros(1, last, 1, 1))
+
+    @property
+    def event_shape(self) -> tuple[int, int, int]:
+        return self.config.image_shape
+
+    @property
+    def levels(self) -> int:
+        return self.config.levels
+
+    @property
+    def num_classes(self) -> int:
+        return 0
+
+    @property
+    def noise_std(self) -> float:
+        return 0.0
+
+    @property
+    def initial_images(self) -> int:
+        return self.config.initial_images
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        blocks = [block for block in self.blocks if isinstance(block, DenseBlock)]
+        return [*self.dequantizer.stages, *(stage for block in blocks for stage in block.stages)]
+
+    @property
+    def prior(self) -> ChannelGaussian:
+        standard = sum(math.prod(shape) for shape in self.config.dropped_shapes)
+        size = self.config.size(len(self.blocks) - 1)
+        return ChannelGaussian(standard, self.prior_mean, self.prior_log_scale, size)
+
+    @property
+    def injected_dims(self) -> int:
+        """Standard normal numbers that `encode` takes for each image: the injected channels."""
+        return sum(math.prod(shape) for shape in self.config.injected_shapes)
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the standard normal noise of one draw of `bound`: D numbers, the dequantiser's,
+        then the injected ones. It is also the latent's size.
+        """
+        return (self.dims + self.injected_dims,)
+
+    def encode(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        label: Int[Tensor, " batch"] | None = None,
+        noise: Float[Tensor, "batch injected"] | None = None,
+    ) -> tuple[Float[Tensor, "batch latent"], Float[Tensor, " batch"]]:
+        """Latent of images in [-1, 1] with noise, and ln |det dz/d(x, noise)|.
+
+        Args:
+            x: images.
+            label: None; the model is unconditional.
+            noise: standard normal, see `injected_dims`; None for zeros, so that every injected
+                channel is its mean.
+
+        Raises:
+            ValueError: wrong shape or dtype, or a label.
+        """
+        self._check("images", x, self.event_shape, label)
+        h = x.to(torch.promote_types(x.dtype, torch.float32)) / 2  # the published range, centred
+        if noise is None:
+            noise = h.new_zeros(len(x), self.injected_dims)
+        _check_noise(noise, (len(x), self.injected_dims))
+        injected = _as_shapes(noise.to(h.dtype), self.config.injected_shapes)
+        log_abs_det = h.new_full((len(x),), -self.dims * math.log(2))
+        latent: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            h = F.pixel_unshuffle(h, 2)  # channel slowest, then row, then column
+            if index:
+                h, dropped = h.chunk(2, dim=1)
+                latent.append(dropped.flatten(1))
+            count = self.config.units[index] - 1
+            h, change = block(h, injected[:count])
+            injected = injected[count:]
+            log_abs_det = log_abs_det + change
+        return torch.cat([*latent, h.flatten(1)], dim=1), log_abs_det
+
+    @torch.no_grad()
+    def trajectory(
+        self,
+        z: Float[Tensor, "batch latent"],
+        label: Int[Tensor, " batch"] | None = None,
+        *,
+        solver: Solver | None = None,
+    ) -> Iterator[Float[Tensor, "batch channels height width"]]:
+        """See `Flow.trajectory`: blocks in reverse order; `solver` has nothing to invert.
+
+        A state has more numbers than an image: all but the last show its first channels.
+        """
+        self._check("latents", z, self.prior.shape, label)
+        last = len(self.blocks) - 1
+        shapes = [*self.config.dropped_shapes, self._last_shape]
+        *dropped, h = _as_shapes(z.to(torch.promote_types(z.dtype, torch.float32)), shapes)
+        yield self._as_image(h, last)
+        for index in reversed(range(last + 1)):
+            block = self.blocks[index]
+            assert isinstance(block, DenseBlock)
+            h = block.inverse(h)
+            if index:
+                h = F.pixel_shuffle(torch.cat([h, dropped[index - 1]], dim=1), 2)
+                yield self._as_image(h, index - 1)
+        yield 2 * F.pixel_shuffle(h, 2)
+
+    @property
+    def _last_shape(self) -> tuple[int, int, int]:
+        return (self.config.channels[-1][1], *self.config.size(len(self.blocks) - 1))
+
+    def _as_image(self, h: Tensor, block: int) -> Tensor:
+        """As many channels of a block's state as an image has numbers, or zeros, as an image."""
+        channels = self.event_shape[0] * 4 ** (block + 1)
+        h = F.pad(h, (0, 0, 0, 0, 0, max(channels - h.shape[1], 0)))[:, :channels]
+        return F.pixel_shuffle(h, 2 ** (block + 1))
+
+    def dequantize(
+        self,
+        images: Integer[Tensor, "batch channels height width"],
+        noise: Float[Tensor, "batch dims"],
+    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+        """Images in [-1, 1] with the u that standard normal `noise` becomes, and ln q(u | image).
+
+        Raises ValueError for images that are not such integers.
+        """
+        grey.check_images(images, self.event_shape, self.levels)
+        channels, height, width = self.event_shape
+        clean = grey.center(images, self.levels, noise.dtype)
+        u, log_q = self.dequantizer(clean, noise.view(-1, 4 * channels, height // 2, width // 2))
+        return grey.dequantize(images, u, self.levels), log_q
+
+    def bound(
+        self,
+        images: Integer[Tensor, "batch channels height width"],
+        label: Int[Tensor, " batch"] | None = None,
+        *,
+        noise: Float[Tensor, "batch *noise"],
+    ) -> Float[Tensor, " batch"]:
+        """One draw of ln w in nats, with E[w] = P(image): its mean is the ELBO (section 3.3).
+
+        ln w = ln p(z) + ln |det dz/d(x, e)| - ln N(e) - ln q(u | image) - D ln(levels / 2), and the
+        log of the mean of w over k draws is the IWBO_k. Each call in training mode moves the
+        running statistics once.
+
+        Args:
+            images: grey levels 0 .. levels-1.
+            label: None; the model is unconditional.
+            noise: standard normal, see `noise_shape`.
+
+        Raises:
+            ValueError: images that are not such integers, noise of a wrong shape, or a label.
+        """
+        _check_noise(noise, (len(images), *self.noise_shape))
+        ours, injected = noise.split([self.dims, self.injected_dims], dim=1)
+        x, log_q = self.dequantize(images, ours)
+        z, log_abs_det = self.encode(x, label, injected)
+        if self.training:
+            for part in self.modules():
+                if isinstance(part, DeferredBatchNorm):
+                    part.take_up()
+        log_q = log_q + standard_normal_log_prob(injected)
+        interval = self.dims * grey.nats_per_level_interval(self.levels)
+        return self.prior.log_prob(z) + log_abs_det - log_q - interval
+
+    def loss(
+        self,
+        images: Integer[Tensor, "batch channels height width"],
+        label: Int[Tensor, " batch"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, " batch"]:
+        """Minus one draw of the bound of ln P(image), per dimension."""
+        return -self.bound(images, label, noise=self._draw(images, generator)) / self.dims
+
+    def initialize(
+        self,
+        images: Integer[Tensor, "batch channels height width"],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """See `DataInitialized.initialize`: every `ChannelNorm` starts from what reaches it.
+
+        One pass without gradient, which moves no running statistics. In training mode it gives the
+        numbers that the published program takes from its first batch on the way.
+
+        Raises:
+            ValueError: images that are not such integers, or fewer than two.
+        """
+        if all(bool(part.initialized) for part in self.modules() if isinstance(part, ChannelNorm)):
+            return
+        if len(images) < 2:
+            raise ValueError(f"expected two images or more to initialise on, got {len(images)}")
+        ours, injected = self._draw(images, generator).split([self.dims, self.injected_dims], dim=1)
+        with initializing(self):
+            self.encode(self.dequantize(images, ours)[0], None, injected)
+
+    def _draw(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Noise for one draw of the bound of each image."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        shape = (len(images), *self.noise_shape)
+        return batch.randn(shape, generator=generator, dtype=dtype, device=images.device)
+
+    def _check(self, what: str, x: Tensor, shape: tuple[int, ...], label: Tensor | None) -> None:
+        if tuple(x.shape) != (len(x), *shape) or not x.is_floating_point():
+            raise ValueError(
+                f"expected floating-point {what} of shape (batch, {', '.join(map(str, shape))}), "
+                f"got {x.dtype} {tuple(x.shape)}"
+            )
+        self.check_label(label, len(x))
+
+
+def _check_noise(noise: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(noise.shape) != shape:
+        raise ValueError(f"expected noise of shape {shape}, got {tuple(noise.shape)}")
+
+
+def _as_shapes(flat: Tensor, shapes: list[tuple[int, int, int]]) -> list[Tensor]:
+    """Rows cut into images of these shapes."""
+    if not shapes:
+        return []
+    pieces = flat.split([math.prod(shape) for shape in shapes], dim=1)
+    return [piece.unflatten(1, shape) for piece, shape in zip(pieces, shapes, strict=True)]

@@ -1,0 +1,127 @@
+"""The models that OpenAI published with iDDPM and ADM: U-Net from the file, chain from hints.
+
+A file holds the network alone (see `openai_published`). What it leaves open changes every output,
+the dropout and the objective of further training aside: so nothing of it is guessed.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exactflow.core.config import checked
+from exactflow.models.diffusion.model import DiscreteDiffusion, DiscreteDiffusionConfig
+from exactflow.models.diffusion.openai import (
+    UNRECORDED,
+    learns_variance,
+    recorded,
+    unet_of,
+)
+from exactflow.models.diffusion.presets import PRESETS
+from exactflow.models.diffusion.step_importance import StepImportance
+
+MARK = "input_blocks.0.0.weight"  # the stem, of U-Nets and of classifiers
+CLASSIFIER_MARK = "out.2.positional_embedding"
+_HEADS = ("num_heads", "head_channels")
+HINTS = (  # fields of `DiscreteDiffusionConfig` that no file holds
+    *_HEADS,
+    "attention_order",
+    "dropout",
+    "schedule",
+    "diffusion_steps",
+    "rescale_timesteps",
+    "low_size",
+    "levels",
+    "label_dropout",
+    "fixed_variance",
+    "rescale_learned_sigmas",
+    "objective",
+    "timestep_law",
+)
+
+
+def from_published(
+    state: Mapping[str, Tensor],
+    hints: Mapping[str, Any],
+    *,
+    size: tuple[int, int] | None = None,
+    channels: int | None = None,
+) -> DiscreteDiffusion:
+    """The model of a published state dict, in evaluation mode, float32.
+
+    Args:
+        state: as published.
+        hints: fields among `HINTS`. Needed are those of `UNRECORDED`, of the heads one, and
+            `low_size` for upsamplers alone. The others are as the configuration has them, but
+            `rescale_learned_sigmas` follows `rescale_timesteps`, as in all published models.
+        size: height and width; the weights fit many, the model was trained at one.
+        channels: of the images, where neither 3 nor 1 fits.
+
+    Raises:
+        ValueError: hints are missing (all are named, with what the published models have), or the
+            state is no such U-Net's.
+    """
+    said = checked(DiscreteDiffusionConfig, hints)
+    read = recorded(state)
+    ends = read["in_channels"], read["out_channels"]
+    if channels is None:
+        channels = next((c for c in (3, 1) if {*ends} <= {c, 2 * c}), None)
+    if channels is None or not {*ends} <= {channels, 2 * channels}:
+        raise ValueError(
+            f"{ends[0]} channels in and {ends[1]} out are not those of images of "
+            f"{channels or '3 or 1'}: give channels"
+        )
+    upsampler = ends[0] == 2 * channels
+    if said.get("low_size") and not upsampler:
+        raise ValueError("low_size means nothing here: the network sees no second image")
+    given = {name for name, value in said.items() if value is not None} - {"low_size"}
+    given |= {"height"} if size else set()
+    given |= {"low_size"} if said.get("low_size") or not upsampler else set()
+    _check_complete(given, read)
+    assert size is not None
+    network = unet_of(
+        {name: value.float() for name, value in state.items()},
+        num_heads=said.get("num_heads"),
+        head_channels=said.get("head_channels"),
+        attention_order=said["attention_order"],
+        dropout=said["dropout"],
+    )
+    learned = learns_variance(network.config, channels)
+    fields = dataclasses.asdict(network.config)
+    del fields["in_channels"], fields["out_channels"]
+    fields["num_classes"] -= int(said.get("label_dropout", 0) > 0)  # the null class
+    defaults = {
+        "objective": "hybrid" if learned else "simple",
+        "rescale_learned_sigmas": said["rescale_timesteps"],
+    }
+    shape = {"image_shape": (channels, *size), "learn_sigma": learned}
+    fields = checked(DiscreteDiffusionConfig, {**defaults, **said, **fields, **shape})
+    config = DiscreteDiffusionConfig(**fields)
+    with torch.device("meta"):
+        model = DiscreteDiffusion(config)
+    model.network = network
+    if model.importance is not None:  # of losses yet to be seen
+        model.importance = StepImportance(config.diffusion_steps)
+    return model.eval()
+
+
+def _check_complete(given: set[str], read: Mapping[str, Any]) -> None:
+    """Raise ValueError unless nothing is missing: with all that is, and presets that tell it."""
+    if given.intersection(_HEADS):
+        given = given | {" or ".join(_HEADS)}
+    missing = {name: known for name, known in UNRECORDED.items() if name not in given}
+    if not missing:
+        return
+    fitting = [
+        name
+        for name, preset in PRESETS.items()
+        if preset.published and read.items() <= dataclasses.asdict(preset.config.unet).items()
+    ]
+    raise ValueError(
+        f"the weights do not tell {', '.join(missing)}: give these (on the command line --height "
+        "and model.NAME=VALUE), or by --preset the model that it is: of the published, "
+        f"{' or '.join(fitting) or 'none'} has such weights. The published models have:"
+        + "".join(f"\n  {name}: {known}" for name, known in missing.items())
+    )

@@ -1,0 +1,1 @@
+"""Flow matching (Lipman et al., arXiv 2210.02747)."""

@@ -1,0 +1,1 @@
+"""Flows fitted in closed form: whitening and Gaussianisation."""

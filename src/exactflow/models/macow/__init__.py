@@ -1,0 +1,1 @@
+"""MaCow (Ma et al., arXiv 1902.04208)."""

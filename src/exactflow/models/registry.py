@@ -1,0 +1,139 @@
+"""Every family and every preset, by name. Adding a model is one entry here."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, final
+
+import torch
+
+from exactflow.core.building import on_meta
+from exactflow.core.config import made, override, suggestion
+from exactflow.core.model import GenerativeModel, Preset
+from exactflow.models.denseflow import model as denseflow
+from exactflow.models.denseflow import presets as denseflow_presets
+from exactflow.models.diffusion import model as discrete
+from exactflow.models.diffusion import presets as discrete_presets
+from exactflow.models.flow_matching import model as flow_matching
+from exactflow.models.flow_matching import presets as flow_matching_presets
+from exactflow.models.gaussian import gaussianisation, whitening
+from exactflow.models.hdit import model as hdit
+from exactflow.models.hdit import presets as hdit_presets
+from exactflow.models.macow import model as macow
+from exactflow.models.macow import presets as macow_presets
+from exactflow.models.tarflow import model as tarflow
+from exactflow.models.tarflow import presets as tarflow_presets
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A kind of model: its class, its configuration and its presets."""
+
+    model: type[GenerativeModel]
+    config: type
+    presets: Mapping[str, Preset]
+
+
+FAMILIES: dict[str, Family] = {
+    "tarflow": Family(tarflow.TarFlow, tarflow.TarFlowConfig, tarflow_presets.PRESETS),
+    "macow": Family(macow.MaCow, macow.MaCowConfig, macow_presets.PRESETS),
+    "denseflow": Family(denseflow.DenseFlow, denseflow.DenseFlowConfig, denseflow_presets.PRESETS),
+    "whitening": Family(whitening.Whitening, whitening.WhiteningConfig, whitening.PRESETS),
+    "gaussianisation": Family(
+        gaussianisation.Gaussianisation,
+        gaussianisation.GaussianisationConfig,
+        gaussianisation.PRESETS,
+    ),
+    "flow-matching": Family(
+        flow_matching.FlowMatching,
+        flow_matching.FlowMatchingConfig,
+        flow_matching_presets.PRESETS,
+    ),
+    "diffusion": Family(
+        discrete.DiscreteDiffusion, discrete.DiscreteDiffusionConfig, discrete_presets.PRESETS
+    ),
+    "hdit": Family(hdit.HDiT, hdit.HDiTConfig, hdit_presets.PRESETS),
+}
+
+
+def names() -> list[str]:
+    """Names of all presets, family by family."""
+    return [name for family in FAMILIES.values() for name in family.presets]
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name. Raises ValueError with the nearest names."""
+    return family_of(name).presets[name]
+
+
+def build(name: str, **overrides: Any) -> GenerativeModel:
+    """A freshly initialised model.
+
+    Args:
+        name: a preset, see `names`.
+        overrides: fields of the model's configuration to change.
+
+    Raises:
+        ValueError: for an unknown preset or field, with a suggestion, or a model that is too large
+            for this machine.
+    """
+    family = family_of(name)
+    config = family.presets[name].config
+    if not overrides and torch.get_default_device().type == "meta":  # there is always room
+        return family.model(config)
+    return _built(family.model, override(config, overrides))
+
+
+def from_config(kind: str, fields: Mapping[str, Any]) -> GenerativeModel:
+    """A freshly initialised model of family `kind` from its configuration's fields.
+
+    Raises:
+        ValueError: an unknown kind; a field that is absent, unknown or of another type; a model
+            that is larger than this machine's memory.
+    """
+    family = _family(kind)
+    return _built(family.model, made(family.config, fields, f"the configuration of {kind}"))
+
+
+def without_numbers(
+    kind: str, fields: Mapping[str, Any], most: int | None = None
+) -> GenerativeModel:
+    """The same on the meta device, where it takes no memory.
+
+    Args:
+        kind: see `from_config`.
+        fields: see `from_config`.
+        most: parameters that it may have; None for what fits into this machine's memory.
+    """
+    family = _family(kind)
+    config = made(family.config, fields, f"the configuration of {kind}")
+    return on_meta(lambda: family.model(config), f"a model of kind {kind}", most)
+
+
+def _family(kind: str) -> Family:
+    if kind not in FAMILIES:
+        raise ValueError(f"unknown kind of model {kind!r}{suggestion(kind, FAMILIES)}")
+    return FAMILIES[kind]
+
+
+def _built(model: type[GenerativeModel], config: Any) -> GenerativeModel:
+    """The model, once it is known that there is room for it."""
+    if torch.get_default_device().type == "meta":
+        return on_meta(lambda: model(config), f"a model of kind {model.kind}", 2**62)
+    _check_room(model, config)
+    return model(config)
+
+
+@cache
+def _check_room(model: type[GenerativeModel], config: Any) -> None:
+    """Raise ValueError if it is too large; asked once for each configuration."""
+    on_meta(lambda: model(config), f"a model of kind {model.kind}")
+
+
+def family_of(name: str) -> Family:
+    """The family that preset `name` belongs to. Raises ValueError with the nearest names."""
+    for family in FAMILIES.values():
+        if name in family.presets:
+            return family
+    raise ValueError(f"unknown preset {name!r}{suggestion(name, names())}")

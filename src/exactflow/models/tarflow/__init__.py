@@ -1,0 +1,1 @@
+"""TarFlow (Zhai et al., arXiv 2412.06329)."""

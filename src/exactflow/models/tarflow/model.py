@@ -1,0 +1,332 @@
+"""TarFlow: an autoregressive flow of transformer blocks over image patches.
+
+Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329. Patches are tokens;
+every block maps token t by an affine function whose shift and log-scale a causal transformer reads
+off the tokens before it (eq. 4), and every other block runs over the tokens backwards. Written from
+the paper's mathematics.
+"""
+
+from collections.abc import Iterator
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Float, Int, Integer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from exactflow.core import images as grey
+from exactflow.core import shared_batch as batch
+from exactflow.core.model import Flow, ParameterRule
+from exactflow.core.prior import DiagonalGaussian
+from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver, Transform
+from exactflow.models.tarflow.config import TarFlowConfig
+from exactflow.nn.causal import NetworkWeights, TransformerLayer
+from exactflow.nn.decoding import DecodingCache
+from exactflow.nn.precision import full_precision
+
+EMBEDDING_STD = 0.01  # initial spread of position and class embeddings
+VARIANCE_MOMENTUM = 0.1  # weight of a new batch in the volume-preserving prior's variance
+
+
+@final
+class TokenMixing(Transform):
+    """z = (I + N) x for every token, N learned and strictly lower triangular, 0 at first.
+
+    What is constant of how the pixels of a patch depend on each other need not be predicted anew at
+    each token; its determinant is 1.
+
+    Args:
+        dim: numbers of a token.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim, dim))
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], label: Int[Tensor, " batch"] | None = None
+    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, " batch"]]:
+        """See `Transform.forward`."""
+        with full_precision(x.device):
+            return x + x @ self._coupling(x).mT, x.new_zeros(len(x))
+
+    def inverse(
+        self, z: Float[Tensor, "batch tokens dim"], label: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """See `Transform.inverse`: a forward substitution."""
+        upper = self._coupling(z).mT
+        return torch.linalg.solve_triangular(upper, z, upper=True, unitriangular=True, left=False)
+
+    def _coupling(self, like: Tensor) -> Float[Tensor, "dim dim"]:
+        return self.weight.tril(-1).to(like.dtype)
+
+
+@final
+class TarFlowBlock(AutoregressiveTransform):
+    """One block in generation order: token t moves by what precedes it.
+
+    Token 0 does not move at all, unless there is a start token.
+
+    Args:
+        config: the model's configuration.
+        reverse: whether generation order is the image's order backwards.
+    """
+
+    def __init__(self, config: TarFlowConfig, reverse: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.reverse = reverse
+        self.num_tokens, self.predicts_first = config.num_tokens, config.start_token
+        self.conditional = config.make_conditional()
+        channels, dim = config.width, config.token_dim
+        self.input = nn.Linear(dim, channels)
+        self.position = nn.Parameter(torch.randn(self.num_tokens, channels) * EMBEDDING_STD)
+        self.class_embedding = None
+        if config.num_classes:
+            table = torch.randn(config.num_classes, channels) * EMBEDDING_STD
+            self.class_embedding = nn.Parameter(table)
+        self.layers = nn.ModuleList(
+            TransformerLayer(channels, config.head_dim) for _ in range(config.layers_per_block)
+        )
+        self.norm = nn.RMSNorm(channels) if config.final_norm else None
+        size = dim if config.volume_preserving else self.conditional.size
+        self.output = nn.Linear(channels, size)
+        nn.init.zeros_(self.output.weight)  # the bias keeps its default: near, not at, identity
+        self.start_token = None
+        if config.start_token:
+            self.start_token = nn.Parameter(torch.randn(dim) * EMBEDDING_STD)
+            if not config.volume_preserving:
+                with torch.no_grad():
+                    self.output.bias.copy_(self.conditional.start)
+
+    def arrange(
+        self, tokens: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Image order to generation order and back: the permutation is its own inverse."""
+        return tokens.flip(1) if self.reverse else tokens
+
+    def new_cache(
+        self, x: Float[Tensor, "batch tokens dim"], decoding: Decoding | None = None
+    ) -> DecodingCache:
+        """See `AutoregressiveTransform.new_cache`."""
+        how = decoding or Decoding()
+        network = NetworkWeights(
+            self.input.weight,
+            self.input.bias,
+            tuple(layer.weights() for layer in self.layers if isinstance(layer, TransformerLayer)),
+            None if self.norm is None else self.norm.weight,
+            self.output.weight,
+            self.output.bias,
+        )
+        head_dim, tokens = self.config.head_dim, self.num_tokens - (not self.predicts_first)
+        return DecodingCache(network, head_dim, len(x), tokens, how.dtype, how.step, how.memory)
+
+    def conditioner(
+        self,
+        x: Float[Tensor, "batch stop dim"],
+        label: Int[Tensor, " batch"] | None = None,
+        cache: DecodingCache | None = None,
+        start: int = 0,
+        temperature: Float[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch window size"]:
+        """See `AutoregressiveTransform.conditioner`.
+
+        The network's output at a token parametrises the next one, at the start token the first.
+        """
+        stop = x.shape[1]
+        if self.start_token is not None:  # position t holds token t - 1
+            token = self.start_token.to(x.dtype)
+            if cache is None:
+                read = torch.cat([token.expand(len(x), 1, -1), x[:, :-1]], dim=1)
+            else:
+                read = cache.behind(token, x, start)
+            first, missing = start, 0
+        else:  # position t holds token t; the last one is evaluated where there is no cache
+            read, first, missing = x if cache is None else x[:, :-1], max(start - 1, 0), 1
+        if stop == missing:  # token 0 has nothing before it
+            return self._theta(x.new_zeros(len(x), 1, self.output.out_features))
+        if cache is None:  # N positions suit fast kernels better than N - 1
+            h = self.input(read.to(self.input.weight.dtype)) + self._condition(label)[:, :stop]
+            h = h.flatten(0, 1)
+            for layer in self.layers:
+                h = layer(h, len(x), temperature)
+            raw = self.output(h if self.norm is None else self.norm(h))
+        else:
+            cache.condition(lambda: self._condition(label))
+            raw = cache(read, first, temperature)
+        raw = raw.to(x.dtype).view(len(x), read.shape[1] - first, -1)
+        if start == 0 and missing:  # no change of token 0; the raw output 0 stands for it
+            raw = F.pad(raw, (0, 0, 1, stop - 1 - raw.shape[1]))
+        return self._theta(raw)
+
+    def _condition(self, label: Tensor | None) -> Float[Tensor, "batch_or_1 tokens channels"]:
+        """Position embedding in generation order plus the class vector, the mean when dropped."""
+        position = self.arrange(self.position[None])
+        if self.class_embedding is None:
+            return position
+        dropped = self.class_embedding.mean(0, keepdim=True)
+        if label is None:
+            return position + dropped
+        table = torch.cat([self.class_embedding, dropped])
+        return position + table[label][:, None]
+
+    def _theta(self, raw: Tensor) -> Tensor:
+        """Of raw outputs, in the dtype of the tokens, which is never below float32."""
+        if self.config.soft_clip:
+            raw = self.config.soft_clip * torch.tanh(raw / self.config.soft_clip)
+        if self.config.volume_preserving:  # shifts only
+            return torch.cat([torch.zeros_like(raw), raw], dim=-1)
+        return self.conditional.constrain(raw)
+
+
+@final
+class TarFlow(Flow):
+    """The model: blocks over patches, alternating directions, a Gaussian prior (eq. 3).
+
+    Latents keep the published token layout (batch, N, C P P), in the order of the image.
+    """
+
+    kind: ClassVar[str] = "tarflow"
+    exact: ClassVar[bool] = True
+    parameter_rules: ClassVar[tuple[ParameterRule, ...]] = (
+        ParameterRule(r"blocks\.\d+\.layers\.\d+\.qkv\.weight", matrices=3),
+        ParameterRule(r"blocks\.\d+\.layers\.\d+\.(proj|expand|contract)\.weight", matrices=1),
+    )
+
+    def __init__(self, config: TarFlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(
+            TarFlowBlock(config, reverse=index % 2 == 1) for index in range(config.blocks)
+        )
+        self.mixings = nn.ModuleList(
+            TokenMixing(config.token_dim) for _ in range(config.blocks if config.mixing else 0)
+        )
+        self.register_buffer("variance", torch.ones(config.num_tokens, config.token_dim))
+
+    @property
+    def event_shape(self) -> tuple[int, int, int]:
+        return self.config.image_shape
+
+    @property
+    def levels(self) -> int:
+        return self.config.levels
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    @property
+    def noise_std(self) -> float:
+        return self.config.noise_std
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        return list(self.blocks)
+
+    @property
+    def prior(self) -> DiagonalGaussian:
+        return DiagonalGaussian(self.get_buffer("variance"))
+
+    def patchify(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Patches in raster order; within one, channel slowest, then row, then column."""
+        return F.pixel_unshuffle(x, self.config.patch_size).flatten(2).transpose(1, 2)
+
+    def unpatchify(
+        self, tokens: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Inverse of `patchify`."""
+        _, height, width = self.event_shape
+        side = self.config.patch_size
+        grid = tokens.transpose(1, 2).unflatten(2, (height // side, width // side))
+        return F.pixel_shuffle(grid, side)
+
+    def encode(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        label: Int[Tensor, " batch"] | None = None,
+    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, " batch"]]:
+        """See `Flow.encode`. Raises ValueError for a wrong shape, dtype or label."""
+        if tuple(x.shape[1:]) != self.event_shape or x.dim() != 4 or not x.is_floating_point():
+            raise ValueError(
+                f"expected floating-point images of shape (batch, "
+                f"{', '.join(map(str, self.event_shape))}) in [-1, 1], "
+                f"got {x.dtype} {tuple(x.shape)}"
+            )
+        self.check_label(label, len(x))
+        tokens = self.patchify(x).to(torch.promote_types(x.dtype, torch.float32))
+        log_abs_det = tokens.new_zeros(len(x))
+        for index, block in enumerate(self.blocks):
+            assert isinstance(block, TarFlowBlock)
+            for mixing in self.mixings[index : index + 1]:
+                tokens, _ = mixing(tokens)
+            moved, change = block(block.arrange(tokens), label)
+            tokens, log_abs_det = block.arrange(moved), log_abs_det + change
+        return tokens, log_abs_det
+
+    @torch.no_grad()
+    def trajectory(
+        self,
+        z: Float[Tensor, "batch tokens dim"],
+        label: Int[Tensor, " batch"] | None = None,
+        *,
+        solver: Solver | None = None,
+    ) -> Iterator[Float[Tensor, "batch channels height width"]]:
+        """See `Flow.trajectory`: blocks in reverse order. Raises ValueError for a wrong shape."""
+        if tuple(z.shape[1:]) != self.prior.shape or not z.is_floating_point():
+            raise ValueError(
+                f"expected floating-point latents of shape (batch, "
+                f"{', '.join(map(str, self.prior.shape))}), got {z.dtype} {tuple(z.shape)}"
+            )
+        self.check_label(label, len(z))
+        tokens = z
+        yield self.unpatchify(tokens)
+        for index in reversed(range(len(self.blocks))):
+            block = self.blocks[index]
+            assert isinstance(block, TarFlowBlock)
+            v = block.arrange(tokens)
+            u = block.inverse(v, label) if solver is None else solver(block, v, label)
+            tokens = block.arrange(u)
+            for mixing in self.mixings[index : index + 1]:
+                assert isinstance(mixing, TokenMixing)
+                tokens = mixing.inverse(tokens)
+            yield self.unpatchify(tokens)
+
+    def loss(
+        self,
+        images: Integer[Tensor, "batch channels height width"],
+        label: Int[Tensor, " batch"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, " batch"]:
+        """-ln p(x) / D in nats per dimension under N(0, I) (eq. 6, with its constant).
+
+        In training, labels are dropped with probability `label_dropout`, and a volume-preserving
+        model updates its prior's variance, which the loss itself does not contain.
+        """
+        x = self.add_noise(images, generator)
+        if label is not None and self.training and self.num_classes:
+            chance = batch.rand(label.shape, generator=generator, device=label.device)
+            label = label.masked_fill(chance < self.config.label_dropout, self.null_label)
+        z, log_abs_det = self.encode(x, label)
+        if self.config.volume_preserving and self.training:
+            second_moment = batch.mean(z.detach().square().mean(0))
+            self.get_buffer("variance").lerp_(second_moment, VARIANCE_MOMENTUM)
+        standard = DiagonalGaussian(torch.ones_like(z[0]))
+        return -(standard.log_prob(z) + log_abs_det) / self.dims
+
+    def add_noise(
+        self,
+        images: Integer[Tensor, "batch channels height width"],
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "batch channels height width"]:
+        """What the model is trained on: dequantised images, or centred ones with Gaussian noise."""
+        grey.check_images(images, self.event_shape, self.levels)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        if self.noise_std == 0:
+            noise = batch.rand(images.shape, generator=generator, dtype=dtype, device=images.device)
+            return grey.dequantize(images, noise, self.levels)
+        noise = batch.randn(images.shape, generator=generator, dtype=dtype, device=images.device)
+        return grey.center(images, self.levels, dtype) + self.noise_std * noise
