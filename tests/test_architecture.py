@@ -22,7 +22,7 @@ ABSTRACT_BASES = {"ABC", "Protocol"}
 VALUE_BASES = {"Enum", "IntEnum", "StrEnum", "Flag", "IntFlag", "NamedTuple", "TypedDict"}
 PIXEL_NUMBERS = {255, 256, 127.5}  # and 128.0, but not the integer 128, which is a width
 PIXEL_ROOMS = ("core/images.py", "data/")  # the one file that knows 256, and the decoding of files
-WIDTH_ROOMS = ("flows/", "nn/", "diffusion/", "paths/")  # presets and widths of layers
+WIDTH_ROOMS = ("models/", "nn/", "paths/")  # presets and widths of layers
 SIZE_NAMES = {"batch_size", "channels", "width"}  # such an argument may be 256 anywhere
 
 

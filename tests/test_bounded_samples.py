@@ -102,7 +102,7 @@ def test_scales_are_bounded_in_our_own_presets_and_published_ones_are_as_publish
 
 def test_a_soft_clip_bounds_what_the_inverse_of_macow_divides_by() -> None:
     """s = sigmoid(2 + c tanh(r / c)) is at least sigmoid(2 - c), whatever the network says."""
-    from exactflow.core.transforms import shift_and_log_scale
+    from exactflow.models.macow.transforms import shift_and_log_scale
 
     raw = torch.linspace(-1e4, 1e4, 1001, dtype=torch.float64)[None, :, None]
     raw = torch.cat([raw, raw], dim=1).view(1, 2, -1)

@@ -14,7 +14,6 @@ from exactflow.core import images as grey
 from exactflow.core.config import override
 from exactflow.core.model import log_density
 from exactflow.core.random import generator, normal_rows
-from exactflow.core.transforms import Squeeze
 from exactflow.models.denseflow.model import DenseFlow, DenseFlowConfig
 from exactflow.models.denseflow.network import (
     DeferredBatchNorm,
@@ -30,7 +29,8 @@ from exactflow.models.denseflow.parts import (
 )
 from exactflow.models.denseflow.presets import PRESETS
 from exactflow.models.denseflow.published import MARK, from_published, renamed
-from exactflow.models.macow.masked_convolution import initializing
+from exactflow.models.macow.transforms import Squeeze
+from exactflow.nn.data_dependent import initializing
 from exactflow.training.optim import TrainConfig, recomputed
 from flows import blueprint
 

@@ -16,27 +16,26 @@ from exactflow.core.config import override
 from exactflow.core.model import log_density
 from exactflow.core.random import generator, normal_rows
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
-from exactflow.core.transforms import (
-    ActNorm,
-    Coupling,
-    InvertibleConvolution,
-    MaskedConvolution,
-    Orientation,
-    Squeeze,
-)
 from exactflow.data.config import DataConfig
 from exactflow.models.macow import published as macow_published
 from exactflow.models.macow.masked_convolution import (
     ContextEncoder,
     CouplingNetwork,
-    DataDependent,
     WeightNormConv,
-    initializing,
 )
 from exactflow.models.macow.model import MaCow, MaCowConfig
 from exactflow.models.macow.parts import GlowStep, Level, Step, StepPlan, Unit
 from exactflow.models.macow.presets import PRESETS
 from exactflow.models.macow.published import from_published, published_config, to_published
+from exactflow.models.macow.transforms import (
+    ActNorm,
+    Coupling,
+    MaskedConvolution,
+    Orientation,
+    Squeeze,
+)
+from exactflow.models.transforms import InvertibleConvolution
+from exactflow.nn.data_dependent import DataDependent, initializing
 from exactflow.sampling.autoregressive import (
     NAMES,
     Adaptive,

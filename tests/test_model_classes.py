@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 import exactflow
 from exactflow.cli import attributes, evaluate, sample
 from exactflow.cli.arguments import Evaluate, Sample
+from exactflow.cli.contenders import Contenders
 from exactflow.cli.latent_arguments import Attributes
 from exactflow.cli.settings import first_images, labels_named, resolve
 from exactflow.cli.train import train
-from exactflow.comparison.contenders import Contenders
 from exactflow.core.model import GenerativeModel
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.data.classes import class_number

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from exactflow.core.composition import Composition, ReversibleTransform
 from exactflow.core.model import DataInitialized, FittedFlow, Flow, GenerativeModel, NonFiniteError
-from exactflow.core.transforms import AffineCoupling
 from exactflow.data.datasets import ImageDataset
 from exactflow.models import registry
 from exactflow.models.denseflow.network import DeferredBatchNorm
+from exactflow.models.transforms import AffineCoupling
 from exactflow.training import TrainConfig, fit
 from exactflow.training.fitting import fit_closed_form
 from exactflow.training.optim import recomputed

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exactflow.comparison.memo import Arrays, Stages
+from exactflow.metrics.memo import Arrays, Stages
 
 
 def counted(calls: list[range]) -> Callable[[range], Arrays]:

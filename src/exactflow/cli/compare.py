@@ -7,12 +7,12 @@ from rich import box
 from rich.table import Table
 
 from exactflow.cli.arguments import Compare
+from exactflow.cli.contenders import Contenders
 from exactflow.cli.places import check_apart
 from exactflow.cli.settings import pick_device
 from exactflow.cli.terminal import note, say
 from exactflow.cli.words import parse_words
 from exactflow.comparison.compare import compare
-from exactflow.comparison.contenders import Contenders
 from exactflow.comparison.protocol import Protocol
 from exactflow.comparison.report import Report
 from exactflow.core.config import override

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exactflow.comparison.memo import Arrays, Stages
 from exactflow.comparison.protocol import (
     CHUNK,
     Contender,
@@ -28,6 +27,7 @@ from exactflow.core.model import GenerativeModel
 from exactflow.data.datasets import ImageDataset
 from exactflow.metrics.bits_per_dim import check_fits
 from exactflow.metrics.extractors import FeatureExtractor
+from exactflow.metrics.memo import Arrays, Stages
 from exactflow.metrics.memory import PeakMemory
 from exactflow.metrics.quality import SampleQuality
 from exactflow.paths.path_model import PathModel

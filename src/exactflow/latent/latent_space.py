@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from exactflow.core.model import Flow, NonFiniteError, autoregressive_parts, evaluating
+from exactflow.data.batches import batches
 from exactflow.latent.interpolation import reconstruct
-from exactflow.metrics.batches import batches
 from exactflow.sampling.certificate import Certificate
 from exactflow.sampling.inversion import Inversion
 from exactflow.sampling.planner import planned_solvers

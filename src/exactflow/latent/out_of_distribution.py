@@ -17,10 +17,10 @@ from torch import Tensor
 from exactflow.core import images as grey
 from exactflow.core.model import GenerativeModel, evaluating
 from exactflow.data import DataConfig, ImageDataset, load
+from exactflow.data.batches import batches
 from exactflow.data.store import fingerprint
 from exactflow.latent.restoration import exact_flow, log_density_gradient
 from exactflow.likelihood.log_likelihood import log_likelihood
-from exactflow.metrics.batches import batches
 from exactflow.pictures import grids as pictures
 from exactflow.pictures.figures import new_figure, png_of
 

@@ -18,7 +18,7 @@ from exactflow.core import images as grey
 from exactflow.core.model import Flow, GenerativeModel, NonFiniteError, evaluating, log_density
 from exactflow.core.progress import tracked
 from exactflow.core.random import generator, normal_rows, uniform_rows
-from exactflow.metrics.batches import batches
+from exactflow.data.batches import batches
 from exactflow.sampling.denoise import score_denoise
 
 Region = Literal["bottom", "right", "center", "scattered"]

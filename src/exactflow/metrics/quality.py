@@ -8,10 +8,10 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from exactflow.comparison.memo import Arrays, Stages
 from exactflow.data.datasets import ImageDataset
 from exactflow.metrics.extractors import FeatureExtractor, extract
 from exactflow.metrics.frechet import FeatureStatistics, frechet_distance
+from exactflow.metrics.memo import Arrays, Stages
 from exactflow.metrics.sample_quality import (
     Neighbours,
     density_coverage,

@@ -5,23 +5,22 @@ tell is taken from them; what they are silent about must be said, by hints or by
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import torch
 
 from exactflow.core.config import override
 from exactflow.core.model import GenerativeModel
 from exactflow.models import registry
-from exactflow.models.denseflow import published as denseflow_published
-from exactflow.models.diffusion import published as discrete_published
-from exactflow.models.foreign import ForeignFile, read_tensors
-from exactflow.models.hdit import published as hdit_published
-from exactflow.models.macow import published as macow_published
-from exactflow.models.tarflow import published as tarflow_published
-
-Hints = Mapping[str, Any]
+from exactflow.models.foreign import (
+    SIZE,
+    ForeignFile,
+    Hints,
+    PublishedFiles,
+    read_tensors,
+    without_size,
+)
 
 
 def convert(checkpoint: str | Path, *, preset: str | None = None, **hints: Any) -> GenerativeModel:
@@ -49,139 +48,64 @@ def convert(checkpoint: str | Path, *, preset: str | None = None, **hints: Any) 
             meaning for this one; a preset of another model; with what was expected.
     """
     file = read_tensors(Path(checkpoint))
-    family = _family_of(file)
+    kind, files = _known(file)
     given = {name: value for name, value in hints.items() if value is not None}
     for name in given:
-        if name not in (*family.needs, *family.takes):
+        if name not in (*files.needs, *files.takes):
             raise ValueError(
-                f"{file.path}: {name} means nothing for {family.name}, which takes "
-                f"{', '.join((*family.needs, *family.takes))}"
+                f"{file.path}: {name} means nothing for {files.name}, which takes "
+                f"{', '.join((*files.needs, *files.takes))}"
             )
-    missing = [name for name in family.needs if name not in given and preset is None]
+    missing = [name for name in files.needs if name not in given and preset is None]
     if missing:
         raise ValueError(
-            f"{file.path}: the weights of {family.name} do not tell {missing[0]}: give it, "
+            f"{file.path}: the weights of {files.name} do not tell {missing[0]}: give it, "
             f"on the command line --{missing[0]}"
         )
     if preset is None:
-        return _read(file, family, given)
+        return _read(file, files, given)
     config = registry.preset(preset).config
-    if registry.family_of(preset) is not registry.FAMILIES[family.kind]:
-        raise ValueError(f"{file.path} holds {family.name}, not {preset}")
-    told = _told(config, (*family.needs, *family.takes))
+    if registry.family_of(preset) is not registry.FAMILIES[kind]:
+        raise ValueError(f"{file.path} holds {files.name}, not {preset}")
+    told = _told(config, (*files.needs, *files.takes))
     if "height" in given:  # another size, whole
         told.pop("width", None)
-    model = _read(file, family, {**told, **given}, f" is not {preset}")
+    model = _read(file, files, {**told, **given}, f" is not {preset}")
     return _as_preset(file, model, preset, given)
 
 
-@final
-@dataclasses.dataclass(frozen=True)
-class _Family:
-    """How the published files of one kind of model are known and read."""
-
-    kind: str  # in the registry
-    name: str  # in messages
-    mark: str  # a key that no other family has
-    read: Callable[[ForeignFile, Hints], GenerativeModel]
-    needs: tuple[str, ...] = ()
-    takes: tuple[str, ...] = ()
-
-
-def _tarflow(file: ForeignFile, hints: Hints) -> GenerativeModel:
-    return tarflow_published.from_published(file.weights, file.path.stem, **hints)
-
-
-def _macow(file: ForeignFile, hints: Hints) -> GenerativeModel:
-    return macow_published.from_published(file.weights, _size(hints), hints["levels"])
-
-
-def _denseflow(file: ForeignFile, hints: Hints) -> GenerativeModel:
-    return denseflow_published.from_published(file.weights, _size(hints))
-
-
-def _diffusion(file: ForeignFile, hints: Hints) -> GenerativeModel:
-    if discrete_published.CLASSIFIER_MARK in file.weights:
-        raise ValueError(
-            "a classifier of noisy images is no generative model: it guides one, and "
-            "exactflow.models.diffusion.openai.classifier_of reads it"
-        )
-    size = _size(hints) if "height" in hints else None
-    return discrete_published.from_published(
-        file.weights, _without_size(hints), size=size, channels=hints.get("channels")
-    )
-
-
-def _hdit(file: ForeignFile, hints: Hints) -> GenerativeModel:
-    fields = _without_size(hints)
-    if file.config is None or hints.keys() & _SIZE:
-        channels = hints.get("channels") or hdit_published.image_channels(file.weights)
-        fields["image_shape"] = (channels, *_size(hints))
-    config = {} if file.config is None else {"config": file.config}
-    return hdit_published.from_published({"model": file.weights, **config}, hints=fields)
-
-
-_SIZE = ("channels", "height", "width")
-_FAMILIES = (
-    _Family(
-        "tarflow",
-        "TarFlow",
-        tarflow_published.MARK,
-        _tarflow,
-        takes=("channels", "height", "noise_std"),
-    ),
-    _Family("macow", "MaCow", macow_published.MARK, _macow, ("height", "levels"), takes=("width",)),
-    _Family(
-        "denseflow", "DenseFlow", denseflow_published.MARK, _denseflow, ("height",), ("width",)
-    ),
-    _Family(
-        "diffusion",
-        "iDDPM/ADM",
-        discrete_published.MARK,
-        _diffusion,
-        takes=(*_SIZE, *discrete_published.HINTS),
-    ),
-    _Family("hdit", "HDiT", hdit_published.MARK, _hdit, takes=(*_SIZE, *hdit_published.HINTS)),
-)
-
-
-def _family_of(file: ForeignFile) -> _Family:
-    for family in _FAMILIES:
-        if family.mark in file.weights:
-            return family
-    names = [family.name for family in _FAMILIES]
+def _known(file: ForeignFile) -> tuple[str, PublishedFiles]:
+    """The kind of model in a file, and how it is read."""
+    known = {
+        kind: family.files for kind, family in registry.FAMILIES.items() if family.files is not None
+    }
+    for kind, files in known.items():
+        if files.mark in file.weights:
+            return kind, files
+    names = [files.name for files in known.values()]
     raise ValueError(
         f"{file.path} is no published checkpoint of {', '.join(names[:-1])} or {names[-1]} "
         f"(its first keys: {list(file.weights)[:3]})"
     )
 
 
-def _read(file: ForeignFile, family: _Family, hints: Hints, verdict: str = "") -> GenerativeModel:
+def _read(
+    file: ForeignFile, files: PublishedFiles, hints: Hints, verdict: str = ""
+) -> GenerativeModel:
     """The model by the reader of its family; errors begin with the file and a verdict on it."""
     try:
-        return family.read(file, hints)
+        return files.read(file, hints)
     except KeyError as error:
         raise ValueError(
-            f"{file.path} is not a complete state dict of {family.name}: it has no {error}"
+            f"{file.path} is not a complete state dict of {files.name}: it has no {error}"
         ) from error
     except ValueError as error:
         raise ValueError(f"{file.path}{verdict}: {error}") from error
 
 
-def _size(hints: Hints) -> tuple[int, int]:
-    """Height and width."""
-    if "height" not in hints:
-        raise ValueError("the file does not tell height: give it, on the command line --height")
-    return hints["height"], hints.get("width", hints["height"])
-
-
-def _without_size(hints: Hints) -> dict[str, Any]:
-    return {name: value for name, value in hints.items() if name not in _SIZE}
-
-
 def _told(config: Any, names: tuple[str, ...]) -> dict[str, Any]:
     """What a preset's configuration says of these hints."""
-    size = dict(zip(_SIZE, config.image_shape, strict=True))
+    size = dict(zip(SIZE, config.image_shape, strict=True))
     said = {**dataclasses.asdict(config), **size}
     return {name: said[name] for name in names if said[name] is not None}
 
@@ -195,7 +119,7 @@ def _as_preset(
         ValueError: its tensors are not those of the preset.
     """
     read = model.config
-    changes = {"image_shape": read.image_shape, **_without_size(given)}
+    changes = {"image_shape": read.image_shape, **without_size(given)}
     config = override(registry.preset(preset).config, changes)
     with torch.device("meta"):
         exact = registry.FAMILIES[model.kind].model(config)

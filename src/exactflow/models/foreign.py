@@ -1,15 +1,18 @@
 """Foreign files of tensors: PyTorch's and safetensors, and what lies beside the tensors in them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 from torch import Tensor
 
+from exactflow.core.model import GenerativeModel
 from exactflow.core.serialization import parse_json
 from exactflow.core.tensor_files import read_pickled, read_safetensors
 
+Hints = Mapping[str, Any]
+SIZE = ("channels", "height", "width")  # hints that are no fields of a configuration
 _NESTS = ("model_ema", "model")  # where training checkpoints keep weights; averaged ones first
 
 
@@ -27,6 +30,38 @@ class ForeignFile:
     path: Path
     weights: dict[str, Tensor]
     config: Mapping[str, Any] | None = None
+
+
+@final
+@dataclass(frozen=True)
+class PublishedFiles:
+    """How the published files of one family are known and read.
+
+    Attributes:
+        name: of the family, for people.
+        mark: a key that the files of no other family have.
+        read: the model in a file, given what the file does not tell.
+        needs: hints that must be given.
+        takes: hints that may be given.
+    """
+
+    name: str
+    mark: str
+    read: Callable[[ForeignFile, Hints], GenerativeModel]
+    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+
+
+def size_in(hints: Hints) -> tuple[int, int]:
+    """Height and width. Raises ValueError where hints have none."""
+    if "height" not in hints:
+        raise ValueError("the file does not tell height: give it, on the command line --height")
+    return hints["height"], hints.get("width", hints["height"])
+
+
+def without_size(hints: Hints) -> dict[str, Any]:
+    """The hints that are fields of a configuration."""
+    return {name: value for name, value in hints.items() if name not in SIZE}
 
 
 def read_tensors(path: Path) -> ForeignFile:

@@ -1,59 +1,37 @@
 """Every family and every preset, by name. Adding a model is one entry here."""
 
-import dataclasses
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, final
+from typing import Any
 
 import torch
 
 from exactflow.core.building import on_meta
 from exactflow.core.config import made, override, suggestion
 from exactflow.core.model import GenerativeModel, Preset
-from exactflow.models.denseflow import model as denseflow
-from exactflow.models.denseflow import presets as denseflow_presets
-from exactflow.models.diffusion import model as discrete
-from exactflow.models.diffusion import presets as discrete_presets
-from exactflow.models.flow_matching import model as flow_matching
-from exactflow.models.flow_matching import presets as flow_matching_presets
-from exactflow.models.gaussian import gaussianisation, whitening
-from exactflow.models.hdit import model as hdit
-from exactflow.models.hdit import presets as hdit_presets
-from exactflow.models.macow import model as macow
-from exactflow.models.macow import presets as macow_presets
-from exactflow.models.tarflow import model as tarflow
-from exactflow.models.tarflow import presets as tarflow_presets
-
-
-@final
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """A kind of model: its class, its configuration and its presets."""
-
-    model: type[GenerativeModel]
-    config: type
-    presets: Mapping[str, Preset]
-
+from exactflow.models import (
+    denseflow,
+    diffusion,
+    flow_matching,
+    gaussian,
+    hdit,
+    macow,
+    tarflow,
+)
+from exactflow.models.family import Family
 
 FAMILIES: dict[str, Family] = {
-    "tarflow": Family(tarflow.TarFlow, tarflow.TarFlowConfig, tarflow_presets.PRESETS),
-    "macow": Family(macow.MaCow, macow.MaCowConfig, macow_presets.PRESETS),
-    "denseflow": Family(denseflow.DenseFlow, denseflow.DenseFlowConfig, denseflow_presets.PRESETS),
-    "whitening": Family(whitening.Whitening, whitening.WhiteningConfig, whitening.PRESETS),
-    "gaussianisation": Family(
-        gaussianisation.Gaussianisation,
-        gaussianisation.GaussianisationConfig,
-        gaussianisation.PRESETS,
-    ),
-    "flow-matching": Family(
-        flow_matching.FlowMatching,
-        flow_matching.FlowMatchingConfig,
-        flow_matching_presets.PRESETS,
-    ),
-    "diffusion": Family(
-        discrete.DiscreteDiffusion, discrete.DiscreteDiffusionConfig, discrete_presets.PRESETS
-    ),
-    "hdit": Family(hdit.HDiT, hdit.HDiTConfig, hdit_presets.PRESETS),
+    family.model.kind: family
+    for family in (
+        tarflow.FAMILY,
+        macow.FAMILY,
+        denseflow.FAMILY,
+        gaussian.WHITENING,
+        gaussian.GAUSSIANISATION,
+        flow_matching.FAMILY,
+        diffusion.FAMILY,
+        hdit.FAMILY,
+    )
 }
 
 

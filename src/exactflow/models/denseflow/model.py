@@ -29,7 +29,7 @@ from exactflow.models.denseflow.parts import (
     DenseBlock,
     standard_normal_log_prob,
 )
-from exactflow.models.macow.masked_convolution import initializing
+from exactflow.nn.data_dependent import initializing
 
 MAX_UNITS = 10_000  # of a block
 

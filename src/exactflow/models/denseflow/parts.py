@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from exactflow.core.composition import Composition, ElementaryTransform
 from exactflow.core.prior import Prior
-from exactflow.core.transforms import AffineCoupling, InvertibleConvolution
 from exactflow.models.denseflow.network import (
     AttentionVariant,
     ConditionalNetwork,
@@ -24,7 +23,8 @@ from exactflow.models.denseflow.network import (
     DenseCouplingNetwork,
     NoiseNetwork,
 )
-from exactflow.models.macow.masked_convolution import DataDependent, standardize
+from exactflow.models.transforms import AffineCoupling, InvertibleConvolution
+from exactflow.nn.data_dependent import DataDependent, standardize
 
 
 def standard_normal_log_prob(x: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from exactflow.models.denseflow.model import DenseFlow, DenseFlowConfig
+from exactflow.models.foreign import ForeignFile, Hints, PublishedFiles, size_in
 
 MARK = "transforms.0.encoder.base_dist.loc"  # a key that no other family has
 
@@ -142,3 +143,10 @@ def _rename(key: str) -> str:
     for pattern, replacement in _NAMES:
         key = re.sub(pattern, replacement, key)
     return key
+
+
+def _read(file: ForeignFile, hints: Hints) -> DenseFlow:
+    return from_published(file.weights, size_in(hints))
+
+
+FILES = PublishedFiles("DenseFlow", MARK, _read, needs=("height",), takes=("width",))

@@ -21,6 +21,7 @@ from exactflow.models.diffusion.openai import (
 )
 from exactflow.models.diffusion.presets import PRESETS
 from exactflow.models.diffusion.step_importance import StepImportance
+from exactflow.models.foreign import SIZE, ForeignFile, Hints, PublishedFiles, size_in, without_size
 
 MARK = "input_blocks.0.0.weight"  # the stem, of U-Nets and of classifiers
 CLASSIFIER_MARK = "out.2.positional_embedding"
@@ -125,3 +126,17 @@ def _check_complete(given: set[str], read: Mapping[str, Any]) -> None:
         f"{' or '.join(fitting) or 'none'} has such weights. The published models have:"
         + "".join(f"\n  {name}: {known}" for name, known in missing.items())
     )
+
+
+def _read(file: ForeignFile, hints: Hints) -> DiscreteDiffusion:
+    if CLASSIFIER_MARK in file.weights:
+        raise ValueError(
+            "a classifier of noisy images is no generative model: it guides one, and "
+            "exactflow.models.diffusion.openai.classifier_of reads it"
+        )
+    size = size_in(hints) if "height" in hints else None
+    channels = hints.get("channels")
+    return from_published(file.weights, without_size(hints), size=size, channels=channels)
+
+
+FILES = PublishedFiles("iDDPM/ADM", MARK, _read, takes=(*SIZE, *HINTS))

@@ -1,1 +1,8 @@
 """HDiT, hourglass diffusion transformers (Crowson et al., arXiv 2401.11605)."""
+
+from exactflow.models.family import Family
+from exactflow.models.hdit.model import HDiT, HDiTConfig
+from exactflow.models.hdit.presets import PRESETS
+from exactflow.models.hdit.published import FILES
+
+FAMILY = Family(HDiT, HDiTConfig, PRESETS, FILES)

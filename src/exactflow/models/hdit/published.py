@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from exactflow.core.config import checked
+from exactflow.models.foreign import SIZE, ForeignFile, Hints, PublishedFiles, size_in, without_size
 from exactflow.models.hdit.model import HDiT, HDiTConfig
 
 MODEL_TYPE = "image_transformer_v2"
@@ -201,3 +202,15 @@ def _filled(config: HDiTConfig, weights: Mapping[str, Tensor]) -> HDiT:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model.eval()
+
+
+def _read(file: ForeignFile, hints: Hints) -> HDiT:
+    fields = without_size(hints)
+    if file.config is None or hints.keys() & SIZE:
+        channels = hints.get("channels") or image_channels(file.weights)
+        fields["image_shape"] = (channels, *size_in(hints))
+    config = {} if file.config is None else {"config": file.config}
+    return from_published({"model": file.weights, **config}, hints=fields)
+
+
+FILES = PublishedFiles("HDiT", MARK, _read, takes=(*SIZE, *HINTS))

@@ -21,8 +21,9 @@ from exactflow.core import shared_batch as batch
 from exactflow.core.model import DataInitialized, DequantizingFlow
 from exactflow.core.prior import DiagonalGaussian
 from exactflow.core.transform import Solver
-from exactflow.models.macow.masked_convolution import ContextEncoder, initializing
+from exactflow.models.macow.masked_convolution import ContextEncoder
 from exactflow.models.macow.parts import MultiScale, Steps
+from exactflow.nn.data_dependent import initializing
 
 
 @final

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from exactflow.core.composition import Composition, ReversibleTransform
 from exactflow.core.transform import Solver
-from exactflow.core.transforms import (
+from exactflow.models.macow.masked_convolution import CouplingNetwork
+from exactflow.models.macow.transforms import (
     ActNorm,
     Coupling,
-    InvertibleConvolution,
     MaskedConvolution,
     Orientation,
     Squeeze,
 )
-from exactflow.models.macow.masked_convolution import CouplingNetwork
+from exactflow.models.transforms import InvertibleConvolution
 
 Steps = tuple[tuple[int, ...], ...]
 UNITS_PER_STEP = 2

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from exactflow.models.foreign import ForeignFile, Hints, PublishedFiles, size_in
 from exactflow.models.macow.model import MaCow, MaCowConfig
 from exactflow.models.macow.parts import Steps
 
@@ -214,3 +215,10 @@ def _deepest_first(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         _UP.sub(lambda m: f"dequant_flow.encoder.up{place[m[1]]}.", key): value
         for key, value in state.items()
     }
+
+
+def _read(file: ForeignFile, hints: Hints) -> MaCow:
+    return from_published(file.weights, size_in(hints), hints["levels"])
+
+
+FILES = PublishedFiles("MaCow", MARK, _read, needs=("height", "levels"), takes=("width",))

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from exactflow.models.foreign import ForeignFile, Hints, PublishedFiles
 from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 
 MARK = "var"  # the prior's variance: a key that no other family has
@@ -152,3 +153,10 @@ def _rename(key: str) -> str:
 
 def _reshape(key: str, value: Tensor) -> Tensor:
     return value.squeeze(1) if key.endswith("class_embed") else value
+
+
+def _read(file: ForeignFile, hints: Hints) -> TarFlow:
+    return from_published(file.weights, file.path.stem, **hints)
+
+
+FILES = PublishedFiles("TarFlow", MARK, _read, takes=("channels", "height", "noise_std"))

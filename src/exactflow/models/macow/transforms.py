@@ -1,6 +1,5 @@
-"""Invertible maps of images that several flows are made of."""
+"""The invertible maps that are MaCow's own."""
 
-from abc import ABC, abstractmethod
 from typing import Literal, final
 
 import torch
@@ -8,16 +7,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exactflow.core.composition import ElementaryTransform, Retraced, ReversibleTransform
+from exactflow.core.composition import ElementaryTransform
 from exactflow.core.conditional import Affine
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Transform
-from exactflow.models.macow.masked_convolution import (
-    DataDependent,
-    Kernel,
-    MaskedNetwork,
-    standardize,
-)
-from exactflow.nn.precision import full_precision
+from exactflow.models.macow.masked_convolution import Kernel, MaskedNetwork
+from exactflow.models.transforms import AffineCoupling
+from exactflow.nn.data_dependent import DataDependent, standardize
 
 LOG_SCALE_STD = 0.05  # initial spread of ActNorm's log-scales
 SCALE_OFFSET = 2.0  # of the sigmoid: raw output 0 gives the scale sigmoid(2) = 0.88
@@ -68,44 +63,6 @@ class ActNorm(ElementaryTransform, DataDependent):
 
 
 @final
-class InvertibleConvolution(ElementaryTransform):
-    """z = W x at every place, W a full matrix that starts orthogonal (Glow, section 3.2).
-
-    The inverse solves with W as it is now; nothing is kept that could go stale. In reduced
-    precision W stays in that of the data: a rounded matrix has another inverse.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, channels))
-        if not self.weight.is_meta:  # where it would take long, and make nothing
-            nn.init.orthogonal_(self.weight)
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        """See `Transform.forward`."""
-        weight = self.weight.to(x.dtype)
-        with full_precision(x.device):
-            z = F.conv2d(x, weight[..., None, None])
-            log_abs_det = torch.linalg.slogdet(weight).logabsdet * (x.shape[2] * x.shape[3])
-        return z, log_abs_det.expand(len(x))
-
-    def inverse(
-        self,
-        z: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
-        """See `Transform.inverse`."""
-        with full_precision(z.device):
-            return torch.linalg.solve(self.weight.to(z.dtype), z.flatten(2)).view_as(z)
-
-
-@final
 class Squeeze(Transform):
     """Every 2 x 2 square of places becomes one place with four times the channels.
 
@@ -138,70 +95,6 @@ class Squeeze(Transform):
         if self.order == "offset":
             z = z.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2)
         return F.pixel_shuffle(z, 2)
-
-
-class AffineCoupling(ReversibleTransform, ABC):
-    """z = exp(log_scale) x + shift for the last channels, both a function of the first, which stay.
-
-    (Dinh et al., RealNVP, arXiv 1605.08803.)
-
-    Attributes:
-        kept: how many channels are not changed.
-    """
-
-    kept: int
-
-    @abstractmethod
-    def move(
-        self,
-        kept: Float[Tensor, "batch kept height width"],
-        context: Float[Tensor, "batch features height width"] | None,
-    ) -> tuple[
-        Float[Tensor, "batch moved height width"], Float[Tensor, "batch moved height width"]
-    ]:
-        """Parameters (shift, log_scale) of the channels that are transformed, in the dtype of x."""
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        """See `Transform.forward`."""
-        kept, moved = x[:, : self.kept], x[:, self.kept :]
-        return _couple(kept, moved, *self.move(kept, context))
-
-    def inverse(
-        self,
-        z: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
-        """See `Transform.inverse`."""
-        kept, moved = z[:, : self.kept], z[:, self.kept :]
-        shift, log_scale = self.move(kept, context)
-        return torch.cat([kept, (moved - shift) * torch.exp(-log_scale)], dim=1)
-
-    def retrace(
-        self,
-        z: Float[Tensor, "batch channels height width"],
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> Retraced:
-        """See `ReversibleTransform.retrace`: the network is evaluated once, for both.
-
-        What it sees is what `forward` showed it, to the bit, if z is what `forward` gave.
-        """
-        kept = z[:, : self.kept].detach().requires_grad_()
-        shift, log_scale = self.move(kept, context)
-        with torch.no_grad():
-            moved = (z[:, self.kept :] - shift) * torch.exp(-log_scale)
-        moved.requires_grad_()
-        return Retraced((kept, moved), *_couple(kept, moved, shift, log_scale))
-
-
-def _couple(kept: Tensor, moved: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    z = torch.cat([kept, torch.addcmul(shift, moved, log_scale.exp())], dim=1)
-    return z, log_scale.sum((1, 2, 3))
 
 
 @final

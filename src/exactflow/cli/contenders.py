@@ -12,7 +12,6 @@ from exactflow.cli.settings import CONFIG_FILE, Settings, load_model, resolve
 from exactflow.cli.terminal import note
 from exactflow.cli.train import read_metrics
 from exactflow.comparison.expected_time import expected_seconds
-from exactflow.comparison.memo import Stages
 from exactflow.comparison.protocol import Contender, Failure, Protocol, scored, spread
 from exactflow.core.config import override
 from exactflow.core.model import FittedFlow, GenerativeModel, NonFiniteError
@@ -21,6 +20,7 @@ from exactflow.core.serialization import GUIDANCE
 from exactflow.data import DataConfig, ImageDataset
 from exactflow.data.model_classes import classes_in
 from exactflow.metrics.bits_per_dim import check_fits
+from exactflow.metrics.memo import Stages
 from exactflow.metrics.memory import PeakMemory
 from exactflow.models import registry, shipped
 from exactflow.models.pretrained import recorded_data, recorded_guidance
