@@ -1,6 +1,6 @@
 """`python -m exactflow.cli.ship RUN NAME`: a finished run as a model that ships with the package.
 
-Writes hub/shipped/NAME: the weights in float16, a card with what is measured of these weights on
+Writes models/shipped/NAME: the weights in float16, a card with what is measured of these weights on
 the test split, and some test images with their likelihoods, which tests hold the model to.
 """
 
