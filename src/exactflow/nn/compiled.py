@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from exactflow.nn.causal import NetworkWeights
+from exactflow.nn.kernel_arguments import Call, Layer
 
 LOADING = 1.0  # seconds, about, that importing the compiler and loading its code from disk takes
 MANY_SAMPLES = 16  # from so many a thread on, threads that do not wait for each other are faster
@@ -56,23 +57,6 @@ def _kernels(dtype: torch.dtype) -> ModuleType:
         _Clock.known.add(dtype)
         _Clock.seconds += time.perf_counter() - began
     return kernels
-
-
-@final
-class Call(ctypes.Structure):
-    """Sizes, and addresses of everything else, 0 where there is none; strides count elements."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_ssize_t)
-        for name in (
-            *("batch", "length", "dim", "heads", "head_dim", "out", "depth", "panel"),
-            *("layers", "input", "input_bias", "norm", "output", "output_bias"),
-            *("x", "h", "y", "qkv", "change", "wide", "logits", "raw"),
-            *("tokens", "tokens_row", "tokens_column"),
-            *("condition", "condition_row", "condition_column", "temperature", "position"),
-            *("by_samples", "rank", "ranks", "barrier"),  # the last three: functions of OpenMP
-        )
-    )
 
 
 @final
@@ -131,10 +115,10 @@ class CompiledStep:
             return keep(like.new_empty(rows, columns + -columns % panel))
 
         layers = [
-            kernels.Layer(cache=keep(cache), **{name: pack(t) for name, t in w._asdict().items()})
+            Layer(cache=keep(cache), **{name: pack(t) for name, t in w._asdict().items()})
             for w, cache in zip(network.layers, caches, strict=True)
         ]
-        self._layers = (kernels.Layer * len(layers))(*layers)
+        self._layers = (Layer * len(layers))(*layers)
         raw = like.new_empty(batch, out + -out % panel)
         self._raw = raw[:, :out]
         self._call = Call(

@@ -5,12 +5,11 @@ keep their meaning: of the fast-math rules only those that respect them are used
 annotations are compiled; `k` is always `Numbers`, and its type decides the precision.
 """
 
-import ctypes
 import inspect
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -21,7 +20,7 @@ from numba.core import cgutils
 from numba.np.numpy_support import from_dtype
 
 from exactflow.nn.causal import NORM_EPS
-from exactflow.nn.compiled import Call
+from exactflow.nn.kernel_arguments import Call, Layer
 
 VECTOR_BYTES, VECTORS = (64, 4) if llvm.get_host_cpu_features().get("avx512f") else (32, 2)
 PANEL_BYTES = VECTORS * VECTOR_BYTES  # outputs of a product that are summed side by side
@@ -36,20 +35,6 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 def _intrinsic(function: Callable[..., Any]) -> Any:
     return extending.intrinsic(inspect.unwrap(function))
-
-
-@final
-class Layer(ctypes.Structure):
-    """Addresses of a layer's weights and of its cache."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_ssize_t)
-        for name in (
-            *("attention_scale", "attention_offset", "qkv", "qkv_bias", "proj", "proj_bias"),
-            *("mlp_scale", "mlp_offset", "expand", "expand_bias", "contract", "contract_bias"),
-            "cache",
-        )
-    )
 
 
 class Numbers(NamedTuple):
