@@ -122,8 +122,8 @@ def test_interruption_is_one_line(ends) -> None:
 
 def test_interruption_at_the_start_is_one_line() -> None:
     code = (
-        "import os, signal, sys\nimport exactflow.cli.parsing as parsing\n"
-        "parsing.parsed = lambda words: os.kill(os.getpid(), signal.SIGINT) or 1 / 0\n"
+        "import signal\nimport exactflow.cli.parsing as parsing\n"
+        "parsing.parsed = lambda words: signal.raise_signal(signal.SIGINT) or 1 / 0\n"
         "from exactflow.cli import main\nmain()"
     )
     process = python(code, stderr=subprocess.PIPE, text=True)

@@ -86,7 +86,7 @@ def test_every_published_preset_is_counted() -> None:
 
 def test_presets_for_a_cpu_are_small() -> None:
     own = [n for n in PRESETS if not any(who in n for who in ("paper", "meta", "torchcfm"))]
-    assert len(own) == 4
+    assert len(own) == 5
     for name in own:
         assert blueprint(name).num_parameters < 1_200_000
 

@@ -8,7 +8,7 @@ images come from, how one was trained and what it scores stands in its card: `ex
 import difflib
 from pathlib import Path
 
-NAMES: tuple[str, ...] = ()
+NAMES: tuple[str, ...] = ("digits", "fashion-mnist", "fashion-mnist-samples", "cifar10")
 FOLDER = Path(__file__).resolve().parent
 CHECK_FILE = "check.safetensors"  # test images, their classes if any, and nats in float64, seed 0
 
