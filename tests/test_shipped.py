@@ -25,6 +25,7 @@ from exactflow.models import registry, shipped
 from exactflow.models.pretrained import READING, describe, from_pretrained, recorded_data
 from processes import call
 
+ROOT = Path(__file__).parents[1]
 DOCUMENTED = ("digits", "fashion-mnist", "fashion-mnist-samples", "cifar10")
 MOST = 8 * 10**6  # bytes of all together
 CLOSE = 1e-4  # bits/dim
@@ -117,6 +118,18 @@ def test_a_model_has_a_whole_card(name: str) -> None:
 @pytest.mark.parametrize("name", shipped.NAMES)
 def test_a_model_loads_offline_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_offline(name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", shipped.NAMES)
+def test_the_page_says_what_the_card_says(name: str) -> None:
+    model = exactflow.from_pretrained(name)
+    test = describe(model)["card"]["test"]
+    page = (ROOT / "docs" / "getting-started.md").read_text()
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+    assert f"{model.num_parameters:,}" in row
+    if test["bits_per_dim"] is not None:
+        assert f"{test['bits_per_dim']:.3f} ± {test['standard_error']:.3f}" in row
+        assert f"{test['images']:,} test images" in row
 
 
 # Any such model, and how it is made.
