@@ -186,7 +186,7 @@ def test_nothing_is_measured_twice(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(comparison, "sample", refuse)
+    monkeypatch.setattr(protocol, "sample", refuse)
     monkeypatch.setattr(comparison, "scored", refuse)
     again = exactflow.compare(models, splits, folder, extractor=pixels(16), protocol=SMALL)
     assert again.describe()["results"] == report.describe()["results"]

@@ -114,13 +114,15 @@ class Contenders:
     def _expected(self, name: str, protocol: Protocol) -> float | None:
         """Seconds that one model is measured, trained or not; None if it cannot be told."""
         if name in registry.names():
-            model = self._settings(name).build().to(self._device).eval()
+            settings = self._settings(name)
+            model, guidance = settings.build().to(self._device).eval(), settings.guidance
             if isinstance(model, FittedFlow):  # which has no density before it is fitted
                 return 0.0
         else:
             model = self._loaded(name)
+            guidance = recorded_guidance(model)
         try:
-            return expected_seconds(model, self._held_out, protocol, self._guidance(name, model))
+            return expected_seconds(model, self._held_out, protocol, guidance)
         except NonFiniteError:
             return None
 
@@ -153,7 +155,7 @@ class Contenders:
             facts |= {"images_seen": last["images"], "seconds": last["seconds"]}
             facts["step_seconds"] = last.get("step_seconds")
             facts |= _work(model, last["images"])
-        return Contender(shown, model, facts, guidance=self._guidance(name, model))
+        return Contender(shown, model, facts, guidance=recorded_guidance(model))
 
     def _trained(self, name: str) -> Contender:
         folder = self._folder / name
@@ -184,21 +186,13 @@ class Contenders:
             "step_seconds": result.step_seconds,
             "peak_memory": memory["bytes"],
         }
-        guidance = self._guidance(name, model)
+        guidance = settings.guidance
         card = {"training data": self._training.describe(), "cost": facts, GUIDANCE: guidance}
         current().on_main(lambda: model.save_pretrained(folder / "model", card=card))
         lines = [line for line in read_metrics(folder) if "bits_per_dim" in line]
         curve = [{n: line[n] for n in ("step_seconds", "images", "bits_per_dim")} for line in lines]
         facts |= _work(model, result.images_seen)
         return Contender(name, model, facts, curve, guidance)
-
-    def _guidance(self, name: str, model: GenerativeModel) -> float:
-        """The scale that samples of a preset, or of a model with such a card, are drawn with."""
-        if not model.num_classes:
-            return 0.0
-        if name in registry.names():
-            return registry.preset(name).guidance
-        return recorded_guidance(model)
 
     def _recipe(self, settings: Settings, model: GenerativeModel, stages: Stages) -> TrainConfig:
         """The preset's, as long as the budget lasts."""

@@ -109,6 +109,12 @@ class Settings:
             f"model.num_classes={found} trains it with them"
         )
 
+    @property
+    def guidance(self) -> float:
+        """The scale that samples of the model are meant to be drawn with; 0 without classes."""
+        given = asdict(self.model).get("num_classes")
+        return registry.preset(self.preset).guidance if given else 0.0
+
     def build(self) -> GenerativeModel:
         """The model with its seeded initial weights."""
         kind = registry.family_of(self.preset).model.kind

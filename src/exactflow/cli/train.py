@@ -22,7 +22,6 @@ from exactflow.data import ImageDataset, load
 from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.metrics.baselines import Baseline
 from exactflow.metrics.bits_per_dim import Evaluation, evaluate, with_labels
-from exactflow.models import registry
 from exactflow.paths.chain_model import ChainModel
 from exactflow.paths.path_model import PathModel
 from exactflow.pictures import grids as pictures
@@ -108,7 +107,7 @@ def train(settings: Settings, folder: Path, device: str) -> Trained:
             **({"processes": group.count} if group.count > 1 else {}),
             "torch": torch.__version__,
         },
-        GUIDANCE: registry.preset(settings.preset).guidance if model.num_classes else 0.0,
+        GUIDANCE: settings.guidance,
     }
     group.on_main(lambda: model.save_pretrained(folder / "model", card=card))
     return Trained(settings, model, training, result, evaluation)

@@ -18,6 +18,7 @@ from exactflow.comparison.protocol import (
     CHUNK,
     Contender,
     Protocol,
+    draw,
     sampling_plans,
     scored,
     spread,
@@ -31,7 +32,7 @@ from exactflow.metrics.memo import Arrays, Stages
 from exactflow.metrics.memory import PeakMemory
 from exactflow.metrics.quality import SampleQuality
 from exactflow.paths.path_model import PathModel
-from exactflow.sampling.sample import Samples, sample
+from exactflow.sampling.sample import Samples
 
 Result = dict[str, Any]
 
@@ -190,19 +191,8 @@ class Bench:
         }
 
     def _draw(self, contender: Contender, rows: range, plan: tuple[str, int | None]) -> Samples:
-        """The samples of these numbers, in one batch; classes in turn."""
-        model, (solver, steps) = contender.model, plan
-        return sample(
-            model,
-            len(rows),
-            torch.tensor(rows) % model.num_classes if model.num_classes else None,
-            self.protocol.seed + rows.start,
-            solver=solver,
-            guidance=contender.guidance,
-            steps=steps,
-            batch_size=len(rows),
-            on_nonfinite="raise" if isinstance(model, PathModel) else "omit",
-        )
+        """The samples of these numbers, in one batch."""
+        return draw(contender.model, rows, plan, contender.guidance, self.protocol.seed)
 
     def _memory(self, contender: Contender) -> Result:
         """Peak bytes of scoring and of drawing one chunk."""

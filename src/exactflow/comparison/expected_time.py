@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from exactflow.comparison.protocol import CHUNK, Protocol, sampling_plans, scored, spread
+from exactflow.comparison.protocol import CHUNK, Protocol, draw, sampling_plans, scored, spread
 from exactflow.core.model import GenerativeModel
 from exactflow.data.datasets import ImageDataset
 from exactflow.paths.chain_model import ChainModel
 from exactflow.paths.path_model import PathModel
-from exactflow.sampling.sample import sample
 
 FEW = 2  # steps of a solver, or evaluations of a bound, that are timed
 
@@ -38,7 +37,8 @@ def expected_seconds(
     total = each * count * _longer(model, protocol)
     plans = sampling_plans(model, protocol)  # of one solver, with more or fewer steps
     (solver, steps), counts = plans[0], (protocol.samples, *[protocol.few_samples] * len(plans[1:]))
-    each = _seconds(lambda: _drawn(model, solver, steps and FEW, guidance), model) / CHUNK
+    few_steps = (solver, steps and FEW)
+    each = _seconds(lambda: draw(model, range(CHUNK), few_steps, guidance), model) / CHUNK
     passes = (count * (steps or FEW) / FEW for (_, steps), count in zip(plans, counts, strict=True))
     return total + each * sum(passes)
 
@@ -48,21 +48,6 @@ def _longer(model: GenerativeModel, protocol: Protocol) -> float:
     if isinstance(model, ChainModel):
         return protocol.bound_evaluations / FEW
     return protocol.ode_steps / FEW if isinstance(model, PathModel) else 1.0
-
-
-def _drawn(model: GenerativeModel, solver: str, steps: int | None, guidance: float) -> None:
-    label = torch.arange(CHUNK) % model.num_classes if model.num_classes else None
-    rule = "raise" if isinstance(model, PathModel) else "omit"
-    sample(
-        model,
-        CHUNK,
-        label,
-        solver=solver,
-        guidance=guidance,
-        steps=steps,
-        batch_size=CHUNK,
-        on_nonfinite=rule,
-    )
 
 
 def _seconds(work: Callable[[], Any], model: GenerativeModel) -> float:

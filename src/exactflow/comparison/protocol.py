@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
@@ -22,6 +23,8 @@ from exactflow.paths.chain_model import ChainModel
 from exactflow.paths.ode import OdeSolver
 from exactflow.paths.path import InterpolatedCosine
 from exactflow.paths.path_model import PathModel
+from exactflow.sampling.sample import sample
+from exactflow.sampling.samples import Samples
 
 CHUNK = 64  # images scored or drawn together
 
@@ -177,3 +180,33 @@ def sampling_plans(
     else:
         solver, steps = "heun", [max(1, count // 2) for count in wanted]  # two evaluations a step
     return tuple((solver, count) for count in dict.fromkeys(steps))
+
+
+def draw(
+    model: GenerativeModel,
+    rows: range,
+    plan: tuple[str, int | None],
+    guidance: float,
+    seed: int = 0,
+) -> Samples:
+    """The samples of these numbers, in one batch; classes in turn.
+
+    Args:
+        model: any.
+        rows: sample k belongs to seed + k.
+        plan: solver and its steps, of `sampling_plans`.
+        guidance: scale.
+        seed: of the protocol.
+    """
+    solver, steps = plan
+    return sample(
+        model,
+        len(rows),
+        torch.tensor(rows) % model.num_classes if model.num_classes else None,
+        seed + rows.start,
+        solver=solver,
+        guidance=guidance,
+        steps=steps,
+        batch_size=len(rows),
+        on_nonfinite="raise" if isinstance(model, PathModel) else "omit",
+    )

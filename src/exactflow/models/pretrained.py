@@ -141,13 +141,13 @@ def recorded_data(model: GenerativeModel) -> dict[str, Any]:
 
 
 def recorded_guidance(model: GenerativeModel) -> float:
-    """The scale of guidance that the card of a loaded model names; 0 if none."""
+    """The scale of guidance that the card of a loaded model names; 0 if none, or no classes."""
     recorded = describe(model).get("card", {}).get(GUIDANCE, 0.0)
     if not isinstance(recorded, int | float) or not 0 <= recorded < math.inf:
         raise ValueError(
             f"{model.home}: expected a finite {GUIDANCE} >= 0 in the card, got {recorded!r}"
         )
-    return float(recorded)
+    return float(recorded) if model.num_classes else 0.0
 
 
 def recorded_reading(model: GenerativeModel) -> dict[str, Any]:

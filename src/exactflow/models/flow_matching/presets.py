@@ -81,8 +81,7 @@ def _meta_blurred(size: int, published: str) -> Preset:
 
 _META = "example of facebookresearch/flow_matching 1.0.10"
 _BLURRED = f"ImageNet with blurred faces, {_META}; label dropout and law of t unverified"
-_FASHION: dict[str, Any] = {
-    "image_shape": (1, 28, 28),
+_UNET: dict[str, Any] = {  # of less than a million parameters
     "dequantize": True,
     "times": "stratified",
     "model_channels": 32,
@@ -131,35 +130,19 @@ PRESETS: dict[str, Preset] = {
         data={"source": "digits"},
     ),
     "flow-matching-fashion-mnist": Preset(
-        FlowMatchingConfig(**_FASHION),
+        FlowMatchingConfig((1, 28, 28), **_UNET),
         training=_SMALL,
         data={"source": "fashion-mnist"},
     ),
     "flow-matching-fashion-mnist-samples": Preset(
-        FlowMatchingConfig(num_classes=10, **_FASHION),
+        FlowMatchingConfig((1, 28, 28), num_classes=10, **_UNET),
         training=_SMALL,
         data={"source": "fashion-mnist"},
         guidance=1.0,
     ),
     "flow-matching-cifar10": Preset(
-        FlowMatchingConfig(
-            image_shape=(3, 32, 32),
-            dequantize=True,
-            times="stratified",
-            model_channels=32,
-            channel_mult=(1.0, 1.0, 2.0),
-            num_res_blocks=1,
-            attention_factors=(4,),
-            head_channels=32,
-            resample="conv",
-        ),
-        training={
-            "epochs": 20.0,
-            "batch_size": 64,
-            "warmup_steps": 200,
-            "learning_rate": 2e-3,
-            "ema_decay": 0.999,
-        },
+        FlowMatchingConfig((3, 32, 32), **_UNET),
+        training=_SMALL,
         data={"source": "hub:uoft-cs/cifar10", "flip": True},
     ),
     # The paper's, arXiv 2210.02747, appendix E.

@@ -228,6 +228,13 @@ class TarFlow(Flow):
     def prior(self) -> DiagonalGaussian:
         return DiagonalGaussian(self.get_buffer("variance"))
 
+    @property
+    def _steps(self) -> list[tuple[TokenMixing | None, TarFlowBlock]]:
+        """From data to latent."""
+        blocks = [block for block in self.blocks if isinstance(block, TarFlowBlock)]
+        mixings = [mixing for mixing in self.mixings if isinstance(mixing, TokenMixing)]
+        return list(zip(mixings or [None] * len(blocks), blocks, strict=True))
+
     def patchify(
         self, x: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch tokens dim"]:
@@ -258,9 +265,8 @@ class TarFlow(Flow):
         self.check_label(label, len(x))
         tokens = self.patchify(x).to(torch.promote_types(x.dtype, torch.float32))
         log_abs_det = tokens.new_zeros(len(x))
-        for index, block in enumerate(self.blocks):
-            assert isinstance(block, TarFlowBlock)
-            for mixing in self.mixings[index : index + 1]:
+        for mixing, block in self._steps:
+            if mixing is not None:
                 tokens, _ = mixing(tokens)
             moved, change = block(block.arrange(tokens), label)
             tokens, log_abs_det = block.arrange(moved), log_abs_det + change
@@ -283,14 +289,11 @@ class TarFlow(Flow):
         self.check_label(label, len(z))
         tokens = z
         yield self.unpatchify(tokens)
-        for index in reversed(range(len(self.blocks))):
-            block = self.blocks[index]
-            assert isinstance(block, TarFlowBlock)
+        for mixing, block in reversed(self._steps):
             v = block.arrange(tokens)
             u = block.inverse(v, label) if solver is None else solver(block, v, label)
             tokens = block.arrange(u)
-            for mixing in self.mixings[index : index + 1]:
-                assert isinstance(mixing, TokenMixing)
+            if mixing is not None:
                 tokens = mixing.inverse(tokens)
             yield self.unpatchify(tokens)
 
