@@ -196,6 +196,8 @@ def _from_workers(loader: DataLoader[Batch]) -> Iterator[Batch]:
         yield from batches
     except Exception as error:
         ended = [workers[s] for s in wait(list(workers), timeout=1.0) if isinstance(s, int)]
+        for process in ended:
+            process.join(1.0)  # its files close shortly before it can be asked how it ended
         lost = next((process for process in ended if process.exitcode), None)
         if lost is None:  # one that had no more to do is not to blame
             raise
