@@ -13,6 +13,7 @@ all processes have taken since the line before. A line is either
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import runpy
@@ -55,7 +56,8 @@ def free_port() -> int:
 
 
 def work(job: Callable[..., Any], options: Mapping[str, Any], told: int) -> None:
-    """One process: its result or its error, as JSON, into the pipe."""
+    """One process: its result or its error, as JSON, into the pipe, or where it crashed."""
+    faulthandler.enable(told)
     try:
         result: dict[str, Any] = {"value": job(**options)}
     except BaseException as error:
@@ -91,23 +93,31 @@ def carry_out(
 
 def collect(children: list[tuple[int, int]]) -> list[dict[str, Any]]:
     """Wait for all. Those that outlive the first by the deadline are killed: that is a failure."""
-    left = {child for child, _ in children}
+    status: dict[int, int] = {}
     first = None
-    while left:
-        left -= {child for child in left if os.waitpid(child, os.WNOHANG)[0]}
-        if len(left) < len(children):
+    while left := [child for child, _ in children if child not in status]:
+        status |= {child: code for child in left if (code := ended(child)) is not None}
+        if status:
             first = first or time.monotonic()
-            if left and time.monotonic() - first > DEADLINE:
+            if time.monotonic() - first > DEADLINE:
                 for child in left:
                     os.kill(child, signal.SIGKILL)
                 raise RuntimeError(f"{len(left)} processes outlived another by {DEADLINE} s")
         time.sleep(0.01)
     found = []
-    for _, heard in children:
+    for child, heard in children:
         with os.fdopen(heard) as pipe:
             text = pipe.read()
-        found.append(json.loads(text) if text else {"error": "killed"})
+        found.append(
+            json.loads(text) if status[child] == 0 else {"error": ending(status[child], text)}
+        )
     return found
+
+
+def ending(status: int, stacks: str) -> str:
+    """How a process ended that did not come to its result or error."""
+    name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    return f"{name}\n{stacks}" if stacks else name
 
 
 def train(

@@ -436,17 +436,17 @@ def test_recipes_are_ablated_and_results_kept(
         write_idx(data / "fashion-mnist", name, pixels[:count], labels)
     small = ("model.width=40", "model.head_dim=40", "model.blocks=1", "training.batch_size=8")
     place, rows = ablation.ROWS["fashion-mnist"]
-    rows = [(title, preset, (*words, *small)) for title, preset, words in rows]
+    rows = [row._replace(words=(*row.words, *small)) for row in rows]
     monkeypatch.setattr(ablation, "ROWS", {"fashion-mnist": (place, rows)})
-    monkeypatch.setattr(ablation, "IMAGES", 128)
-    monkeypatch.setattr(ablation, "SECONDS", 0.2)
     words = ["--data", data, "--out", tmp_path / "out", "--seeds", 0, 1]
+    words += ["--images", 128, "--seconds", 0.2]
     monkeypatch.setattr(sys, "argv", ["ablation.py", *map(str, words)])
     ablation.main()
     said = capsys.readouterr().out
     assert said.count("| plain: affine, AdamW |") == 2
-    assert said.count("| 128 |") == len(rows)
-    assert "fashion-mnist, equal seconds" in said
+    images, seconds = said.split("fashion-mnist, equal seconds")
+    assert images.count("| 128 |") == len(rows)
+    assert seconds.count("| 2 |") == len(rows)
     ablation.main()
     assert capsys.readouterr().out == said
 

@@ -162,7 +162,7 @@ def test_killing_any_process_at_any_time_is_survived_bitwise(name: str, tmp_path
     for (killed, _), found in zip(kills, struck, strict=True):
         for rank, each in enumerate(found):
             if rank == killed:
-                assert each["error"] == "killed"
+                assert each["error"] == "SIGKILL"
             else:
                 assert "ProcessLostError" in each["error"]
                 assert "run the same command to go on from what is saved" in each["error"]

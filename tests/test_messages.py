@@ -187,7 +187,7 @@ def test_a_long_wait_is_many_short_ones() -> None:
 
 def test_who_dies_while_others_wait_is_missed() -> None:
     found = carry_out(die_on_main, 2)
-    assert found[0] == {"error": "killed"}
+    assert found[0] == {"error": "SIGKILL"}
     assert found[1]["error"].startswith("ProcessLostError: process 1 of 2 cannot reach another one")
 
 

@@ -231,7 +231,7 @@ def test_an_order_that_all_processes_get_saves_the_step(tmp_path: Path) -> None:
         ),
         round_of(ALONE, run, config=loaders),
     )
-    assert error_of(killed) == "killed"
+    assert error_of(killed) == "SIGKILL"
     for found, step in zip(stopped, (11, 18), strict=True):
         message = f"stopped by SIGTERM after step {step}; run the same command to resume"
         assert error_of(found) == f"Interrupted: {message}"
