@@ -135,8 +135,8 @@ def test_info(run: Path, tmp_path: Path) -> None:
         (["train", "--out", "x", "trainig.steps=3", "tarflow-digits"], "did you mean 'training'"),
         (["results", "training.steps=3"], "takes no settings"),
         (["info", "training.steps=3"], "expected a preset"),
-        (["info", "tarflow-tiny", "--gpus", "7"], "7 processes"),
-        (["info", "tarflow-tiny", "--memory", "-1"], "--memory: expected more than 0"),
+        (["cost", "tarflow-tiny", "--gpus", "7"], "7 processes"),
+        (["cost", "tarflow-tiny", "--memory", "-1"], "--memory: expected more than 0"),
         (["sample", "x", "--seeed", "3"], "--seed"),
     ],
 )

@@ -14,7 +14,7 @@ from exactflow.models import registry
 from processes import call
 
 pytestmark = pytest.mark.slow  # two models are trained
-VERBS = ("attributes", "classify", "outliers", "restore")
+VERBS = ("attributes", "classify", "outliers", "inpaint", "denoise")
 SMALL = ["model.width=64", "model.blocks=2", "model.layers_per_block=1"]
 FAST = ["training.steps=120", "training.warmup_steps=20", "training.batch_size=32"]
 CONDITIONAL = ["train", "tarflow-digits", "model.num_classes=10", *SMALL, *FAST]
@@ -129,9 +129,9 @@ def test_outliers_frames_the_other_set(home: Path, cli) -> None:
     assert "border of 2" in left(home, "b", "outliers.json")["outside"]["preprocessing"]
 
 
-def test_restore_draws_missing_pixels(home: Path, cli) -> None:
+def test_inpaint_draws_missing_pixels(home: Path, cli) -> None:
     words = ["--n", 4, "--draws", 2, "--steps", 60, "--missing", "right", "--out", "i"]
-    status, printed = cli("restore", "run", *words)
+    status, printed = cli("inpaint", "run", *words)
     assert status == 0, printed
     assert {path.name for path in (home / "i").iterdir()} == {"inpaint.json", "inpaint.png"}
     found = left(home, "i", "inpaint.json")
@@ -144,8 +144,8 @@ def test_restore_draws_missing_pixels(home: Path, cli) -> None:
     assert f"{quality['a draw']:.2f} dB a draw" in printed
 
 
-def test_restore_takes_off_the_noise_it_was_trained_with(home: Path, cli) -> None:
-    status, printed = cli("restore", "noisy", "--task", "denoise", "--n", 40, "--out", "d")
+def test_denoise_takes_off_the_noise_it_was_trained_with(home: Path, cli) -> None:
+    status, printed = cli("denoise", "noisy", "--n", 40, "--out", "d")
     assert status == 0, printed
     found = left(home, "d", "denoise.json")
     assert found["noise_std"] == 0.3
@@ -175,12 +175,12 @@ def test_restore_takes_off_the_noise_it_was_trained_with(home: Path, cli) -> Non
         (["outliers", "not-square", "data.source=photos"], "square images"),
         (["outliers", "noisy", "--outside", "photos"], "trained with Gaussian noise"),
         (["outliers", "denseflow-tiny"], "'denseflow', which has a bound"),
-        (["restore", "iddpm-tiny"], "'diffusion', which has none"),
-        (["restore", "run", "--task", "denoise"], "needs a model trained with Gaussian noise"),
-        (["restore", "run", "--n", "0"], "n >= 1"),
-        (["restore", "run", "--draws", "0"], "draws >= 1"),
-        (["restore", "run", "--steps", "1"], "steps >= 2"),
-        (["restore", "tarflow-tiny"], "data.source"),
+        (["inpaint", "iddpm-tiny"], "'diffusion', which has none"),
+        (["denoise", "run"], "needs a model trained with Gaussian noise"),
+        (["inpaint", "run", "--n", "0"], "n >= 1"),
+        (["inpaint", "run", "--draws", "0"], "draws >= 1"),
+        (["inpaint", "run", "--steps", "1"], "steps >= 2"),
+        (["inpaint", "tarflow-tiny"], "data.source"),
     ],
 )
 def test_errors_are_one_message_that_leaves_nothing(

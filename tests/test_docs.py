@@ -42,7 +42,7 @@ SHORT = {  # what is appended to the commands of a verb
     "evaluate": ["data.limit=16"],
     "classify": ["--n", "16", "--calibrate-on", "16"],
     "outliers": ["--n", "16", "--training", "16"],
-    "restore": ["--steps", "6"],
+    "inpaint": ["--steps", "6"],
 }
 ELSEWHERE = {("info",)}  # builds all presets: tests/test_cli.py
 

@@ -105,7 +105,7 @@ def cost_of_steps(preset: str, model: Any, training: TrainConfig, devices: int) 
 
 
 def predicted(settings: Settings, devices: int, epoch: int | None) -> TrainingCost:
-    """What `exactflow info` counts."""
+    """What `exactflow cost` counts."""
     training = settings.training
     names = ("batch_size", "accumulate", "optimizer", "precision", "activation_checkpointing")
     of_steps = {name: getattr(training, name) for name in (*names, "ema_decay")}

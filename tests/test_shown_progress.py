@@ -25,7 +25,7 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("words", "titles"),
     [
         (["evaluate", "--batch-size", "4", "data.limit=8"], ["scoring"]),
-        (["restore", "--n", "1", "--steps", "4", "--draws", "1"], ["inpainting"]),
+        (["inpaint", "--n", "1", "--steps", "4", "--draws", "1"], ["inpainting"]),
         (["outliers", "--n", "4", "--training", "4", "--outside", "photos"], ["scoring", "gradie"]),
     ],
 )

@@ -8,7 +8,7 @@ import tyro
 
 from exactflow.cli.argument_types import Device, Settings
 from exactflow.cli.data_arguments import Index, Prepare
-from exactflow.cli.latent_arguments import Attributes, Classify, Outliers, Restore
+from exactflow.cli.latent_arguments import Attributes, Classify, Denoise, Inpaint, Outliers
 
 Solver = Literal[
     "auto",
@@ -243,10 +243,9 @@ class Convert:
 @final
 @dataclass(frozen=True)
 class Info:
-    """List the presets, say everything about a preset or a model, or what a training costs.
+    """List the presets and the models of this package, or describe one of them or a saved model.
 
-    Any number below asks for the cost: work and memory are counted, and days follow from a rate.
-    KEY=VALUE words change settings, as for train.
+    Of a preset, every field that can be set and its value; KEY=VALUE words change it, as for train.
     """
 
     name: Annotated[str | None, tyro.conf.Positional] = None
@@ -254,12 +253,27 @@ class Info:
     settings: Settings = ()
     config: Path | None = None
     """YAML file, as of train."""
+
+
+@final
+@dataclass(frozen=True)
+class Cost:
+    """Count the work and memory of a training before it is started, and the days at a given rate.
+
+    KEY=VALUE words change settings, as for train.
+    """
+
+    preset: Annotated[str | None, tyro.conf.Positional] = None
+    """What would be trained; may also stand in the --config file."""
+    settings: Settings = ()
+    config: Path | None = None
+    """YAML file, as of train."""
     batch: int | None = None
     """Images of an optimizer step over all devices; by default the preset's."""
-    gpus: int | None = None
-    """Devices that share each batch; 1 by default."""
-    shards: int | None = None
-    """Devices that each parameter is split over; a divisor of --gpus, 1 by default: not split."""
+    gpus: int = 1
+    """Devices that share each batch."""
+    shards: int = 1
+    """Devices that each parameter is split over; a divisor of --gpus, 1 is not split."""
     memory: float | None = None
     """GiB of a device: says whether a step fits, and what would make it fit."""
     images: int | None = None
@@ -322,9 +336,11 @@ _VERBS = {
     "attributes": (Attributes, "exactflow.cli.attributes"),
     "classify": (Classify, "exactflow.cli.classify"),
     "outliers": (Outliers, "exactflow.cli.outliers"),
-    "restore": (Restore, "exactflow.cli.restore"),
+    "inpaint": (Inpaint, "exactflow.cli.inpaint"),
+    "denoise": (Denoise, "exactflow.cli.denoise"),
     "convert": (Convert, "exactflow.cli.convert"),
     "info": (Info, "exactflow.cli.info"),
+    "cost": (Cost, "exactflow.cli.cost"),
     "results": (Results, "exactflow.cli.results"),
     "demo": (Demo, "exactflow.cli.demo"),
 }

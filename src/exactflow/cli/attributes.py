@@ -5,11 +5,10 @@ import torch
 from torch import Tensor
 
 from exactflow.cli.latent_arguments import Attributes
-from exactflow.cli.places import check_apart, own_folder
-from exactflow.cli.settings import data_of, load_flow, some
+from exactflow.cli.opened import opened
+from exactflow.cli.settings import as_flow
 from exactflow.cli.terminal import say
-from exactflow.core.serialization import finite, write_atomically, write_json
-from exactflow.data import ImageDataset, load
+from exactflow.data import ImageDataset
 from exactflow.data.classes import class_number
 from exactflow.latent.latent_space import (
     attribute_direction,
@@ -17,20 +16,14 @@ from exactflow.latent.latent_space import (
     move,
     reconstruction_error,
 )
-from exactflow.metrics.bits_per_dim import check_fits
 from exactflow.pictures.figures import image_table
 
 
 def run(command: Attributes) -> None:
     """Learn the direction from training images, move held-out ones, write pictures and numbers."""
-    model = load_flow(command.model, command.device)
-    data = data_of(model, command.settings)
-    out = command.out or own_folder(command.model, "attributes")
-    check_apart(out, data)
-    held_out = load(data, command.split)
-    training = some(data, "train", command.learn_from)
-    for dataset in (held_out, training):
-        check_fits(model, dataset)
+    work = opened(command, as_flow)
+    model, held_out = work.model, work.images(command.split)
+    training = work.images("train", command.learn_from)
     (_, classes), (known, labels) = _labelled(held_out), _labelled(training)
     attribute = class_number(command.attribute, held_out.class_names, held_out.id)
     others = np.flatnonzero(classes.numpy() != attribute)[: command.n]
@@ -61,18 +54,15 @@ def run(command: Attributes) -> None:
         "direction_norm": float(direction.norm()),
         "mean_latent_norm": float(latents.flatten(1).norm(dim=1).mean()),
         "strengths": list(command.strengths),
-        "certificate": finite(edit.certificate.amax(1).tolist()),
+        "certificate": edit.certificate.amax(1).tolist(),
         "reconstruction": error.describe(),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    picture = image_table(sheet, model.levels, names, columns, title)
-    write_atomically(out / "attributes.png", picture)
-    write_json(out / "attributes.json", summary)
+    work.write(summary, image_table(sheet, model.levels, names, columns, title))
     say(
         f"{len(images)} images moved towards {held_out.class_names[attribute]!r}, a direction of "
         f"length {summary['direction_norm']:.2f} from {len(training)} training images; "
         f"decode(encode(x)) is off by {float(error.largest.max()):.1e} at most, "
-        f"{int(error.wrong.sum())} grey levels differ: {out}"
+        f"{int(error.wrong.sum())} grey levels differ: {work.out}"
     )
 
 

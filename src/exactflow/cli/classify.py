@@ -6,23 +6,21 @@ from rich.table import Table
 from torch import Tensor
 
 from exactflow.cli.latent_arguments import Classify
-from exactflow.cli.places import check_apart, own_folder
-from exactflow.cli.settings import data_of, load_model, some
+from exactflow.cli.opened import opened
 from exactflow.cli.terminal import say
 from exactflow.cli.trained_on import trained_on
 from exactflow.core.model import GenerativeModel
-from exactflow.core.serialization import write_atomically, write_json
 from exactflow.data import ImageDataset
 from exactflow.latent.bayes import (
     Classification,
+    as_conditional,
     calibrate,
-    check_conditional,
     class_log_likelihoods,
     classification_plot,
     log_posterior,
     log_prior,
 )
-from exactflow.metrics.bits_per_dim import check_fits, with_labels
+from exactflow.metrics.bits_per_dim import with_labels
 
 ROWS = {
     "accuracy": "accuracy",
@@ -33,17 +31,13 @@ ROWS = {
 
 def run(command: Classify) -> None:
     """Fit the temperature to validation images, classify the split, write numbers and a picture."""
-    model = load_model(command.model, command.device)
-    check_conditional(model)
-    prior = command.prior or None
+    work = opened(command, as_conditional)
+    model, prior = work.model, command.prior or None
     log_prior(prior, model.num_classes)  # an error before anything is scored
-    data = data_of(model, command.settings)
-    out = command.out or own_folder(command.model, "classify")
-    check_apart(out, data)
-    held_out = some(data, command.split, command.n)
-    validation = some(data, "validation", command.calibrate_on)
+    held_out = work.images(command.split, command.n)
+    validation = work.images("validation", command.calibrate_on)
     (images, truth), (others, seen) = (_labelled(model, s) for s in (held_out, validation))
-    other_data = trained_on(model, data, held_out)
+    other_data = trained_on(model, work.data, held_out)
     began = time.perf_counter()
     nats = _scores(command, model, images)
     seconds = time.perf_counter() - began
@@ -65,11 +59,9 @@ def run(command: Classify) -> None:
         "confusion": found["calibrated"].confusion.tolist(),
         "images_per_second": len(held_out) / seconds,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "classify.json", summary)
     title = f"{held_out.id}, {command.split}: {len(held_out)} images, temperature {temperature:.2f}"
     picture = classification_plot(found, model.class_names or held_out.class_names, title)
-    write_atomically(out / "classify.png", picture)
+    work.write(summary, picture)
     table = Table(title=title)
     for name in ("", *found):
         table.add_column(name, justify="right" if name else "left")
@@ -80,7 +72,7 @@ def run(command: Classify) -> None:
         say(f"the model was trained on {other_data}")
     say(
         f"temperature from {len(validation)} validation images; "
-        f"{summary['images_per_second']:.1f} images/s: {out}"
+        f"{summary['images_per_second']:.1f} images/s: {work.out}"
     )
 
 
@@ -96,8 +88,7 @@ def _scores(command: Classify, model: GenerativeModel, images: Tensor) -> Tensor
 
 
 def _labelled(model: GenerativeModel, dataset: ImageDataset) -> tuple[Tensor, Tensor]:
-    """Images that fit the model, and their labels, which are its classes."""
-    check_fits(model, dataset)
+    """The images, and their labels, which are classes of the model."""
     if dataset.labels is not None and dataset.num_classes != model.num_classes:
         raise ValueError(
             f"the model has {model.num_classes} classes, {dataset.id} has {dataset.num_classes}"

@@ -6,25 +6,18 @@ from dataclasses import asdict
 from rich.table import Table
 
 from exactflow.cli.arguments import Convergence
-from exactflow.cli.places import check_apart, own_folder
-from exactflow.cli.settings import data_of, first_images, load_flow
+from exactflow.cli.opened import opened
+from exactflow.cli.settings import as_flow, first_images
 from exactflow.cli.terminal import say
 from exactflow.core.random import generator, normal_rows
-from exactflow.core.serialization import finite, write_atomically, write_json
-from exactflow.data import load
-from exactflow.metrics.bits_per_dim import check_fits
 from exactflow.pictures.profiles import convergence_plot
 from exactflow.sampling.convergence import TOLERANCE, BlockConvergence, convergence, crm_percent
 
 
 def run(command: Convergence) -> None:
     """Print a row for every block in generation order; write the numbers and a picture."""
-    model = load_flow(command.model, command.device)
-    data = data_of(model, command.settings)
-    out = command.out or own_folder(command.model, "convergence")
-    check_apart(out, data)
-    dataset = load(data, command.split)
-    check_fits(model, dataset)
+    work = opened(command, as_flow)
+    model, dataset = work.model, work.images(command.split)
     images, label = first_images(model, dataset, command.n)
     x = model.from_grey_levels(images.to(model.device))
     if model.noise_std > 0:
@@ -45,11 +38,9 @@ def run(command: Convergence) -> None:
             for block, share in zip(blocks, crm_percent(blocks), strict=True)
         ],
     }
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "convergence.json", finite(summary))
-    write_atomically(out / "convergence.png", convergence_plot(blocks))
+    work.write(summary, convergence_plot(blocks))
     noise = f", with Gaussian noise {model.noise_std:g}, as in training" if model.noise_std else ""
-    say(f"{len(x)} images of {dataset.id}, {command.split}{noise}: {out}")
+    say(f"{len(x)} images of {dataset.id}, {command.split}{noise}: {work.out}")
 
 
 def _table(blocks: Sequence[BlockConvergence]) -> Table:

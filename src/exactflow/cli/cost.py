@@ -1,12 +1,12 @@
-"""What `exactflow info` says of the cost of a training."""
+"""`exactflow cost`."""
 
 import math
 from collections.abc import Iterator
 
 from rich.table import Table
 
-from exactflow.cli.arguments import Info
-from exactflow.cli.settings import Settings, pick_device
+from exactflow.cli.arguments import Cost
+from exactflow.cli.settings import Settings, pick_device, resolve
 from exactflow.cli.terminal import say
 from exactflow.core import building
 from exactflow.core.config import override
@@ -28,27 +28,21 @@ BUILT_IN = "digits"  # the only set that is here without looking for it
 Row = tuple[str, str]
 
 
-def is_asked(command: Info) -> bool:
-    """Whether the command asks for the cost of a training."""
-    numbers = (command.batch, command.gpus, command.shards, command.memory, command.images)
-    rates = (command.images_per_second, command.tflops)
-    return command.measure or any(value is not None for value in (*numbers, *rates))
-
-
-def show(command: Info, settings: Settings) -> None:
+def run(command: Cost) -> None:
     """Print the cost as a table, and what to change where it does not fit."""
     for option in ("gpus", "shards", "memory", "images", "images_per_second", "tflops"):
         value = getattr(command, option)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{option.replace('_', '-')}: expected more than 0, got {value}")
+    settings = resolve(command.preset, command.settings, command.config, reads_data=False)
     epoch = command.images
     if settings.data.source == BUILT_IN:
         dataset = load(settings.data, "train")
         settings, epoch = settings.fitted(dataset), epoch or len(dataset)
-    model, devices, shards = on_meta(settings), command.gpus or 1, command.shards or 1
+    model = on_meta(settings)
     changes = {} if command.batch is None else {"batch_size": command.batch}
     config = override(settings.training, changes)
-    cost = training_cost(model, config, devices=devices, shards=shards, epoch=epoch)
+    cost = training_cost(model, config, devices=command.gpus, shards=command.shards, epoch=epoch)
     rows = [*_work(cost), *_memory(cost), *_length(cost), *_time(command, settings, cost)]
     table = Table(title=f"training of {settings.preset}")
     table.add_column("what")
@@ -115,7 +109,7 @@ def _length(cost: TrainingCost) -> Iterator[Row]:
     yield "FLOPs in all", f"{cost.flops:.3g}"
 
 
-def _time(command: Info, settings: Settings, cost: TrainingCost) -> Iterator[Row]:
+def _time(command: Cost, settings: Settings, cost: TrainingCost) -> Iterator[Row]:
     """Days, one row for each rate that was given or measured; none where there is no rate."""
     if command.images_per_second is not None:
         rate = command.images_per_second

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from exactflow.cli.arguments import Compare, Convert, Demo, Info, Train
+from exactflow.cli.arguments import Compare, Convert, Cost, Demo, Info, Train
 from exactflow.cli.preset_table import check_preset, listed
 from exactflow.cli.terminal import say
 from exactflow.cli.words import SECTIONS, parse_words, read_file
@@ -14,7 +14,7 @@ from exactflow.models import shipped
 
 # the sections of settings that a command takes; others that take any take those of the data
 _TAKEN = {
-    **dict.fromkeys((Train, Info, Demo), SECTIONS),
+    **dict.fromkeys((Train, Info, Cost, Demo), SECTIONS),
     Compare: ("data", "protocol"),
     Convert: ("model",),
 }
@@ -33,7 +33,7 @@ def answered(command: Any) -> bool:
         read_file(given["config"])
     if "model" in given:
         _check_model(given["model"])
-    if isinstance(command, Train) and command.preset is not None:
+    if isinstance(command, Train | Cost) and command.preset is not None:
         check_preset(command.preset)
     names = command.models if isinstance(command, Compare) else ()
     for name in (command.name,) if isinstance(command, Info) and command.name else names:

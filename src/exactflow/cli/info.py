@@ -4,8 +4,8 @@ from pathlib import Path
 
 import yaml
 
-from exactflow.cli import cost
 from exactflow.cli.arguments import Info
+from exactflow.cli.cost import on_meta
 from exactflow.cli.settings import SECTIONS, Settings, resolve
 from exactflow.core.serialization import finite
 from exactflow.models import registry, shipped
@@ -13,22 +13,18 @@ from exactflow.models.pretrained import describe, from_pretrained
 
 
 def run(command: Info) -> None:
-    """Describe one thing, or say what its training costs."""
+    """Describe a preset or a saved model."""
     name = command.name
     if name is None and command.config is None:
         raise ValueError("expected a preset, or --config FILE that names one")
     elif name is not None and name not in registry.names():
         _saved(command, name)
     else:
-        settings = resolve(name, command.settings, command.config, reads_data=False)
-        if cost.is_asked(command):
-            cost.show(command, settings)
-        else:
-            _preset(settings)
+        _preset(resolve(name, command.settings, command.config, reads_data=False))
 
 
 def _preset(settings: Settings) -> None:
-    name, model = settings.preset, cost.on_meta(settings)
+    name, model = settings.preset, on_meta(settings)
     published = registry.preset(name).published
     print(f"# {name}: {model.num_parameters:,} parameters. {published}".rstrip())
     print("# Every key below can be set: exactflow train", name, "SECTION.FIELD=VALUE")
@@ -41,8 +37,8 @@ def _preset(settings: Settings) -> None:
 def _saved(command: Info, name: str) -> None:
     if not (Path(name).is_dir() or "/" in name or name in shipped.NAMES):
         registry.preset(name)  # raises, with a suggestion
-    if command.settings or command.config or cost.is_asked(command):
-        raise ValueError(f"costs and settings are those of a preset, {name} is a saved model")
+    if command.settings or command.config:
+        raise ValueError(f"settings are those of a preset, {name} is a saved model")
     model = from_pretrained(name)
     print(f"# {model.kind}, {model.num_parameters:,} parameters, images {model.event_shape}")
     print(yaml.safe_dump(finite(describe(model)), sort_keys=False), end="")

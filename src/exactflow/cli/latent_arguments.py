@@ -114,34 +114,57 @@ class Outliers:
 
 @final
 @dataclass(frozen=True)
-class Restore:
-    """Give images back what was taken from them, by the gradient of an exact density.
+class Inpaint:
+    """Draw missing pixels of images from p(missing | known), by the gradient of an exact density.
 
-    inpaint draws missing pixels from p(missing | known) by Metropolis-adjusted Langevin steps;
-    denoise takes off Gaussian noise in one step, by a model trained with it (model.noise_std=0.1).
-    KEY=VALUE words with keys data.* change the data; by default those the model was trained on.
+    Metropolis-adjusted Langevin steps. KEY=VALUE words with keys data.* change the data; by default
+    those the model was trained on.
     """
 
     model: Model
     """Shipped model, model folder, run folder or hub id of an exact flow."""
     settings: Settings = ()
-    task: Literal["inpaint", "denoise"] = "inpaint"
-    """What to do."""
     split: Literal["train", "validation", "test"] = "test"
     """Where the images come from."""
     n: int = 8
     """Number of images, from the start of the split."""
     missing: Literal["bottom", "right", "center", "scattered"] = "bottom"
-    """inpaint: which pixels are taken away; center is a quarter of them, the others are a half."""
+    """Which pixels are taken away; center is a quarter of them, the others are a half."""
     draws: int = 3
-    """inpaint: completions of every image."""
+    """Completions of every image."""
     steps: int = 500
-    """inpaint: Langevin steps, each one gradient; the first half of them finds the step size."""
+    """Langevin steps, each one gradient; the first half of them finds the step size."""
     seed: int = 0
-    """Names the noise: of the chains, or that is to be removed."""
-    batch_size: int = 64
-    """denoise: images denoised together."""
+    """Names the noise of the chains."""
     out: Path | None = None
-    """Folder for TASK.png and TASK.json; by default `restore` in the model's own run folder."""
+    """Folder for inpaint.png and inpaint.json; by default `inpaint` in the model's own run
+    folder."""
+    device: Device = "auto"
+    """Where to compute; "auto" is the accelerator, if any."""
+
+
+@final
+@dataclass(frozen=True)
+class Denoise:
+    """Add Gaussian noise to images and remove it in one step, by the gradient of an exact density.
+
+    The model must be trained with such noise (model.noise_std=0.1). KEY=VALUE words with keys
+    data.* change the data; by default those the model was trained on.
+    """
+
+    model: Model
+    """Shipped model, model folder, run folder or hub id of an exact flow."""
+    settings: Settings = ()
+    split: Literal["train", "validation", "test"] = "test"
+    """Where the images come from."""
+    n: int = 8
+    """Number of images, from the start of the split."""
+    seed: int = 0
+    """Names the noise."""
+    batch_size: int = 64
+    """Images denoised together."""
+    out: Path | None = None
+    """Folder for denoise.png and denoise.json; by default `denoise` in the model's own run
+    folder."""
     device: Device = "auto"
     """Where to compute; "auto" is the accelerator, if any."""

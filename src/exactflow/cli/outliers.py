@@ -4,11 +4,10 @@ import torch
 from rich.table import Table
 
 from exactflow.cli.latent_arguments import Outliers
-from exactflow.cli.places import check_apart, own_folder
-from exactflow.cli.settings import data_of, load_model, some
+from exactflow.cli.opened import opened
 from exactflow.cli.terminal import say
 from exactflow.cli.trained_on import trained_on
-from exactflow.core.serialization import write_atomically, write_json
+from exactflow.core.serialization import write_atomically
 from exactflow.data import ImageDataset
 from exactflow.latent.out_of_distribution import (
     SCORES,
@@ -19,7 +18,6 @@ from exactflow.latent.out_of_distribution import (
 )
 from exactflow.latent.restoration import exact_flow
 from exactflow.likelihood.log_likelihood import log_likelihood
-from exactflow.metrics.bits_per_dim import check_fits
 from exactflow.pictures.figures import image_table
 
 SHOWN = 10  # images of each side in the picture of them
@@ -27,14 +25,9 @@ SHOWN = 10  # images of each side in the picture of them
 
 def run(command: Outliers) -> None:
     """Score both sets; print the area under the curve of every score, write pictures."""
-    model = exact_flow(load_model(command.model, command.device))
-    data = data_of(model, command.settings)
-    out = command.out or own_folder(command.model, "outliers")
-    check_apart(out, data)
-    inside = some(data, "test", command.n)
-    training = some(data, "train", command.training)
-    for dataset in (inside, training):
-        check_fits(model, dataset)
+    work = opened(command, exact_flow)
+    model, inside = work.model, work.images("test", command.n)
+    training = work.images("train", command.training)
     outside = foreign_set(
         command.outside, model.event_shape, model.levels, command.n, border=command.border
     )
@@ -47,7 +40,7 @@ def run(command: Outliers) -> None:
         "batch_size": command.batch_size,
         "progress": True,
     }
-    other_data = trained_on(model, data, inside)
+    other_data = trained_on(model, work.data, inside)
     typical = log_likelihood(model, training.tensors()[0], **options).bits_per_dim
     scores = [outlier_scores(model, s.tensors()[0], typical, **options) for s in (inside, outside)]
     areas = {name: auroc(scores[0][name], scores[1][name]) for name in SCORES}
@@ -70,11 +63,8 @@ def run(command: Outliers) -> None:
             for name in SCORES
         },
     }
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "outliers.json", summary)
-    picture = outlier_plot(scores[0], scores[1], (inside.id, outside.id))
-    write_atomically(out / "outliers.png", picture)
-    write_atomically(out / "images.png", _sheet(inside, outside))
+    work.write(summary, outlier_plot(scores[0], scores[1], (inside.id, outside.id)))
+    write_atomically(work.out / "images.png", _sheet(inside, outside))
     table = Table(title=f"{outside.id} (outside) against {inside.id} (inside)")
     for name in ("score", "AUROC", "mean inside", "mean outside"):
         table.add_column(name, justify="left" if name == "score" else "right")
@@ -85,7 +75,7 @@ def run(command: Outliers) -> None:
         say(f"the model was trained on {other_data}")
     say(
         f"{len(inside)} images inside, {len(outside)} outside; 0.5 is chance, less means that the "
-        f"score takes them the wrong way round: {out}"
+        f"score takes them the wrong way round: {work.out}"
     )
 
 

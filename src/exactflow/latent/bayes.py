@@ -103,13 +103,14 @@ class Classification:
         }
 
 
-def check_conditional(model: GenerativeModel) -> None:
-    """Raise ValueError for a model without classes."""
+def as_conditional(model: GenerativeModel) -> GenerativeModel:
+    """The model, if it has classes. Raises ValueError otherwise."""
     if model.num_classes == 0:
         raise ValueError(
             f"Bayes' rule needs a conditional model, trained with labels (such as "
             f"model.num_classes=10), got an unconditional one of kind {model.kind!r}"
         )
+    return model
 
 
 def class_log_likelihoods(
@@ -135,7 +136,7 @@ def class_log_likelihoods(
         ValueError: for an unconditional model, or images that are not the model's.
         NonFiniteError: for a likelihood that is not finite.
     """
-    check_conditional(model)
+    as_conditional(model)
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}")
     classes = range(model.num_classes)
