@@ -27,12 +27,14 @@ from exactflow.models.denseflow.parts import (
     DenseCoupling,
     standard_normal_log_prob,
 )
-from exactflow.models.denseflow.presets import PRESETS
 from exactflow.models.denseflow.published import MARK, from_published, renamed
 from exactflow.models.macow.transforms import Squeeze
+from exactflow.models.registry import FAMILIES
 from exactflow.nn.data_dependent import initializing
 from exactflow.training.optim import TrainConfig, recomputed
 from flows import blueprint
+
+PRESETS = FAMILIES["denseflow"].presets
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared" / "golden" / "flows"

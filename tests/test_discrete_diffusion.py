@@ -17,12 +17,14 @@ from exactflow.core.config import checked, override
 from exactflow.likelihood.bound import chain_bound
 from exactflow.models.diffusion.model import DiscreteDiffusion, DiscreteDiffusionConfig
 from exactflow.models.diffusion.openai import unet_of
-from exactflow.models.diffusion.presets import PRESETS
 from exactflow.models.diffusion.step_importance import HISTORY, UNIFORM_SHARE, StepImportance
+from exactflow.models.registry import FAMILIES
 from exactflow.paths.chain import MarkovChain
 from exactflow.sampling.reverse import DDIM
 from exactflow.sampling.sample_chain import sample_chain
 from flows import blueprint
+
+PRESETS = FAMILIES["diffusion"].presets
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared" / "golden" / "openai"

@@ -20,13 +20,15 @@ from exactflow.models.flow_matching.model import (
     TimeLaw,
     draw_times,
 )
-from exactflow.models.flow_matching.presets import PRESETS
+from exactflow.models.registry import FAMILIES
 from exactflow.paths.coupling import minibatch_transport
 from exactflow.paths.path import Cosine, Straight, VariancePreserving
 from exactflow.paths.path_model import OnPath, Prediction, convert
 from exactflow.sampling.sample import sample
 from flows import blueprint
 from test_paths import GaussianModel
+
+PRESETS = FAMILIES["flow-matching"].presets
 
 SMALL = FlowMatchingConfig(
     image_shape=(1, 4, 4), network="dit", width=16, depth=1, num_heads=2, levels=8

@@ -21,9 +21,11 @@ from exactflow.models.hdit.attention import (
     token_positions,
 )
 from exactflow.models.hdit.model import HDiT, HDiTConfig
-from exactflow.models.hdit.presets import PRESETS
 from exactflow.models.hdit.published import from_published
+from exactflow.models.registry import FAMILIES
 from flows import blueprint
+
+PRESETS = FAMILIES["hdit"].presets
 
 CASES = ["hdit_neighborhood_global", "hdit_shifted_window_cond"]
 TOLERANCE = 1e-5  # of the largest output

@@ -25,7 +25,6 @@ from exactflow.models.macow.masked_convolution import (
 )
 from exactflow.models.macow.model import MaCow, MaCowConfig
 from exactflow.models.macow.parts import GlowStep, Level, Step, StepPlan, Unit
-from exactflow.models.macow.presets import PRESETS
 from exactflow.models.macow.published import from_published, published_config, to_published
 from exactflow.models.macow.transforms import (
     ActNorm,
@@ -34,6 +33,7 @@ from exactflow.models.macow.transforms import (
     Orientation,
     Squeeze,
 )
+from exactflow.models.registry import FAMILIES
 from exactflow.models.transforms import InvertibleConvolution
 from exactflow.nn.data_dependent import DataDependent, initializing
 from exactflow.sampling.autoregressive import (
@@ -48,6 +48,8 @@ from exactflow.sampling.planner import number_of_blocks
 from exactflow.sampling.sample import sample
 from exactflow.training.optim import TrainConfig
 from flows import blueprint
+
+PRESETS = FAMILIES["macow"].presets
 
 HERE = Path(__file__).parent / "golden" / "flows"
 SHARED = Path(__file__).parents[2] / "shared" / "golden" / "flows"

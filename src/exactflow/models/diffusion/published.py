@@ -19,9 +19,9 @@ from exactflow.models.diffusion.openai import (
     recorded,
     unet_of,
 )
-from exactflow.models.diffusion.presets import PRESETS
 from exactflow.models.diffusion.step_importance import StepImportance
 from exactflow.models.foreign import SIZE, ForeignFile, Hints, PublishedFiles, size_in, without_size
+from exactflow.models.presets import read_presets
 
 MARK = "input_blocks.0.0.weight"  # the stem, of U-Nets and of classifiers
 CLASSIFIER_MARK = "out.2.positional_embedding"
@@ -117,7 +117,7 @@ def _check_complete(given: set[str], read: Mapping[str, Any]) -> None:
         return
     fitting = [
         name
-        for name, preset in PRESETS.items()
+        for name, preset in read_presets("diffusion", DiscreteDiffusionConfig).items()
         if preset.published and read.items() <= dataclasses.asdict(preset.config.unet).items()
     ]
     raise ValueError(

@@ -2,6 +2,6 @@
 
 from exactflow.models.family import Family
 from exactflow.models.flow_matching.model import FlowMatching, FlowMatchingConfig
-from exactflow.models.flow_matching.presets import PRESETS
+from exactflow.models.presets import read_presets
 
-FAMILY = Family(FlowMatching, FlowMatchingConfig, PRESETS)
+FAMILY = Family(FlowMatching, FlowMatchingConfig, read_presets("flow_matching", FlowMatchingConfig))
