@@ -6,6 +6,7 @@ import os
 import pickle
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,7 +211,7 @@ def test_a_damaged_sidecar_is_decoded_again(
     content: str | None,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    (sidecar,) = cached.glob("*.json")
+    (sidecar,) = cached.rglob("prepared.json")
     intact = sidecar.read_text()
     changed = intact.replace('"skipped": []', '"skipped": [3]')
     assert changed != intact
@@ -224,16 +225,41 @@ def test_a_damaged_sidecar_is_decoded_again(
 def test_a_flipped_bit_of_the_cache_is_found(
     cached: Path, source: DataConfig, tmp_path: Path
 ) -> None:
-    (pixels_file,) = cached.glob("*.bin")
+    (pixels_file,) = cached.rglob("*.bin")
     intact = pixels_file.read_bytes()
     flip(pixels_file, 7 * SIDE * SIDE)
-    with pytest.raises(DataError, match=r"\.bin\[7\]: expected .* remove it, and its images are d"):
+    with pytest.raises(DataError, match=r"\.bin\[7\]: expected .* remove .*, and its images are d"):
         read(source, tmp_path).tensors()
     pixels_file.unlink()
     read(source, tmp_path).tensors()
     pixels_file.write_bytes(intact[:-1])
     read(source, tmp_path).tensors()
     assert pixels_file.read_bytes() == intact
+
+
+def test_an_interrupted_cache_is_gone_on_with(
+    source: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = whole(Path(source.source))
+    monkeypatch.setattr(store, "RAM_LIMIT_BYTES", 0)
+    monkeypatch.setattr(store, "_IMAGES_PER_BLOCK", 4)
+    decode, calls = store.decode_image, 0
+
+    def interrupted(*arguments: Any) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise KeyboardInterrupt
+        return decode(*arguments)
+
+    monkeypatch.setattr(store, "decode_image", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read(source, tmp_path)
+    calls = 100
+    found = read(source, tmp_path)
+    assert calls - 100 <= COUNT - 8 + 1  # two blocks are there; the first image tells the shape
+    assert found.describe() == expected.describe()
+    np.testing.assert_array_equal(found.images, expected.images)
 
 
 def test_content_is_on_disk_before_its_name(
@@ -254,9 +280,12 @@ def test_content_is_on_disk_before_its_name(
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "replace", replaced)
     read(source, tmp_path)
-    assert len(events) == 4
-    for sync_event, rename in zip(events[::2], events[1::2], strict=True):
+    assert events.pop(1).startswith("rename")  # what is begun: nothing is decoded yet
+    images = COUNT * SIDE * SIDE
+    assert events[1].split() == ["sync", str(images)]
+    for sync_event, rename in zip(events[3::2], events[4::2], strict=True):
         assert sync_event.replace("sync", "rename") == rename
+    assert len(events) == 9  # labels, hashes, and the facts last
 
 
 def test_batches_are_those_of_memory(

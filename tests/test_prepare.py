@@ -215,10 +215,11 @@ def test_batches_of_a_prepared_set_are_those_of_the_source(tmp_path: Path) -> No
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from exactflow.data import DataConfig, preparation, prepare, store
+from exactflow.data import DataConfig, prepare, prepared_writer, store
 store._IMAGES_PER_BLOCK, store._IMAGES_PER_TASK = 4, 2
 target, count, workers, source, out = sys.argv[1], *map(int, sys.argv[2:4]), *sys.argv[4:]
-home = store if target == "decode_image" else preparation.os if target == "fsync" else preparation
+home = store if target == "decode_image" else prepared_writer
+home = home.os if target == "fsync" else home
 intact, calls = getattr(home, target), 0
 def until_killed(*arguments):
     global calls

@@ -362,7 +362,7 @@ def test_progress_without_a_terminal_is_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fit(make_toy(), make_data(), PLAIN, tmp_path)
-    assert "step 6/6: loss " in capsys.readouterr().err
+    assert "training: 6 of 6, loss " in capsys.readouterr().err
 
 
 def test_tensorboard_is_written(tmp_path: Path) -> None:

@@ -1,18 +1,17 @@
 """`exactflow plan`."""
 
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from exactflow.cli.arguments import Plan
 from exactflow.cli.settings import load_flow
 from exactflow.cli.terminal import say
 from exactflow.core.model import Flow
+from exactflow.core.progress import shown_progress
 from exactflow.core.serialization import PLAN_FILE
 from exactflow.models.pretrained import shipped_model
 from exactflow.nn import compiled
 from exactflow.sampling.plan import InversionPlan, keep_plans, read_plans
-from exactflow.sampling.planner import make_plan
+from exactflow.sampling.planner import make_plan, number_of_blocks
 
 
 def run(command: Plan) -> None:
@@ -35,12 +34,13 @@ def run(command: Plan) -> None:
 
 
 def _measured(model: Flow, size: int, tolerance: float | None) -> InversionPlan:
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"batch {size}", total=None)
+    measured = 0
+    with shown_progress(number_of_blocks(model), f"batch {size}", unit="blocks") as advance:
 
         def report(block: int, blocks: int, what: str) -> None:
-            about = f"batch {size}, block {block + 1} of {blocks}: {what}"
-            progress.update(task, description=about, completed=block, total=blocks)
+            nonlocal measured
+            advance(block - measured, f"block {block + 1} of {blocks}: {what}")
+            measured = block
 
         return make_plan(model, size, tolerance=tolerance, progress=report)
 

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
 
 Item = TypeVar("Item")
 
 
+class Advance(Protocol):
+    """Tells that `count` more are done, with a note on the last of them."""
+
+    def __call__(self, count: int, note: str = "") -> None: ...
+
+
 @contextmanager
 def shown_progress(
-    total: int, title: str, *, unit: str = "images", done: int = 0, quiet: bool = False
-) -> Iterator[Callable[[int], None]]:
+    total: int,
+    title: str,
+    *,
+    unit: str = "images",
+    done: int = 0,
+    quiet: bool = False,
+    after: float = 0.0,
+) -> Iterator[Advance]:
     """Yield `advance(count)`; how many are done, their rate and the time left go to stderr.
 
     Args:
@@ -29,18 +42,42 @@ def shown_progress(
         unit: what they are.
         done: how many of them were done before; the rate is that of the others.
         quiet: show nothing.
+        after: seconds before a bar is shown.
     """
     if quiet:
-        yield lambda count: None
+        yield lambda count, note="": None
         return
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _lines(total, title, unit, done)
-        return
-    with _bar(console, total, title, unit, done) as advance:
+    bar = _bar(console) if console.is_terminal else None
+    task = None if bar is None else bar.add_task(title, total=total, completed=done, text="")
+    began = told = time.monotonic()
+    finished = 0
+
+    def advance(count: int, note: str = "") -> None:
+        nonlocal finished, told
+        finished += count
+        now = time.monotonic()
+        rate = finished / max(now - began, 1e-9)
+        text = f"{note}{', ' if note else ''}{rate:,.{0 if rate >= 10 else 2}f} {unit}/s"
+        if bar is not None and task is not None:
+            bar.update(task, advance=count, text=text)
+            if now - began >= after:
+                bar.start()
+        elif now - told >= SECONDS_BETWEEN_LINES or (note and done + finished == total):
+            told = now
+            left = timedelta(seconds=round((total - done - finished) / max(rate, 1e-9)))
+            line = f"{title}: {done + finished:,} of {total:,}, {text}, {left} left"
+            print(line, file=sys.stderr, flush=True)
+
+    if bar is not None and after == 0:
+        bar.start()
+    try:
         yield advance
+    finally:
+        if bar is not None and bar.live.is_started:
+            bar.stop()
 
 
 def tracked(
@@ -53,28 +90,7 @@ def tracked(
             advance(1)
 
 
-def _lines(total: int, title: str, unit: str, done: int) -> Callable[[int], None]:
-    began = told = time.monotonic()
-    count = 0
-
-    def advance(more: int) -> None:
-        nonlocal told, count
-        count += more
-        now = time.monotonic()
-        if now - told >= SECONDS_BETWEEN_LINES:
-            told = now
-            rate = count / max(now - began, 1e-9)
-            left = timedelta(seconds=round((total - done - count) / max(rate, 1e-9)))
-            line = f"{title}: {done + count:,} of {total:,}, {rate:,.0f} {unit}/s, {left} left"
-            print(line, file=sys.stderr, flush=True)
-
-    return advance
-
-
-@contextmanager
-def _bar(
-    console: "Console", total: int, title: str, unit: str, done: int
-) -> Iterator[Callable[[int], None]]:
+def _bar(console: Console) -> Progress:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -87,18 +103,7 @@ def _bar(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[text]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(title, total=total, completed=done, rate="")
-        began = time.monotonic()
-        count = 0
-
-        def advance(more: int) -> None:
-            nonlocal count
-            count += more
-            rate = count / max(time.monotonic() - began, 1e-9)
-            bar.update(task, advance=more, rate=f"{rate:,.0f} {unit}/s")
-
-        yield advance
+    return Progress(*columns, console=console, transient=True)

@@ -27,26 +27,33 @@ class CheckedImages:
     Args:
         file: holds them one after the other.
         shape: (n, C, H, W).
-        hashes: a file, and the byte from which on it holds the hash of each; None checks nothing.
+        hashes: a file that holds the hash of each; None checks nothing.
         remedy: what to do about an image that is not what it was.
+        rows: which of them these are, in order; None: all.
     """
 
     def __init__(
         self,
         file: Path,
         shape: tuple[int, int, int, int],
-        hashes: tuple[Path, int] | None,
+        hashes: Path | None,
         remedy: str,
+        rows: np.ndarray | None = None,
     ) -> None:
-        self.file, self.shape = file, shape
+        self.file = file
         self._arguments = file, shape, hashes, remedy
         self._remedy = remedy
+        self._rows = np.arange(shape[0]) if rows is None else rows
+        self.shape = (len(self._rows), *shape[1:])
         self._images = np.memmap(file, np.uint8, "r", shape=shape)
         self._hashes = self._unread = None
         if hashes is not None:
-            path, offset = hashes
-            self._hashes = np.memmap(path, np.uint8, "r", offset, (len(self), HASH_BYTES))
-            self._unread = np.ones(len(self), dtype=np.bool_)
+            self._hashes = np.memmap(hashes, np.uint8, "r", shape=(shape[0], HASH_BYTES))
+            self._unread = np.ones(shape[0], dtype=np.bool_)
+
+    def part(self, rows: np.ndarray) -> CheckedImages:
+        """Some of the images, in the same file."""
+        return CheckedImages(*self._arguments, self._rows[rows])
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -59,24 +66,25 @@ class CheckedImages:
         """
         if isinstance(rows, int | np.integer):
             return self[np.array([rows])][0]
-        images = np.array(self._images[rows])
+        stored = self._rows[rows]
+        images = np.array(self._images[stored])
         if self._hashes is not None and self._unread is not None:
-            new = np.flatnonzero(self._unread[rows])
-            wrong = (hashes_of(images[new]) != self._hashes[rows][new]).any(axis=1)
+            new = np.flatnonzero(self._unread[stored])
+            wrong = (hashes_of(images[new]) != self._hashes[stored[new]]).any(axis=1)
             if wrong.any():
-                row = int(np.arange(len(self))[rows][new[wrong.argmax()]])
+                row = int(stored[new[wrong.argmax()]])
                 raise DataError(
                     f"{self.file}[{row}]: expected the image whose hash was written down, found "
                     f"another one: the file was damaged or changed; {self._remedy}"
                 )
-            self._unread[rows] = False
+            self._unread[stored] = False
         return images
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or np.uint8, copy=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CheckedImages, self._arguments  # a map's contents would be copied
+        return CheckedImages, (*self._arguments, self._rows)  # a map's contents would be copied
 
 
 def sealed(fields: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from exactflow.data.checked import CheckedImages
 from exactflow.data.config import SPLITS, DataConfig, DataError, Split
 from exactflow.data.decode import Preprocessing
 from exactflow.data.order import epoch_order
-from exactflow.data.prepared import PreparedSet, open_prepared, read_prepared
+from exactflow.data.prepared import Identity, identity_of, open_prepared, read_prepared
+from exactflow.data.prepared_writer import cached
 from exactflow.data.records import Source
 from exactflow.data.sources import open_source
 from exactflow.data.splits import split_members
@@ -137,7 +138,7 @@ def load(config: DataConfig, split: Split) -> ImageDataset:
 
     Returns:
         The decoded split: in memory up to 1 GiB of pixels for the whole source, beyond that in a
-        file of `config.cache_dir`. A split whose shards lie elsewhere is streamed
+        prepared set in `config.cache_dir`. A split whose shards lie elsewhere is streamed
         and never decoded as a whole.
 
     Raises:
@@ -149,29 +150,21 @@ def load(config: DataConfig, split: Split) -> ImageDataset:
         raise DataError(f"split: expected one of {', '.join(SPLITS)}, found {split!r}")
     prepared = open_prepared(config.source)
     if prepared is not None:
-        return _load_prepared(prepared, config, split)
+        return _dataset(prepared.identity, split, read_prepared(prepared, config, split))
     source = open_source(config)
     selection = select(config, source, split)
+    identity = identity_of(config, source, selection)
     if selection.split.shards is not None:
-        return _streamed(source, selection, split)
-    stored = (len(part.records) for part in source.splits.values())
-    images_read = sum(min(count, config.limit or count) for count in stored)
-    decoded = store.decode(selection, source.stamp, config.cache_dir, of=images_read)
-    if decoded.skipped:
-        _tell_skipped(source.id, len(decoded.skipped), len(selection.indices), split)
-    return ImageDataset(
-        images=decoded.images,
-        labels=decoded.labels,
-        id=source.id,
-        version=source.version,
-        split=split,
-        levels=selection.levels,
-        class_names=() if decoded.labels is None else source.class_names,
-        preprocessing=selection.preprocessing.text,
-        preprocessing_hash=selection.preprocessing.hash,
-        fingerprint=decoded.fingerprint,
-        skipped=decoded.skipped,
-    )
+        images = StreamedImages(selection)
+        stored = selection.split.labels
+        labels = None if stored is None else stored[selection.indices]
+        streamed = store.Decoded(images, labels, (), images.fingerprint(labels))
+        return _dataset(identity, split, streamed, images.shards)
+    counts = (len(part.records) for part in source.splits.values())
+    images_read = sum(min(count, config.limit or count) for count in counts)
+    if store.fits_memory(images_read, selection.shape):
+        return _dataset(identity, split, store.decode_to_memory(selection))
+    return _dataset(identity, split, cached(selection, identity, split, config.cache_dir))
 
 
 def identify(config: DataConfig) -> tuple[str, str]:
@@ -210,31 +203,17 @@ def select(config: DataConfig, source: Source, split: Split) -> store.Selection:
     )
 
 
-def _streamed(source: Source, selection: store.Selection, split: Split) -> ImageDataset:
-    images = StreamedImages(selection)
-    stored = selection.split.labels
-    labels = None if stored is None else stored[selection.indices]
-    return ImageDataset(
-        images=images,
-        labels=labels,
-        id=source.id,
-        version=source.version,
-        split=split,
-        levels=selection.levels,
-        class_names=() if labels is None else source.class_names,
-        preprocessing=selection.preprocessing.text,
-        preprocessing_hash=selection.preprocessing.hash,
-        fingerprint=images.fingerprint(labels),
-        shards=images.shards,
-    )
-
-
-def _load_prepared(prepared: PreparedSet, config: DataConfig, split: Split) -> ImageDataset:
-    decoded = read_prepared(prepared, config, split)
-    identity = prepared.identity
+def _dataset(
+    identity: Identity,
+    split: Split,
+    decoded: store.Decoded,
+    shards: tuple[int, ...] | None = None,
+) -> ImageDataset:
     if decoded.skipped:
         count = len(decoded.images) + len(decoded.skipped)
-        _tell_skipped(identity.id, len(decoded.skipped), count, split)
+        log.warning(
+            "%s: skipped %d of %d %s images", identity.id, len(decoded.skipped), count, split
+        )
     return ImageDataset(
         images=decoded.images,
         labels=decoded.labels,
@@ -247,11 +226,8 @@ def _load_prepared(prepared: PreparedSet, config: DataConfig, split: Split) -> I
         preprocessing_hash=identity.preprocessing_hash,
         fingerprint=decoded.fingerprint,
         skipped=decoded.skipped,
+        shards=shards,
     )
-
-
-def _tell_skipped(id: str, skipped: int, count: int, split: Split) -> None:
-    log.warning("%s: skipped %d of %d %s images", id, skipped, count, split)
 
 
 def _levels(source: Source, config: DataConfig) -> int:

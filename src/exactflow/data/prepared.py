@@ -1,4 +1,7 @@
-"""Reading a prepared set: pixels decoded before by `prepare`, mapped, with their identity.
+"""Reading a prepared set: pixels decoded before, mapped, with their identity.
+
+`prepare` writes such a folder for a whole source. `load` keeps one in the cache folder for each
+split that is too large for memory.
 
 A prepared set is a folder:
 
@@ -10,7 +13,7 @@ A prepared set is a folder:
 Beside them stays preparing.lock, which is empty. Sets of format 1 have no hashes, neither of images
 nor of labels nor of prepared.json.
 
-While `prepare` runs there is preparing.json in place of prepared.json, and a journal per split.
+While it is written there is preparing.json in place of prepared.json, and a journal per split.
 """
 
 from __future__ import annotations
@@ -18,19 +21,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
+import PIL
 
 from exactflow.data import store
 from exactflow.data.checked import HASH_BYTES, CheckedImages, is_intact, sealed
 from exactflow.data.config import DataConfig, DataError, Split, is_path
-from exactflow.data.decode import Payload, Preprocessing
-from exactflow.data.records import Records, StoredSplit
+from exactflow.data.records import Source
 from exactflow.data.splits import Stored, split_members
 
 FORMAT = 2
@@ -93,6 +95,28 @@ class Identity:
     decoder: str
 
 
+def identity_of(
+    config: DataConfig, source: Source, selection: store.Selection, id: str | None = None
+) -> Identity:
+    """What is decoded of a source under a config; `id` in place of the source's own name."""
+    return Identity(
+        format=FORMAT,
+        id=id or source.id,
+        version=source.version,
+        stamp=source.stamp,
+        source=config.source,
+        words={name: getattr(config, name) for name in WORDS},
+        on_error=config.on_error,
+        preprocessing=selection.preprocessing.text,
+        preprocessing_hash=selection.preprocessing.hash,
+        levels=selection.levels,
+        shape=list(selection.shape),
+        class_names=list(source.class_names),
+        stored=source.stored,
+        decoder=f"pillow-{PIL.__version__}",
+    )
+
+
 @final
 @dataclass(frozen=True)
 class SplitFacts:
@@ -127,6 +151,43 @@ class PreparedSet:
         splits = {name: asdict(facts) for name, facts in self.splits.items()}
         text = json.dumps(sealed({**asdict(self.identity), "splits": splits}), indent=1)
         return (text + "\n").encode()
+
+    def read(self, split: Split, remedy: str = _REMEDY) -> store.Decoded:
+        """All pixels and labels of a split; the pixels are mapped, and not read yet.
+
+        Args:
+            split: which.
+            remedy: what to do about an image that is not what it was.
+
+        Raises:
+            DataError: a file has not the size that was recorded, or labels are others.
+        """
+        facts = self.splits[split]
+        channels, height, width = self.identity.shape
+        hashed = self.identity.format != UNHASHED
+        pixels, hashes = pixel_file(self.folder, split), hash_file(self.folder, split)
+        sizes = {pixels: facts.count * channels * height * width}
+        if hashed:
+            sizes[hashes] = facts.count * HASH_BYTES
+        if facts.labelled:
+            sizes[label_file(self.folder, split)] = 8 * facts.count
+        for file, expected in sizes.items():
+            found = file.stat().st_size if file.is_file() else None
+            if found != expected:
+                raise DataError(f"{file}: expected {expected:,} bytes, found {found}")
+        shape = facts.count, channels, height, width
+        images = CheckedImages(pixels, shape, hashes if hashed else None, remedy)
+        labels = self._labels(split, remedy) if facts.labelled else None
+        return store.Decoded(images, labels, tuple(n for _, n in facts.skipped), facts.fingerprint)
+
+    def _labels(self, split: Split, remedy: str) -> np.ndarray:
+        file, expected = label_file(self.folder, split), self.splits[split].labels_sha256
+        content = file.read_bytes()
+        if expected is not None and hashlib.sha256(content).hexdigest() != expected:
+            raise DataError(
+                f"{file}: expected the labels that were written, found others: {remedy}"
+            )
+        return np.frombuffer(content, dtype="<i8").astype(np.int64)
 
 
 def pixel_file(folder: Path, split: Split) -> Path:
@@ -182,7 +243,7 @@ def open_prepared(source: str) -> PreparedSet | None:
 
 
 def read_prepared(prepared: PreparedSet, config: DataConfig, split: Split) -> store.Decoded:
-    """One split: a memory map as a whole, a copy of a part of it under a smaller `limit`.
+    """One split, or the part of it that a smaller `limit` takes; both are mapped.
 
     Raises:
         DataError: a word differs from what the set was prepared with, the set has no such split,
@@ -194,19 +255,20 @@ def read_prepared(prepared: PreparedSet, config: DataConfig, split: Split) -> st
     _, members = split_members(made, split, identity.stored)
     limit = min(config.limit or len(members), len(members))
     _, wanted = split_members(replace(made, limit=limit), split, identity.stored)
-    facts = prepared.splits[split]
     if identity.format == UNHASHED:
         _tell_unhashed(prepared.folder)
-    images, labels = _mapped(prepared, split)
+    whole = prepared.read(split)
     if len(wanted) == len(members):
-        names = tuple(name for _, name in facts.skipped)
-        return store.Decoded(images, labels, names, facts.fingerprint)
+        return whole
+    facts = prepared.splits[split]
     skipped = {int(members[position]): name for position, name in facts.skipped}
     readable = np.delete(members, [position for position, _ in facts.skipped])
     rows = np.flatnonzero(np.isin(readable, wanted))
+    assert isinstance(whole.images, CheckedImages)
+    images = whole.images.part(rows)
+    labels = None if whole.labels is None else whole.labels[rows]
     names = tuple(skipped[index] for index in wanted.tolist() if index in skipped)
-    part = _part(prepared, config, split, StoredSplit(_Rows(images), labels), rows)
-    return replace(part, skipped=names)
+    return store.Decoded(images, labels, names, store.fingerprint(images, labels, identity.levels))
 
 
 @cache
@@ -230,59 +292,14 @@ def verify(folder: Path) -> PreparedSet:
     if prepared is None:
         raise DataError(f"{folder}: expected a set that `prepare` wrote, found none")
     for split, facts in prepared.splits.items():
-        images, labels = _mapped(prepared, split)
-        found = store.fingerprint(images, labels, prepared.identity.levels)
+        read = prepared.read(split)
+        found = store.fingerprint(read.images, read.labels, prepared.identity.levels)
         if found != facts.fingerprint:
             raise DataError(
                 f"{pixel_file(prepared.folder, split)}: expected the fingerprint "
                 f"{facts.fingerprint}, which was written down, found {found}: {_REMEDY}"
             )
     return prepared
-
-
-def _mapped(prepared: PreparedSet, split: Split) -> tuple[CheckedImages, np.ndarray | None]:
-    """All pixels and labels of a split, not read yet but for the labels."""
-    folder, facts = prepared.folder, prepared.splits[split]
-    channels, height, width = prepared.identity.shape
-    hashed = prepared.identity.format != UNHASHED
-    pixels, hashes = pixel_file(folder, split), hash_file(folder, split)
-    sizes = {pixels: facts.count * channels * height * width}
-    if hashed:
-        sizes[hashes] = facts.count * HASH_BYTES
-    if facts.labelled:
-        sizes[label_file(folder, split)] = 8 * facts.count
-    for file, expected in sizes.items():
-        found = file.stat().st_size if file.is_file() else None
-        if found != expected:
-            raise DataError(f"{file}: expected {expected:,} bytes, found {found}")
-    shape = facts.count, channels, height, width
-    images = CheckedImages(pixels, shape, (hashes, 0) if hashed else None, _REMEDY)
-    return images, _labels(prepared, split) if facts.labelled else None
-
-
-def _labels(prepared: PreparedSet, split: Split) -> np.ndarray:
-    file, expected = label_file(prepared.folder, split), prepared.splits[split].labels_sha256
-    content = file.read_bytes()
-    if expected is not None and hashlib.sha256(content).hexdigest() != expected:
-        raise DataError(f"{file}: expected the labels that were written, found others: {_REMEDY}")
-    return np.frombuffer(content, dtype="<i8").astype(np.int64)
-
-
-def _part(
-    prepared: PreparedSet, config: DataConfig, split: Split, stored: StoredSplit, rows: np.ndarray
-) -> store.Decoded:
-    channels, height, width = prepared.identity.shape
-    selection = store.Selection(
-        split=stored,
-        indices=rows,
-        preprocessing=Preprocessing(max_pixels=height * width),
-        shape=(channels, height, width),
-        shape_of=PREPARED_FILE,
-        levels=prepared.identity.levels,
-        on_error="raise",
-    )
-    stamp = prepared.splits[split].fingerprint
-    return store.decode(selection, stamp, config.cache_dir, of=len(rows))
 
 
 def _require_same_words(prepared: PreparedSet, config: DataConfig) -> None:
@@ -294,22 +311,3 @@ def _require_same_words(prepared: PreparedSet, config: DataConfig) -> None:
                 f"{prepared.folder}: expected {name} {recorded!r}, as it was prepared, found "
                 f"{given!r}; leave the word out, or prepare the source again into another folder"
             )
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class _Rows(Records):
-    """The images of a memory map, as pixels."""
-
-    images: CheckedImages
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def name(self, index: int) -> str:
-        return f"image {index}"
-
-    def read(self, indices: np.ndarray) -> Iterator[Payload]:
-        for index in indices:
-            image = self.images[index]
-            yield image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))

@@ -1,4 +1,4 @@
-"""Decoding a split once: into memory, or into a memory-mapped file where the source is large."""
+"""Decoding the images of a split, in order, by several threads; into memory where they fit."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ import json
 import logging
 import math
 import os
-import sys
-import tempfile
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Literal, final
 
 import numpy as np
-import PIL
 
-from exactflow.core.serialization import write_atomically
-from exactflow.data.checked import HASH_BYTES, CheckedImages, hashes_of, is_intact, sealed
-from exactflow.data.config import DataError, cache_folder
+from exactflow.core.progress import shown_progress
+from exactflow.data.checked import CheckedImages
+from exactflow.data.config import DataError
 from exactflow.data.decode import Payload, Preprocessing, decode_image
 from exactflow.data.records import Records, StoredSplit
+
+if TYPE_CHECKING:
+    from exactflow.data.streaming import StreamedImages
+
+    Images = np.ndarray | CheckedImages | StreamedImages
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +66,9 @@ class Selection:
 @final
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """The result: images (n, C, H, W) uint8, labels int64 (n,) or None, names of the skipped."""
+    """Images (n, C, H, W) uint8, labels int64 (n,) or None, and the names of those left out."""
 
-    images: np.ndarray | CheckedImages
+    images: Images
     labels: np.ndarray | None
     skipped: tuple[str, ...]
     fingerprint: str
@@ -97,21 +96,9 @@ def first_shape(
     raise DataError(f"expected at least one readable image, found none of {len(records)}") from last
 
 
-def decode(selection: Selection, stamp: str, cache_dir: str | None, *, of: int) -> Decoded:
-    """Decode into memory, or into a file of the cache folder where the source is large.
-
-    Args:
-        selection: what to decode.
-        stamp: changes whenever the stored files do.
-        cache_dir: the cache folder; None means ~/.cache/exactflow.
-        of: number of images in all that are read of the source.
-
-    Raises:
-        DataError: an image is unreadable or of another shape, and is not to be skipped.
-    """
-    if of * math.prod(selection.shape) <= RAM_LIMIT_BYTES:
-        return decode_to_memory(selection)
-    return decode_to_file(selection, stamp, cache_folder(cache_dir))
+def fits_memory(images: int, shape: Shape) -> bool:
+    """Whether so many images are decoded into memory, and not into a file."""
+    return images * math.prod(shape) <= RAM_LIMIT_BYTES
 
 
 def decode_to_memory(selection: Selection) -> Decoded:
@@ -123,56 +110,23 @@ def decode_to_memory(selection: Selection) -> Decoded:
     images = np.empty((len(selection.indices), *selection.shape), dtype=np.uint8)
     count = 0
     skipped: list[int] = []
-    for block, bad in _decode_blocks(selection):
-        images[count : count + len(block)] = block
-        count += len(block)
-        skipped += bad
+    several: list[str] = []
+    total = len(selection.indices)
+    with shown_progress(total, "decoding images", after=PROGRESS_AFTER_SECONDS) as advance:
+        for block, bad in decode_blocks(selection, several):
+            images[count : count + len(block)] = block
+            count += len(block)
+            skipped += bad
+            advance(len(block) + len(bad))
+    tell_animations(several)
+    require_some(count, total)
     images = images[:count]
     images.setflags(write=False)
     labels, names = without_skipped(selection, skipped)
     return Decoded(images, labels, names, fingerprint(images, labels, selection.levels))
 
 
-def decode_to_file(selection: Selection, stamp: str, folder: Path) -> Decoded:
-    """Decode into a file of `folder` and map it; if it is there already, only map it.
-
-    The pixels come first, with a hash of each image behind them, then a JSON file that says they
-    are complete; both are written under temporary names, are on disk, and are renamed. What is
-    damaged, or has no hashes, is decoded again. Processes that decode the same split at once do
-    double work, but never read half a file.
-
-    Args:
-        selection: what to decode.
-        stamp: changes whenever the stored files do.
-        folder: the cache folder; made if missing.
-
-    Raises:
-        DataError: as in `decode_to_memory`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    key = _cache_key(selection, stamp)
-    pixels, sidecar = folder / f"{key}.bin", folder / f"{key}.json"
-    facts = _read_sidecar(sidecar, pixels, selection.shape)
-    if facts is None:
-        skipped = _write_pixels(selection, pixels)
-        count = len(selection.indices) - len(skipped)
-        labels, _ = without_skipped(selection, skipped)
-        digest = fingerprint(_mapped(pixels, count, selection.shape), labels, selection.levels)
-        facts = {"count": count, "skipped": skipped, "fingerprint": digest}
-        write_atomically(sidecar, json.dumps(sealed(facts)).encode())
-    labels, names = without_skipped(selection, facts["skipped"])
-    images = _mapped(pixels, facts["count"], selection.shape)
-    return Decoded(images, labels, names, facts["fingerprint"])
-
-
-def _mapped(pixels: Path, count: int, shape: Shape) -> CheckedImages:
-    """What `_write_pixels` wrote."""
-    remedy = "remove it, and its images are decoded again"
-    hashes = pixels, count * math.prod(shape)
-    return CheckedImages(pixels, (count, *shape), hashes, remedy)
-
-
-def fingerprint(images: np.ndarray | CheckedImages, labels: np.ndarray | None, levels: int) -> str:
+def fingerprint(images: Images, labels: np.ndarray | None, levels: int) -> str:
     """sha256 (hex) of the shape, the levels, the labels and all pixels, in order."""
     header = {"shape": list(images.shape), "levels": levels, "labelled": labels is not None}
     digest = hashlib.sha256(json.dumps(header).encode())
@@ -227,17 +181,8 @@ def tell_animations(several: Sequence[str]) -> None:
         )
 
 
-def _decode_blocks(selection: Selection) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """All blocks of a selection in which something can be read, with a bar where it takes long."""
-    total = len(selection.indices)
-    readable = 0
-    several: list[str] = []
-    with _late_progress(total, "decoding images") as advance:
-        for block, bad in decode_blocks(selection, several):
-            yield block, bad
-            advance(len(block) + len(bad))
-            readable += len(block)
-    tell_animations(several)
+def require_some(readable: int, total: int) -> None:
+    """Raise a DataError where none of the images could be read."""
     if not readable:
         raise DataError(f"expected at least one readable image, found none of {total}")
 
@@ -304,88 +249,3 @@ def without_skipped(
     if selection.split.labels is None:
         return None, names
     return selection.split.labels[np.delete(selection.indices, skipped)], names
-
-
-def _cache_key(selection: Selection, stamp: str) -> str:
-    """Names the decoded file: equal for equal pixels, labels and rules only."""
-    digest = hashlib.sha256(selection.indices.tobytes())
-    if selection.split.labels is not None:
-        digest.update(selection.split.labels[selection.indices].tobytes())
-    done = selection.preprocessing
-    rules = (done.hash, done.max_pixels, selection.shape, selection.levels, selection.on_error)
-    digest.update(json.dumps([stamp, *rules, PIL.__version__]).encode())
-    return digest.hexdigest()[:32]
-
-
-def _read_sidecar(sidecar: Path, pixels: Path, shape: Shape) -> dict[str, Any] | None:
-    """What is known of complete pixels; None where they have to be decoded."""
-    if not sidecar.is_file() or not pixels.is_file():
-        return None
-    try:
-        facts = json.loads(sidecar.read_bytes())
-    except (ValueError, RecursionError):
-        facts = None
-    if isinstance(facts, dict) and is_intact(facts):
-        size = facts["count"] * (math.prod(shape) + HASH_BYTES)
-        if pixels.stat().st_size == size:
-            return facts
-    log.warning(
-        "%s: the images that were decoded to it are damaged, or of an earlier version; they are "
-        "decoded again",
-        pixels,
-    )
-    return None
-
-
-def _write_pixels(selection: Selection, file: Path) -> list[int]:
-    """Write the decoded images, then the hash of each; returns the positions that were skipped."""
-    skipped: list[int] = []
-    hashes: list[np.ndarray] = []
-    with _atomic_file(file) as path, path.open("wb") as stream:
-        for block, bad in _decode_blocks(selection):
-            stream.write(block.data)
-            hashes.append(hashes_of(block))
-            skipped += bad
-        stream.write(np.concatenate(hashes).data)
-        stream.flush()
-        os.fsync(stream.fileno())  # a rename may reach the disk before the content does
-    return skipped
-
-
-@contextmanager
-def _atomic_file(file: Path) -> Iterator[Path]:
-    """A temporary path beside `file` that is renamed to it on success and removed on failure."""
-    handle, name = tempfile.mkstemp(prefix=".partial-", dir=file.parent)
-    os.close(handle)
-    path = Path(name)
-    try:
-        yield path
-        path.replace(file)
-    finally:
-        path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _late_progress(total: int, title: str) -> Iterator[Callable[[int], None]]:
-    """Yield `advance(count)`; a bar appears on stderr after two seconds, on a terminal only."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    bar = Progress(console=Console(stderr=True), transient=True)
-    task = bar.add_task(title, total=total)
-    started = time.monotonic()
-    shown = False
-
-    def advance(count: int) -> None:
-        nonlocal shown
-        bar.advance(task, count)
-        late = time.monotonic() - started > PROGRESS_AFTER_SECONDS
-        if late and not shown and sys.stderr.isatty():
-            shown = True
-            bar.start()
-
-    try:
-        yield advance
-    finally:
-        if shown:
-            bar.stop()

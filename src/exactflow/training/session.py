@@ -1,8 +1,7 @@
-"""The process that trains: its orders to stop, its clock and display."""
+"""The process that trains: its orders to stop, and its clock."""
 
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,11 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import final
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-PLAIN_LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
 @final
@@ -67,51 +61,6 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-@final
-class Display:
-    """How far training is, on stderr: a bar on a terminal, else a line every ten seconds.
-
-    Args:
-        total: steps of the run.
-        done: steps that earlier sessions took.
-        active: False shows nothing.
-    """
-
-    def __init__(self, total: int, done: int, active: bool) -> None:
-        self._total = total
-        self._active = active
-        self._last_line = time.monotonic()
-        self._bar = None
-        if active and sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self._task = self._bar.add_task("training", total=total, completed=done, text="")
-            self._bar.start()
-
-    def update(self, step: int, loss: float, images_per_second: float) -> None:
-        """Show that `step` is done, with its loss."""
-        text = f"loss {loss:.4f}, {images_per_second:.1f} images/s"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
-        elif self._active and (step == self._total or self._line_is_due()):
-            self._last_line = time.monotonic()
-            print(f"step {step}/{self._total}: {text}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self._bar is not None:
-            self._bar.stop()
-
-    def _line_is_due(self) -> bool:
-        return time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS
 
 
 @final

@@ -19,6 +19,7 @@ from exactflow.core import shared_batch as shared
 from exactflow.core.main_guard import require_main_guard
 from exactflow.core.model import DataInitialized, GenerativeModel, NonFiniteError
 from exactflow.core.process_group import Processes, joined
+from exactflow.core.progress import Advance, shown_progress
 from exactflow.core.random import derive_seed, generator
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
@@ -33,7 +34,7 @@ from exactflow.training.optim import MovingAverage, TrainConfig, make_optimizer,
 from exactflow.training.progress import Callback, FitResult, Progress
 from exactflow.training.reversible import reversible
 from exactflow.training.saving import Saver
-from exactflow.training.session import Clock, Display, Interrupted, StopRequest, stop_requests
+from exactflow.training.session import Clock, Interrupted, StopRequest, stop_requests
 from exactflow.training.tensors import RunTensors
 
 UNEXPLAINED = (
@@ -100,11 +101,13 @@ def fit(
         stack.enter_context(reversible(trained, config.reversible))
         log = MetricsLog(run.dir, run.state.step, tensorboard, group, run.logged)
         stack.enter_context(closing(log))
-        display = Display(run.schedule.total, run.state.step, progress and group.is_main)
-        stack.enter_context(closing(display))
+        quiet = not (progress and group.is_main)
+        total, done = run.schedule.total, run.state.step
+        shown = shown_progress(total, "training", unit="steps", done=done, quiet=quiet)
+        advance = stack.enter_context(shown)
         stop = stack.enter_context(stop_requests())
         with run.saver.vouching():
-            return run.to_end(log, display, stop)
+            return run.to_end(log, advance, stop)
 
 
 @final
@@ -150,7 +153,7 @@ class _Run:
         self.clock = Clock(self.state.seconds, self.state.step_seconds)
         self.signum: int | None = None  # of the order to stop that all processes know of
 
-    def to_end(self, log: MetricsLog, display: Display, stop: StopRequest) -> FitResult:
+    def to_end(self, log: MetricsLog, advance: Advance, stop: StopRequest) -> FitResult:
         """Take the steps that are left."""
         batches = self._prepare() if self.state.step < self.schedule.total else iter(())
         if log.last_step == self.state.step:
@@ -164,7 +167,7 @@ class _Run:
             with self.clock.step():
                 loss = self._advance(next(batches), stop)
             self._hear(stop)
-            display.update(self.state.step, loss, self._images_per_second())
+            advance(1, f"loss {loss:.4f}, {self._images_per_second():.1f} images/s")
             if self._is_due(self.config.checkpoint_every):
                 self._save(log)
             if self.signum is None:
