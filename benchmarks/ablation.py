@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exactflow.cli.settings import Settings, resolve, some
+from exactflow.cli.settings import resolve, some
 from exactflow.core.model import GenerativeModel
 from exactflow.core.serialization import write_json
 from exactflow.data import ImageDataset, load
@@ -30,6 +30,7 @@ from exactflow.metrics.bits_per_dim import evaluate
 from exactflow.nn import causal
 from exactflow.training import fit
 from exactflow.training.budget import seconds_per_step
+from exactflow.training.settings import Settings
 
 SCORED = 2000  # test images
 AFFINE = "model.conditional=[affine]"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import exactflow
-from exactflow.cli import train
+from exactflow import runs
 from exactflow.cli.settings import resolve
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.models import registry
@@ -42,19 +42,20 @@ def test_a_callback_may_return_nothing(preset: str, digits: ImageDataset, tmp_pa
 
 
 def test_a_grid_says_how_many_samples_it_leaves_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def failing(*args: Any, **options: Any) -> exactflow.Samples:
         drawn = exactflow.sample(*args, **options)
         return replace(drawn, failures={3: "block 1", 4: "block 2"})
 
-    monkeypatch.setattr(train, "sample", failing)
+    monkeypatch.setattr(runs, "sample", failing)
     words = ["training.steps=1", "training.warmup_steps=0", "run.samples=5", "data.limit=16"]
     words += ["training.batch_size=8", "model.blocks=1", "data.source=digits"]
-    train.train(resolve("tarflow-tiny", words, None), tmp_path / "run", "cpu")
-    said = capsys.readouterr().err
+    caplog.set_level("WARNING")
+    trained = runs.execute(resolve("tarflow-tiny", words, None), tmp_path / "run", "cpu")
+    said = caplog.text
     assert "step 1: 2 of 5 samples are not finite, and are left out of the grid" in said
-    assert train.read_metrics(tmp_path / "run")[-1]["nonfinite_samples"] == 2
+    assert trained.history[-1]["nonfinite_samples"] == 2
 
 
 def test_the_package_says_that_it_is_typed() -> None:

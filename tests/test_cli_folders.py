@@ -14,10 +14,10 @@ import exactflow
 from exactflow.cli import early
 from exactflow.cli import sample as verb
 from exactflow.cli.parsing import parsed
-from exactflow.cli.places import check_apart
 from exactflow.comparison.comparison import fingerprint
 from exactflow.data import DataConfig
 from exactflow.models import registry
+from exactflow.training.folder import check_apart
 from processes import call
 
 Cli = Callable[..., tuple[int, str]]

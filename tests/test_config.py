@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 import exactflow
-from exactflow.cli.settings import data_of, parse_words, resolve
+from exactflow.cli.settings import data_of, resolve
+from exactflow.cli.words import parse_words
 from exactflow.core.config import override
 from exactflow.data import DataConfig, load
 

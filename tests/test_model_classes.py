@@ -17,12 +17,12 @@ from exactflow.cli.arguments import Evaluate, Sample
 from exactflow.cli.contenders import Contenders
 from exactflow.cli.latent_arguments import Attributes
 from exactflow.cli.settings import first_images, labels_named, resolve
-from exactflow.cli.train import train
 from exactflow.core.model import GenerativeModel
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.data.classes import class_number
 from exactflow.data.model_classes import classes_in
 from exactflow.metrics.bits_per_dim import with_labels
+from exactflow.runs import execute
 from exactflow.training import TrainConfig, fit
 from exactflow.training.budget import Budget
 
@@ -66,7 +66,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classes")
     source = f"data.source={photos(folder / 'pets', 'cat', 'dog')}"
     settings = resolve("tarflow-tiny", (*TINY, *FAST, source, "model.num_classes=2"), None)
-    train(settings, folder / "run", "cpu")
+    execute(settings, folder / "run", "cpu")
     return folder / "run"
 
 
@@ -230,9 +230,9 @@ def test_conditional_training_asks_for_labelled_validation_first(tmp_path: Path)
     words = (f"data.source={source}", f"data.validation={plain}")
     settings = resolve("tarflow-tiny", (*TINY, *FAST, *words, "model.num_classes=2"), None)
     with pytest.raises(ValueError, match=r"2 classes needs labels, the validation split .* none"):
-        train(settings, tmp_path / "run", "cpu")
+        execute(settings, tmp_path / "run", "cpu")
     assert not (tmp_path / "run").exists()
-    train(resolve("tarflow-tiny", (*TINY, *FAST, *words), None), tmp_path / "run", "cpu")
+    execute(resolve("tarflow-tiny", (*TINY, *FAST, *words), None), tmp_path / "run", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_classes_that_are_not_used_are_mentioned(
 
 def test_training_says_it_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = f"data.source={photos(tmp_path / 'pets', 'cat', 'dog')}"
-    train(resolve("tarflow-tiny", (*TINY, *FAST, source), None), tmp_path / "run", "cpu")
+    execute(resolve("tarflow-tiny", (*TINY, *FAST, source), None), tmp_path / "run", "cpu")
     told = "pets has 2 classes, tarflow-tiny is trained without them: model.num_classes=2"
     assert capsys.readouterr().err.startswith(told)
 

@@ -15,10 +15,12 @@ import torch
 from torch.distributed.run import get_args_parser
 
 from exactflow.cli import cost, main, running
-from exactflow.cli.settings import Settings, read_file, resolve
+from exactflow.cli.settings import resolve
+from exactflow.cli.words import read_file
 from exactflow.models import registry
 from exactflow.training import TrainConfig
 from exactflow.training.cost import TrainingCost, training_cost
+from exactflow.training.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

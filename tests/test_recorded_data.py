@@ -14,11 +14,12 @@ from PIL import Image
 from exactflow.cli import classify, evaluate, outliers
 from exactflow.cli.arguments import Evaluate
 from exactflow.cli.latent_arguments import Classify, Outliers
-from exactflow.cli.settings import CONFIG_FILE, Settings, data_of, resolve
-from exactflow.cli.train import train
+from exactflow.cli.settings import data_of, resolve
 from exactflow.cli.trained_on import trained_on
 from exactflow.data import DataConfig, ImageDataset, load, prepare
 from exactflow.models.pretrained import from_pretrained
+from exactflow.runs import execute
+from exactflow.training.settings import CONFIG_FILE, Settings
 
 TINY = ("model.width=16", "model.blocks=2", "model.layers_per_block=1", "model.head_dim=16")
 FAST = ("training.steps=2", "training.warmup_steps=1", "training.batch_size=8")
@@ -40,10 +41,10 @@ def settings(*words: str, preset: str = "tarflow-digits") -> Settings:
 )
 def test_a_refused_run_changes_nothing_on_disk(word: str, reason: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    train(settings(), folder, "cpu")
+    execute(settings(), folder, "cpu")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=reason):
-        train(settings(word), folder, "cpu")
+        execute(settings(word), folder, "cpu")
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert after == before
     assert yaml.safe_load((folder / CONFIG_FILE).read_text())["data"]["split_seed"] == 0
@@ -53,10 +54,10 @@ def test_a_refused_closed_form_fit_keeps_its_configuration(tmp_path: Path) -> No
     def fitted(*words: str) -> Settings:
         return resolve("whitening-tiny", ("data.source=digits", "data.limit=24", *words), None)
 
-    train(fitted(), tmp_path, "cpu")
+    execute(fitted(), tmp_path, "cpu")
     before = (tmp_path / CONFIG_FILE).read_bytes()
     with pytest.raises(ValueError, match="another run"):
-        train(fitted("data.split_seed=1"), tmp_path, "cpu")
+        execute(fitted("data.split_seed=1"), tmp_path, "cpu")
     assert (tmp_path / CONFIG_FILE).read_bytes() == before
 
 
@@ -78,7 +79,7 @@ def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
         read = ("data.source=data/album", "data.split_seed=5", "data.test_fraction=0.3")
         read += ("data.image_size=4", "data.bits=4", "data.limit=12")
         run = resolve("tarflow-tiny", (*SHORT, "model.patch_size=2", *read), None)
-        train(run, Path("run"), "cpu")
+        execute(run, Path("run"), "cpu")
     return project
 
 
@@ -161,7 +162,7 @@ def test_a_prepared_set_and_its_source_are_read_alike(tmp_path: Path) -> None:
     read = DataConfig(str(set_), split_seed=3, test_fraction=0.4, bits=5)
     prepare(read, tmp_path / "ready")
     run = resolve("tarflow-tiny", (*SHORT, f"data.source={tmp_path / 'ready'}"), None)
-    train(run, tmp_path / "run", "cpu")
+    execute(run, tmp_path / "run", "cpu")
     expected = load(read, "test").fingerprint
     assert held_out(tmp_path / "run").fingerprint == expected
     assert held_out(tmp_path / "run", f"data.source={set_}").fingerprint == expected
@@ -171,7 +172,7 @@ def test_the_other_verbs_that_measure_held_out_images_say_so_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     labelled = resolve("tarflow-tiny", (*SHORT, "model.num_classes=10", "data.source=digits"), None)
-    train(labelled, tmp_path / "run", "cpu")
+    execute(labelled, tmp_path / "run", "cpu")
     run, words, outside = str(tmp_path / "run"), ("data.split_seed=6",), str(photos(tmp_path / "p"))
     classify.run(Classify(run, words, n=2, calibrate_on=2, out=tmp_path / "c", device="cpu"))
     outliers.run(Outliers(run, words, outside, n=2, training=2, out=tmp_path / "o", device="cpu"))

@@ -15,14 +15,15 @@ from PIL import Image
 
 import exactflow
 from exactflow.cli import ship as shipping
-from exactflow.cli.settings import Settings, data_of, resolve
+from exactflow.cli.settings import data_of, resolve
 from exactflow.cli.ship import ship
-from exactflow.cli.train import train
 from exactflow.core.serialization import CONFIG_FILE, WEIGHTS_FILE
 from exactflow.core.tensor_files import read_safetensors
 from exactflow.data import load
 from exactflow.models import registry, shipped
 from exactflow.models.pretrained import READING, describe, from_pretrained, recorded_data
+from exactflow.runs import execute
+from exactflow.training.settings import Settings
 from processes import call
 
 ROOT = Path(__file__).parents[1]
@@ -144,7 +145,7 @@ def settings(*words: str, preset: str = "tarflow-digits") -> Settings:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training") / "run"
-    train(settings("model.num_classes=10", "data.limit=100", "data.split_seed=3"), folder, "cpu")
+    execute(settings("model.num_classes=10", "data.limit=100", "data.split_seed=3"), folder, "cpu")
     return folder
 
 
@@ -266,7 +267,7 @@ def album(tmp_path: Path) -> Path:
             images / f"{index:02}.png"
         )
     words = (f"data.source={images}", "data.bits=4", "data.test_fraction=0.3")
-    train(settings(*words, preset="tarflow-tiny"), tmp_path / "run", "cpu")
+    execute(settings(*words, preset="tarflow-tiny"), tmp_path / "run", "cpu")
     return tmp_path
 
 

@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exactflow.cli.settings import read_file, resolve
+from exactflow.cli.settings import resolve
+from exactflow.cli.words import read_file
 from exactflow.core.config import override
 from exactflow.core.typed_text import MAX_BYTES, Typed, read_yaml
 

@@ -8,18 +8,18 @@ from rich.table import Table
 
 from exactflow.cli.arguments import Compare
 from exactflow.cli.contenders import Contenders
-from exactflow.cli.places import check_apart
-from exactflow.cli.settings import pick_device
 from exactflow.cli.terminal import note, say
 from exactflow.cli.words import parse_words
 from exactflow.comparison.compare import compare
 from exactflow.comparison.protocol import Protocol
 from exactflow.comparison.report import Report
 from exactflow.core.config import override
+from exactflow.core.devices import pick_device
 from exactflow.data import DataConfig, load
 from exactflow.metrics.extractors import inception
 from exactflow.training import Interrupted
 from exactflow.training.budget import Budget
+from exactflow.training.folder import check_apart
 
 
 def run(command: Compare) -> None:

@@ -8,15 +8,13 @@ from typing import Any, final
 
 import torch
 
-from exactflow.cli.settings import CONFIG_FILE, Settings, load_model, resolve
+from exactflow.cli.settings import load_model, resolve
 from exactflow.cli.terminal import note
-from exactflow.cli.train import read_metrics
 from exactflow.comparison.expected_time import expected_seconds
 from exactflow.comparison.protocol import Contender, Failure, Protocol, scored, spread
 from exactflow.core.config import override
 from exactflow.core.model import FittedFlow, GenerativeModel, NonFiniteError
 from exactflow.core.process_group import ALONE, current
-from exactflow.core.serialization import GUIDANCE
 from exactflow.data import DataConfig, ImageDataset
 from exactflow.data.model_classes import classes_in
 from exactflow.metrics.bits_per_dim import check_fits
@@ -24,10 +22,11 @@ from exactflow.metrics.memo import Stages
 from exactflow.metrics.memory import PeakMemory
 from exactflow.models import registry, shipped
 from exactflow.models.pretrained import recorded_data, recorded_guidance
-from exactflow.training import Progress, TrainConfig, fit
+from exactflow.runs import Run, read_metrics
+from exactflow.training import Progress, TrainConfig
 from exactflow.training.budget import Budget, steps_within, training_flops
-from exactflow.training.fitting import fit_closed_form
 from exactflow.training.log import LOG_FILE
+from exactflow.training.settings import Settings
 
 WATCHED = Protocol(images=250, estimate_images=32, bound_evaluations=10, ode_steps=10)
 FIRST_IMAGES = 4096  # seen before held-out images are first scored; then at every doubling
@@ -158,25 +157,19 @@ class Contenders:
         return Contender(shown, model, facts, guidance=recorded_guidance(model))
 
     def _trained(self, name: str) -> Contender:
-        folder = self._folder / name
-        settings = self._settings(name)
+        folder, settings = self._folder / name, self._settings(name)
         model = settings.build().to(self._device)
         peak = PeakMemory(self._device)
         stages = Stages(folder, self._identity(settings))
-        common: dict[str, Any] = {"augmentation": settings.data.augmentation}
-        common["progress"] = sys.stderr.isatty()
-        if isinstance(model, FittedFlow):
-            common["every"] = {1: _Watch(self._held_out, 1, 1)}
-            common["record"] = {CONFIG_FILE: settings.text().encode()}
-            result = fit_closed_form(model, self._training, settings.training, folder, **common)
-        else:
+        every = {1: _Watch(self._held_out, 1, 1)}
+        if not isinstance(model, FittedFlow):
             settings = replace(settings, training=self._recipe(settings, model, stages))
             config = settings.training
-            interval = max(1, FIRST_IMAGES // config.batch_size)
             assert config.steps is not None
-            common["record"] = {CONFIG_FILE: settings.text().encode()}
-            common["every"] = {interval: _Watch(self._held_out, interval, config.steps)}
-            result = fit(model, self._training, config, folder, **common)
+            interval = max(1, FIRST_IMAGES // config.batch_size)
+            every = {interval: _Watch(self._held_out, interval, config.steps)}
+        run = Run(settings, model, self._training, folder)
+        result = run.fit(every, sys.stderr.isatty())
         memory = stages.keep("training-memory", {}, lambda: {"bytes": peak.bytes()})
         facts = {
             "steps": result.step,
@@ -186,13 +179,11 @@ class Contenders:
             "step_seconds": result.step_seconds,
             "peak_memory": memory["bytes"],
         }
-        guidance = settings.guidance
-        card = {"training data": self._training.describe(), "cost": facts, GUIDANCE: guidance}
-        current().on_main(lambda: model.save_pretrained(folder / "model", card=card))
+        run.save(result, cost=facts)
         lines = [line for line in read_metrics(folder) if "bits_per_dim" in line]
         curve = [{n: line[n] for n in ("step_seconds", "images", "bits_per_dim")} for line in lines]
         facts |= _work(model, result.images_seen)
-        return Contender(name, model, facts, curve, guidance)
+        return Contender(name, model, facts, curve, settings.guidance)
 
     def _recipe(self, settings: Settings, model: GenerativeModel, stages: Stages) -> TrainConfig:
         """The preset's, as long as the budget lasts."""

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from exactflow.cli.arguments import Cost
-from exactflow.cli.settings import Settings, pick_device, resolve
+from exactflow.cli.settings import resolve
 from exactflow.cli.terminal import say
 from exactflow.core import building
 from exactflow.core.config import override
+from exactflow.core.devices import pick_device
 from exactflow.core.model import GenerativeModel
 from exactflow.data import load
 from exactflow.models import registry
@@ -21,6 +22,7 @@ from exactflow.training.cost import (
     remedies,
     training_cost,
 )
+from exactflow.training.settings import Settings
 
 GIB = 2**30
 TERA = 1e12

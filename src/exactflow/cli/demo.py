@@ -3,14 +3,13 @@
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 from rich.table import Table
 
 from exactflow.cli.arguments import Demo
 from exactflow.cli.settings import resolve
 from exactflow.cli.terminal import say
-from exactflow.cli.train import Trained, read_metrics, train
+from exactflow.cli.train import train
 from exactflow.core.serialization import write_atomically
 from exactflow.data import load
 from exactflow.data.model_classes import classes_in
@@ -20,6 +19,7 @@ from exactflow.metrics.bits_per_dim import Evaluation, evaluate
 from exactflow.pictures import grids as pictures
 from exactflow.pictures import report
 from exactflow.pictures.figures import curves
+from exactflow.runs import Trained
 from exactflow.sampling.sample import Samples, sample
 
 PRESET = "tarflow-digits"
@@ -40,7 +40,7 @@ def run(command: Demo) -> None:
     floor = baselines(trained.training, held_out)
     drawn = sample(trained.model, 64, trace=True, progress=sys.stderr.isatty())
     rows = _rows(scored, floor)
-    _write(command.out, trained, scored, floor, drawn, rows, time.perf_counter() - began)
+    _write(trained, scored, floor, drawn, rows, time.perf_counter() - began)
     table = Table(title=f"bits/dim of {len(held_out)} held-out images ({held_out.id})")
     for name in ("model", "bits/dim", "kind", "parameters"):
         table.add_column(name, justify="left" if name == "model" else "right")
@@ -65,7 +65,6 @@ def _score(likelihood: LogLikelihood) -> str:
 
 
 def _write(
-    folder: Path,
     trained: Trained,
     scored: Evaluation,
     floor: Mapping[str, Baseline],
@@ -74,7 +73,7 @@ def _write(
     seconds: float,
 ) -> None:
     assert drawn.trace is not None
-    levels = trained.model.levels
+    folder, levels = trained.folder, trained.model.levels
     samples = pictures.png(pictures.grid(drawn.images, levels))
     write_atomically(folder / "samples.png", samples)
     trace = pictures.png(pictures.trajectory_grid(drawn.trace[:, :TRACED]))
@@ -101,7 +100,7 @@ def _write(
         ),
         report.Picture(
             "The run",
-            curves(read_metrics(folder), lines),
+            curves(trained.history, lines),
             "Training loss; bits/dim of validation images, averaged weights.",
         ),
         report.Table(

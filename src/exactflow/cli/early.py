@@ -9,7 +9,8 @@ from rich.table import Table
 from exactflow.cli.arguments import Compare, Convert, Cost, Demo, Info, Train
 from exactflow.cli.preset_table import check_preset, listed
 from exactflow.cli.terminal import say
-from exactflow.cli.words import SECTIONS, parse_words, read_file
+from exactflow.cli.words import parse_words, read_file
+from exactflow.core.config import SECTIONS
 from exactflow.models import shipped
 
 # the sections of settings that a command takes; others that take any take those of the data

@@ -6,10 +6,12 @@ import yaml
 
 from exactflow.cli.arguments import Info
 from exactflow.cli.cost import on_meta
-from exactflow.cli.settings import SECTIONS, Settings, resolve
+from exactflow.cli.settings import resolve
+from exactflow.core.config import SECTIONS
 from exactflow.core.serialization import finite
 from exactflow.models import registry, shipped
 from exactflow.models.pretrained import describe, from_pretrained
+from exactflow.training.settings import Settings
 
 
 def run(command: Info) -> None:

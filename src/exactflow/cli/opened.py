@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, final
 
-from exactflow.cli.places import check_apart, own_folder
+from exactflow.cli.places import own_folder
 from exactflow.cli.settings import data_of, load_model, some
 from exactflow.core.model import GenerativeModel
 from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data import DataConfig, ImageDataset, Split, load
 from exactflow.metrics.bits_per_dim import check_fits
+from exactflow.training.folder import check_apart
 
 Model = TypeVar("Model", bound=GenerativeModel)
 

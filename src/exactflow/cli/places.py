@@ -5,11 +5,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import final
 
-from exactflow.cli.settings import CONFIG_FILE
-from exactflow.data import DataConfig
-from exactflow.data.config import is_path
 from exactflow.models.pretrained import shipped_model
 from exactflow.training.log import LOG_FILE
+from exactflow.training.settings import CONFIG_FILE
 
 _MADE = ("samples.json", "samples.png", "trace.png", "inversion.png")
 _SINGLE = re.compile(r"seed_(\d+)\.png")
@@ -18,24 +16,6 @@ _SINGLE = re.compile(r"seed_(\d+)\.png")
 def is_run(folder: Path) -> bool:
     """Whether a training wrote, or writes, into this folder."""
     return any((folder / name).exists() for name in (CONFIG_FILE, LOG_FILE, "checkpoints"))
-
-
-def check_apart(out: Path, data: DataConfig) -> None:
-    """Raise ValueError for a folder inside of the images that are read: its pictures would be too.
-
-    Args:
-        out: folder to write.
-        data: where images come from.
-    """
-    for source in (data.source, data.validation):
-        if source is None or not is_path(source):
-            continue
-        images, written = Path(source).expanduser().resolve(), out.resolve()
-        if images == written or images in written.parents:
-            raise ValueError(
-                f"--out {out}: expected a folder outside of the images in {source}, where the "
-                "pictures that are written would be read as images"
-            )
 
 
 def check_no_run(out: Path) -> None:

@@ -1,126 +1,25 @@
 """Settings of a run: a preset, a YAML file and KEY=VALUE words, resolved in that order."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, final
 
-import torch
-import yaml
 from torch import Tensor
 
-from exactflow.cli.words import SECTIONS, TYPED, merge, parse_words, read_file
-from exactflow.core.config import checked, override
+from exactflow.cli.words import merge, parse_words, read_file
+from exactflow.core.config import override
+from exactflow.core.devices import pick_device
 from exactflow.core.model import Flow, GenerativeModel
-from exactflow.core.random import derive_seed
 from exactflow.data import DataConfig, DataError, ImageDataset, Split, load
 from exactflow.data.classes import class_number, numbered
 from exactflow.data.config import located
 from exactflow.data.datasets import identify
-from exactflow.data.prepared import open_prepared
 from exactflow.metrics.bits_per_dim import with_labels
 from exactflow.models import registry
 from exactflow.models.pretrained import from_pretrained, recorded_data, recorded_reading
-from exactflow.training import TrainConfig
+from exactflow.training.settings import CONFIG_FILE, Settings, settings_of
 
-CONFIG_FILE = "config.yaml"  # of a run folder
-MAX_GRID = 4096  # images
 NULL_LABEL = "null"  # how the dropped label is called, unless a class is
-
-
-@final
-@dataclass(frozen=True)
-class RunConfig:
-    """What a run looks at on its way."""
-
-    evaluate_every: int = 500  # steps between scores of held-out images
-    sample_every: int = 500  # steps between sample grids
-    samples: int = 16  # images in a grid
-    evaluation_images: int = 1000  # at most so many validation images are scored on the way
-    tensorboard: bool = False  # also log to TensorBoard (extra `track`)
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for intervals and counts below one, and a grid nobody can look at."""
-        for name, value in asdict(self).items():
-            if name != "tensorboard" and value < 1:
-                raise ValueError(f"run.{name}: expected at least 1, got {value}")
-        if self.samples > MAX_GRID:
-            raise ValueError(f"run.samples: expected at most {MAX_GRID:,}, got {self.samples}")
-
-
-@final
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides a run."""
-
-    preset: str
-    model: Any
-    training: TrainConfig
-    data: DataConfig
-    run: RunConfig
-    given: frozenset[str] = frozenset()  # fields of the model that were set by name
-
-    def describe(self) -> dict[str, Any]:
-        """The sections as YAML and JSON hold them."""
-        sections = {name: _plain(asdict(getattr(self, name))) for name in SECTIONS}
-        return {"preset": self.preset, **sections}
-
-    def text(self) -> str:
-        """The content of a run's config.yaml: paths of the data as they are found from anywhere.
-
-        What was typed, where that differs, stands in a section of its own; see `read_file`.
-        """
-        content = self.describe()
-        data, prepared = content["data"], open_prepared(self.data.source)
-        paths = ["source", "cache_dir"]
-        if prepared is None:
-            paths.append("validation")
-        else:  # how its source was read; compared with these words as they stand
-            default = DataConfig()
-            words = prepared.identity.words.items()
-            data |= {name: value for name, value in words if data[name] == getattr(default, name)}
-        typed = {name: data[name] for name in paths if data[name] is not None}
-        data |= {name: located(path) for name, path in typed.items()}
-        typed = {name: path for name, path in typed.items() if path != data[name]}
-        return yaml.safe_dump({**content, **({TYPED: typed} if typed else {})}, sort_keys=False)
-
-    def fitted(self, dataset: ImageDataset) -> "Settings":
-        """With the model's image shape and levels taken from the data unless given.
-
-        So is the number of classes of a conditional model; another stays one without.
-        """
-        facts = {"image_shape": dataset.event_shape, "levels": dataset.levels}
-        if asdict(self.model).get("num_classes"):  # unconditional families have no such field
-            facts["num_classes"] = dataset.num_classes
-        facts = {name: value for name, value in facts.items() if name not in self.given}
-        return replace(self, model=override(self.model, facts))
-
-    def unused_classes(self, dataset: ImageDataset) -> str:
-        """Why a model is not trained with classes, where one might expect it; else nothing."""
-        wanted, found = asdict(self.model).get("num_classes"), dataset.num_classes
-        if wanted is None or "num_classes" in self.given or bool(wanted) == bool(found):
-            return ""
-        if wanted:
-            return f"{dataset.id} has no labels: {self.preset} is trained without its classes"
-        if found == 1:
-            return ""
-        return (
-            f"{dataset.id} has {found} classes, {self.preset} is trained without them: "
-            f"model.num_classes={found} trains it with them"
-        )
-
-    @property
-    def guidance(self) -> float:
-        """The scale that samples of the model are meant to be drawn with; 0 without classes."""
-        given = asdict(self.model).get("num_classes")
-        return registry.preset(self.preset).guidance if given else 0.0
-
-    def build(self) -> GenerativeModel:
-        """The model with its seeded initial weights."""
-        kind = registry.family_of(self.preset).model.kind
-        with torch.random.fork_rng():
-            torch.manual_seed(derive_seed(self.training.seed, "initial weights"))
-            return registry.from_config(kind, asdict(self.model))
 
 
 def resolve(
@@ -133,26 +32,16 @@ def resolve(
             For others it is then called FOLDER.
     """
     changes = read_file(file) if file else {}
-    preset_name = preset_name or changes.get("preset")
+    in_file = changes.pop("preset", None)
+    preset_name = preset_name or in_file
     if not isinstance(preset_name, str):
         raise ValueError(f"expected a preset: {', '.join(registry.names())}")
     preset_name = str(preset_name)  # plain text, not what a file's reader marked as typed
     preset = registry.preset(preset_name)
     merge(changes, parse_words(words))
-    if "source" not in {**preset.data, **changes.get("data", {})}:
-        if reads_data:
-            raise ValueError(
-                f"{preset_name} names no data set: give data.source=FOLDER (or another)"
-            )
+    if not reads_data and "source" not in {**preset.data, **changes.get("data", {})}:
         merge(changes, {"data": {"source": "FOLDER"}})
-    return Settings(
-        preset_name,
-        override(preset.config, changes.get("model", {})),
-        override(_made(TrainConfig, preset.training), changes.get("training", {})),
-        override(_made(DataConfig, preset.data), changes.get("data", {})),
-        override(RunConfig(), changes.get("run", {})),
-        frozenset(changes.get("model", {})),
-    )
+    return settings_of(preset_name, changes)
 
 
 def data_of(model: GenerativeModel, words: Sequence[str]) -> DataConfig:
@@ -179,13 +68,13 @@ def data_of(model: GenerativeModel, words: Sequence[str]) -> DataConfig:
         else:
             told = "does not say what it was trained on"
         raise ValueError(f"{home} {told}: give data.source=...")
-    data = _made(DataConfig, {**recorded, **changes})
+    data = override(DataConfig(), {**recorded, **changes})
     if "source" in changes and recorded:
-        then = _made(DataConfig, recorded)
+        then = override(DataConfig(), recorded)
         now = replace(then, source=data.source, validation=data.validation)
         same = "source" in recorded and located(now.source) == located(then.source)
         if not same and not _is_known(model, now):
-            return _made(DataConfig, changes)
+            return override(DataConfig(), changes)
     return data
 
 
@@ -247,25 +136,3 @@ def as_flow(model: GenerativeModel) -> Flow:
     if not isinstance(model, Flow):
         raise ValueError(f"expected a flow, got a model of kind {model.kind!r}")
     return model
-
-
-def pick_device(name: str) -> torch.device:
-    """The device; "auto" is the accelerator, if any. Raises ValueError for one that is absent."""
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("expected a CUDA device, found none: --device cpu")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("expected an MPS device, found none: --device cpu")
-    return torch.device(name)
-
-
-def _made(config: type, fields: Mapping[str, Any]) -> Any:
-    return config(**checked(config, fields))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

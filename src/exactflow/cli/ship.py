@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from exactflow import __version__
-from exactflow.cli.settings import CONFIG_FILE, Settings, resolve, some
+from exactflow.cli.settings import resolve, some
 from exactflow.core.model import GenerativeModel
 from exactflow.core.serialization import GUIDANCE, WEIGHTS_FILE, finite, write_atomically
 from exactflow.data import DataConfig, ImageDataset, load
@@ -28,6 +28,7 @@ from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.metrics.bits_per_dim import evaluate, with_labels
 from exactflow.models import registry, shipped
 from exactflow.models.pretrained import READING, describe, from_pretrained
+from exactflow.training.settings import CONFIG_FILE, Settings
 
 IMAGES = 8  # kept with their likelihoods
 UNKNOWN = "FOLDER"  # in place of a path of the machine that trained

@@ -4,11 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from exactflow.core.config import suggestion
+from exactflow.core.config import SECTIONS, TYPED, suggestion
 from exactflow.core.typed_text import Typed, read_yaml_file
-
-SECTIONS = ("model", "training", "data", "run")
-TYPED = "typed"  # section of a run's config.yaml: paths of the data as they were given
 
 
 def read_file(path: Path) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from exactflow.core.typed_text import Typed, is_null, read_yaml, scalar
 
 Config = TypeVar("Config")
 
+SECTIONS = ("model", "training", "data", "run")  # of what decides a run
+TYPED = "typed"  # section of a run's config.yaml: paths of the data as they were given
+
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
     """A frozen dataclass with some fields changed.

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from exactflow.core.serialization import explained_write, write_atomically
+from exactflow.data.config import DataConfig, is_path
 
 try:
     import fcntl
@@ -58,3 +59,21 @@ def write_record(folder: Path, record: Mapping[str, bytes]) -> None:
     """
     for name, content in record.items():
         write_atomically(folder / name, content)
+
+
+def check_apart(out: Path, data: DataConfig) -> None:
+    """Raise ValueError for a folder inside of the images that are read: its pictures would be too.
+
+    Args:
+        out: folder to write.
+        data: where images come from.
+    """
+    for source in (data.source, data.validation):
+        if source is None or not is_path(source):
+            continue
+        images, written = Path(source).expanduser().resolve(), out.resolve()
+        if images == written or images in written.parents:
+            raise ValueError(
+                f"--out {out}: expected a folder outside of the images in {source}, where the "
+                "pictures that are written would be read as images"
+            )

@@ -1,0 +1,140 @@
+"""What decides a run: a preset's recipe, or that of a model of one's own, and what was changed."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, final
+
+import torch
+import yaml
+
+from exactflow.core.config import SECTIONS, TYPED, override
+from exactflow.core.model import GenerativeModel
+from exactflow.core.random import derive_seed
+from exactflow.data.config import DataConfig, located
+from exactflow.data.datasets import ImageDataset
+from exactflow.data.prepared import open_prepared
+from exactflow.models import registry
+from exactflow.training.optim import TrainConfig
+
+CONFIG_FILE = "config.yaml"  # of a run folder
+MAX_GRID = 4096  # images
+
+
+@final
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run looks at on its way."""
+
+    evaluate_every: int = 500  # steps between scores of held-out images
+    sample_every: int = 500  # steps between sample grids
+    samples: int = 16  # images in a grid
+    evaluation_images: int = 1000  # at most so many validation images are scored on the way
+    tensorboard: bool = False  # also log to TensorBoard (extra `track`)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for intervals and counts below one, and a grid nobody can look at."""
+        for name, value in asdict(self).items():
+            if name != "tensorboard" and value < 1:
+                raise ValueError(f"run.{name}: expected at least 1, got {value}")
+        if self.samples > MAX_GRID:
+            raise ValueError(f"run.samples: expected at most {MAX_GRID:,}, got {self.samples}")
+
+
+@final
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run."""
+
+    preset: str
+    model: Any
+    training: TrainConfig
+    data: DataConfig
+    run: RunConfig
+    given: frozenset[str] = frozenset()  # fields of the model that were set by name
+
+    def describe(self) -> dict[str, Any]:
+        """The sections as YAML and JSON hold them."""
+        sections = {name: _plain(asdict(getattr(self, name))) for name in SECTIONS}
+        return {"preset": self.preset, **sections}
+
+    def text(self) -> str:
+        """The content of a run's config.yaml: paths of the data as they are found from anywhere.
+
+        What was typed, where that differs, stands in a section of its own; see `read_file`.
+        """
+        content = self.describe()
+        data, prepared = content["data"], open_prepared(self.data.source)
+        paths = ["source", "cache_dir"]
+        if prepared is None:
+            paths.append("validation")
+        else:  # how its source was read; compared with these words as they stand
+            default = DataConfig()
+            words = prepared.identity.words.items()
+            data |= {name: value for name, value in words if data[name] == getattr(default, name)}
+        typed = {name: data[name] for name in paths if data[name] is not None}
+        data |= {name: located(path) for name, path in typed.items()}
+        typed = {name: path for name, path in typed.items() if path != data[name]}
+        return yaml.safe_dump({**content, **({TYPED: typed} if typed else {})}, sort_keys=False)
+
+    def fitted(self, dataset: ImageDataset) -> "Settings":
+        """With the model's image shape and levels taken from the data unless given.
+
+        So is the number of classes of a conditional model; another stays one without.
+        """
+        facts = {"image_shape": dataset.event_shape, "levels": dataset.levels}
+        if asdict(self.model).get("num_classes"):  # unconditional families have no such field
+            facts["num_classes"] = dataset.num_classes
+        facts = {name: value for name, value in facts.items() if name not in self.given}
+        return replace(self, model=override(self.model, facts))
+
+    def unused_classes(self, dataset: ImageDataset) -> str:
+        """Why a model is not trained with classes, where one might expect it; else nothing."""
+        wanted, found = asdict(self.model).get("num_classes"), dataset.num_classes
+        if wanted is None or "num_classes" in self.given or bool(wanted) == bool(found):
+            return ""
+        if wanted:
+            return f"{dataset.id} has no labels: {self.preset} is trained without its classes"
+        if found == 1:
+            return ""
+        return (
+            f"{dataset.id} has {found} classes, {self.preset} is trained without them: "
+            f"model.num_classes={found} trains it with them"
+        )
+
+    @property
+    def guidance(self) -> float:
+        """The scale that samples of the model are meant to be drawn with; 0 without classes."""
+        given = asdict(self.model).get("num_classes")
+        return registry.preset(self.preset).guidance if given else 0.0
+
+    def build(self) -> GenerativeModel:
+        """The model with its seeded initial weights."""
+        kind = registry.family_of(self.preset).model.kind
+        with torch.random.fork_rng():
+            torch.manual_seed(derive_seed(self.training.seed, "initial weights"))
+            return registry.from_config(kind, asdict(self.model))
+
+
+def settings_of(preset_name: str, changes: Mapping[str, Mapping[str, Any]]) -> Settings:
+    """A preset's recipe with changes, by section and field.
+
+    Raises:
+        ValueError: an unknown preset, field or value, with a suggestion; no data source.
+    """
+    preset = registry.preset(preset_name)
+    if "source" not in {**preset.data, **changes.get("data", {})}:
+        raise ValueError(f"{preset_name} names no data set: give data.source=FOLDER (or another)")
+    return Settings(
+        preset_name,
+        override(preset.config, changes.get("model", {})),
+        override(override(TrainConfig(), preset.training), changes.get("training", {})),
+        override(override(DataConfig(), preset.data), changes.get("data", {})),
+        override(RunConfig(), changes.get("run", {})),
+        frozenset(changes.get("model", {})),
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
