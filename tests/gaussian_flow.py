@@ -3,15 +3,14 @@
 import torch
 from torch import Tensor
 
-from exactflow.core.model import Flow
+from exactflow.core.density_flow import DensityFlow
 from exactflow.core.prior import DiagonalGaussian
 
 
-class GaussianFlow(Flow):
+class GaussianFlow(DensityFlow):
     """z = L^-1 (x - mean_c); without a label, or with the null label, the first mean."""
 
     kind = "gaussian"
-    exact = True
     stages = ()
 
     def __init__(

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import exactflow
-from exactflow.core.model import DataInitialized, FittedFlow, Flow, GenerativeModel
+from exactflow.core.density_flow import FittedFlow
+from exactflow.core.model import DataInitialized, Flow, GenerativeModel
 from exactflow.models import registry
 from exactflow.models.macow.model import MaCowConfig
 from exactflow.models.tarflow.model import TarFlowConfig

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from exactflow.core import images as grey
 from exactflow.core.model import NonFiniteError
 from exactflow.likelihood.bound import chain_bound, strata_of
+from exactflow.likelihood.draws import Draws
 from exactflow.paths.chain import (
     MarkovChain,
     Network,
@@ -362,27 +363,28 @@ def test_bound_of_an_ideal_model_is_the_likelihood(respacing: str) -> None:
     c = whole.respaced(respacing)
     model = Oracle(whole, ideal_network(c, mean, std), levels)
     images = gaussian_images(count, levels, mean, std)
-    bound = chain_bound(model, images, respacing=respacing, batch_size=count)
+    bound = chain_bound(model, images, respacing=respacing, draws=Draws(batch_size=count))
     x = grey.center(images, levels, torch.float64)
     density = torch.distributions.Normal(mean, std).log_prob(x)
     exact = -(float(density.mean()) + math.log(2 / (levels - 1))) / math.log(2)
-    assert bound.kind == "bound"
+    found = bound.likelihood
+    assert found.kind == "bound"
     assert bound.terms.shape == (count, c.steps + 1)
     # The decoder's term alone varies by 0.7 nats per dimension between draws.
-    assert bound.bits_per_dim == pytest.approx(exact, abs=0.03)
-    assert float(bound.curve.sum()) == pytest.approx(bound.bits_per_dim, rel=1e-12)
+    assert found.bits_per_dim == pytest.approx(exact, abs=0.03)
+    assert float(bound.curve.sum()) == pytest.approx(found.bits_per_dim, rel=1e-12)
     assert bound.timesteps == tuple(c.timesteps.tolist())
-    torch.testing.assert_close(bound.nats, -bound.terms.sum(1))
-    assert bound.standard_error == pytest.approx(float(bound.per_image.std()) / 40)
+    torch.testing.assert_close(found.nats, -bound.terms.sum(1))
+    assert found.standard_error == pytest.approx(float(found.per_image.std()) / 40)
 
 
 def test_bound_does_not_depend_on_the_batch_size() -> None:
     model = Oracle(chain(8), wavy, 17)
     images, label = gaussian_images(5, 17, 0.0, 0.4), torch.tensor([0, 1, 2, 3, 0])
-    together = chain_bound(model, images, label, seed=3)
-    alone = chain_bound(model, images[:3], label[:3], seed=3, batch_size=1)
+    together = chain_bound(model, images, label, Draws(seed=3))
+    alone = chain_bound(model, images[:3], label[:3], Draws(seed=3, batch_size=1))
     torch.testing.assert_close(alone.terms, together.terms[:3], **EXACT)
-    other = chain_bound(model, images, label, seed=4)
+    other = chain_bound(model, images, label, Draws(seed=4))
     assert not torch.equal(other.terms, together.terms)
     torch.testing.assert_close(other.terms[:, -1], together.terms[:, -1], **EXACT)
 
@@ -391,26 +393,26 @@ def test_bound_of_a_part_is_that_part_of_the_bound() -> None:
     model = Oracle(chain(8), wavy, 17)
     images = gaussian_images(5, 17, 0.0, 0.4)
     for some in (None, 4):
-        whole = chain_bound(model, images, seed=3, evaluations=some)
-        part = chain_bound(model, images[2:4], seed=3, evaluations=some, first=2)
+        whole = chain_bound(model, images, draws=Draws(seed=3), evaluations=some)
+        part = chain_bound(model, images[2:4], draws=Draws(seed=3, first=2), evaluations=some)
         torch.testing.assert_close(part.terms, whole.terms[2:4], **EXACT)
 
 
 def test_bound_from_some_steps_is_the_same_in_expectation() -> None:
     model = Oracle(chain(12), wavy, 17)
     images = gaussian_images(1, 17, 0.0, 0.4).expand(1500, 1, 4, 4)
-    whole = chain_bound(model, images, batch_size=1500)
+    whole = chain_bound(model, images, draws=Draws(batch_size=1500))
     assert torch.equal(
-        chain_bound(model, images, batch_size=1500, evaluations=99).terms, whole.terms
+        chain_bound(model, images, draws=Draws(batch_size=1500), evaluations=99).terms, whole.terms
     )
-    some = chain_bound(model, images, batch_size=1500, evaluations=4)
+    some = chain_bound(model, images, draws=Draws(batch_size=1500), evaluations=4)
     assert some.terms.shape == (1500, 5)
     assert some.strata == strata_of(12, 4) == (0, 1, 2, 6)
     for column, (start, end) in enumerate(pairwise((*some.strata, 12))):
         expected = float(whole.terms[:, start:end].sum(1).mean())
         error = float(some.terms[:, column].std()) / math.sqrt(1500)
         assert abs(float(some.terms[:, column].mean()) - expected) < 5 * error
-    assert some.standard_error > whole.standard_error
+    assert some.likelihood.standard_error > whole.likelihood.standard_error
     with pytest.raises(ValueError, match="evaluations >= 2"):
         chain_bound(model, images, evaluations=1)
 
@@ -449,7 +451,7 @@ def test_bound_refuses_what_is_not_finite_or_no_image() -> None:
     with pytest.raises(ValueError, match="grey levels"):
         chain_bound(Oracle(chain(4), wavy, 17), images + 10)
     with pytest.raises(ValueError, match="batch_size"):
-        chain_bound(Oracle(chain(4), wavy, 17), images, batch_size=0)
+        chain_bound(Oracle(chain(4), wavy, 17), images, draws=Draws(batch_size=0))
 
 
 # Samplers.

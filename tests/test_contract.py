@@ -7,13 +7,8 @@ import pytest
 import torch
 
 import exactflow
-from exactflow.core.model import (
-    AugmentedFlow,
-    DataInitialized,
-    FittedFlow,
-    Flow,
-    NonFiniteError,
-)
+from exactflow.core.density_flow import FittedFlow
+from exactflow.core.model import DataInitialized, Flow, NonFiniteError
 from exactflow.data.datasets import ImageDataset
 from exactflow.models import registry
 from exactflow.training import TrainConfig, fit
@@ -30,8 +25,8 @@ SMALLER = {
     "macow-tiny": {"steps": [[1], [1]], "hidden": [8, 8]},
     "denseflow-tiny": {"units": [2], "modules": [2], "widths": [8]},
 }
-EXACT = [n for n in FAMILIES if not issubclass(registry.family_of(n).model, AugmentedFlow)]
-TRAINED = [n for n in FAMILIES if not issubclass(registry.family_of(n).model, FittedFlow)]
+EXACT = [n for n in FAMILIES if registry.family_of(n).model.exact]
+TRAINED = [n for n in FAMILIES if not registry.family_of(n).model.closed_form]
 LEVELS = 8
 
 
@@ -100,7 +95,7 @@ def test_a_score_depends_on_its_image_and_seed_alone(name: str) -> None:
     training = exactflow.log_likelihood(model, images, seed=3, k=2)
     assert torch.equal(training.nats, whole.nats)
     assert model.training
-    expected = "bound" if isinstance(model, AugmentedFlow) else "dequantized"
+    expected = "dequantized" if model.exact else "bound"
     assert whole.kind == expected
 
 

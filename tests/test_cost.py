@@ -16,7 +16,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import exactflow
 from exactflow.core.config import override
-from exactflow.core.model import DataInitialized, FittedFlow, GenerativeModel
+from exactflow.core.density_flow import FittedFlow
+from exactflow.core.model import DataInitialized, GenerativeModel
 from exactflow.models import registry
 from exactflow.training import TrainConfig
 from exactflow.training.budget import training_flops

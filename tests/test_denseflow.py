@@ -163,7 +163,7 @@ def test_golden_bound_and_latent() -> None:
     close(z, torch.cat([expected["dropped.0"].flatten(1), expected["z"].flatten(1)], dim=1))
     base = model.prior.log_prob(z) - standard_normal_log_prob(expected["dropped.0"])
     close(base, expected["base_log_prob"], NATS)
-    bound = model.bound(images, noise=noise)
+    bound = model.draw(images, None, noise=noise)
     close(bound, expected["log_prob_bound"], NATS)
     close(-bound / (model.dims * math.log(2)), expected["bits_per_dim"], 1e-5)
     close((model.decode(z) + 1) / 2, expected["roundtrip.continuous"])
@@ -221,7 +221,7 @@ def test_golden_start_from_data() -> None:
         part.initialized.zero_()
     images, noise = expected["init.x"].to(torch.uint8), flat(expected, "init.noise.")
     with initializing(model.train()):
-        bound = model.bound(images, noise=noise)
+        bound = model.draw(images, None, noise=noise)
     close(bound, expected["init.log_prob_bound"], NATS)
     after = {key[5:]: value for key, value in expected.items() if key.startswith("init.transforms")}
     state = model.state_dict()
@@ -407,13 +407,13 @@ def test_a_new_model_only_normalises_and_mixes() -> None:
 def test_a_sample_is_alone_in_its_batch_in_evaluation(name: str) -> None:
     model = make(name)
     images, noise = grey_levels(model), some_noise(model)
-    together = model.bound(images, noise=noise)
+    together = model.draw(images, None, noise=noise)
     for row in range(len(images)):
-        alone = model.bound(images[row : row + 1], noise=noise[row : row + 1])
+        alone = model.draw(images[row : row + 1], None, noise=noise[row : row + 1])
         close(alone[0], together[row], 1e-10)
     model.train()
-    alone = model.bound(images[:1], noise=noise[:1])
-    assert not torch.allclose(alone, model.bound(images, noise=noise)[:1])
+    alone = model.draw(images[:1], None, noise=noise[:1])
+    assert not torch.allclose(alone, model.draw(images, None, noise=noise)[:1])
 
 
 @pytest.mark.slow
@@ -427,7 +427,7 @@ def test_bounds_rise_with_the_number_of_draws() -> None:
             source = torch.Generator().manual_seed(k)
             many = images.repeat_interleave(64, 0)
             draws = [
-                model.bound(many, noise=draw(model, len(many), source)).view(2, -1, k)
+                model.draw(many, None, noise=draw(model, len(many), source)).view(2, -1, k)
                 for _ in range(calls)
             ]
             log_means = (torch.cat(draws, dim=1).logsumexp(2) - math.log(k)).mean(0)
@@ -452,7 +452,7 @@ def test_the_mean_weight_is_the_probability_of_the_image() -> None:
     train(model, lambda step: every.repeat(4, 1, 1, 1), 120)
     with torch.no_grad():
         many = every.repeat(256, 1, 1, 1)
-        draws = [model.bound(many, noise=draw(model, len(many), source)) for _ in range(8)]
+        draws = [model.draw(many, None, noise=draw(model, len(many), source)) for _ in range(8)]
         weights = torch.cat(draws).exp().view(-1, 16)
         z = torch.randn(30_000, *model.prior.shape, generator=source, dtype=torch.float64)
         x = model.decode(model.prior.from_noise(z)).flatten(1)
@@ -474,7 +474,7 @@ def test_noise_has_at_least_eight_bits_per_dimension() -> None:
     images = grey_levels(model, 64, seed=99)
     source = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        draws = [model.eval().bound(images, noise=draw(model, 64, source)) for _ in range(8)]
+        draws = [model.eval().draw(images, None, noise=draw(model, 64, source)) for _ in range(8)]
     bits = -(torch.stack(draws).logsumexp(0) - math.log(8)) / (model.dims * math.log(2))
     assert 8 <= float(bits.mean()) < 9
 
@@ -494,7 +494,7 @@ def test_loss_is_minus_the_bound_per_dimension() -> None:
     model = make()
     images = grey_levels(model)
     seed = torch.Generator().manual_seed
-    bound = model.bound(images, noise=draw(model, 3, seed(7)))
+    bound = model.draw(images, None, noise=draw(model, 3, seed(7)))
     close(model.loss(images, generator=seed(7)), -bound / model.dims, 0)
     assert not torch.equal(model.loss(images, generator=seed(8)), -bound / model.dims)
 
@@ -548,7 +548,7 @@ def test_initialisation_gives_the_numbers_of_the_first_training_pass() -> None:
         source = torch.Generator().manual_seed(0)
         if published:
             with initializing(model):
-                model.bound(images, noise=draw(model, 8, source))
+                model.draw(images, None, noise=draw(model, 8, source))
         else:
             model.initialize(images, generator=source)
         states.append([p.detach().clone() for p in model.parameters()])
@@ -634,7 +634,7 @@ def test_small_presets_learn_within_seconds(preset: str, initialized: bool) -> N
 def test_bfloat16_keeps_state_and_log_determinants_in_float32() -> None:
     model = make(dtype=torch.float32, scale=0.05)
     images, noise = grey_levels(model), some_noise(model).float()
-    expected = model.bound(images, noise=noise)
+    expected = model.draw(images, None, noise=noise)
     x, e = inputs(model)
     for weights in (model, make(scale=0.05).bfloat16()):
         with torch.autocast("cpu", torch.bfloat16, enabled=weights is model):
@@ -642,7 +642,7 @@ def test_bfloat16_keeps_state_and_log_determinants_in_float32() -> None:
             assert z.dtype == log_abs_det.dtype == torch.float32
             close(weights.decode(z), x, 0.05)
             torch.testing.assert_close(
-                weights.bound(images, noise=noise), expected, rtol=0.02, atol=2
+                weights.draw(images, None, noise=noise), expected, rtol=0.02, atol=2
             )
 
 
@@ -738,7 +738,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="expected noise of shape"):
         model.encode(x, None, e[:, 1:])
     with pytest.raises(ValueError, match="expected noise of shape"):
-        model.bound(images, noise=e)
+        model.draw(images, None, noise=e)
     with pytest.raises(ValueError, match="floating-point latents"):
         model.decode(e[:, :3])
     with pytest.raises(ValueError, match="at least one image"):

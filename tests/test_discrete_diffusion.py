@@ -15,6 +15,7 @@ from torch import Tensor
 from exactflow.core import images as grey
 from exactflow.core.config import checked, override
 from exactflow.likelihood.bound import chain_bound
+from exactflow.likelihood.draws import Draws
 from exactflow.models.diffusion.model import DiscreteDiffusion, DiscreteDiffusionConfig
 from exactflow.models.diffusion.openai import unet_of
 from exactflow.models.diffusion.step_importance import HISTORY, UNIFORM_SHARE, StepImportance
@@ -328,7 +329,7 @@ def test_an_upsampler_sees_the_small_image() -> None:
 def test_scoring_and_sampling_do_not_depend_on_the_batch_size() -> None:
     model, images = tiny().eval(), some_images(5)
     torch.testing.assert_close(
-        chain_bound(model, images, batch_size=2).terms,
+        chain_bound(model, images, draws=Draws(batch_size=2)).terms,
         chain_bound(model, images).terms,
         rtol=1e-5,
         atol=1e-5,
@@ -400,7 +401,7 @@ def test_only_training_updates_the_importance_and_the_state_resumes_it() -> None
 def test_training_improves_the_bound() -> None:
     torch.manual_seed(0)
     model, images = DiscreteDiffusion(TINY), torch.full((64, 1, 4, 4), 12)
-    before = chain_bound(model.eval(), images).bits_per_dim
+    before = chain_bound(model.eval(), images).likelihood.bits_per_dim
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     model.train()
     for seed in range(40):
@@ -408,4 +409,4 @@ def test_training_improves_the_bound() -> None:
         generator = torch.Generator().manual_seed(seed)
         model.loss(images, generator=generator).mean().backward()
         optimizer.step()
-    assert chain_bound(model.eval(), images).bits_per_dim < before - 1
+    assert chain_bound(model.eval(), images).likelihood.bits_per_dim < before - 1

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
 
-from exactflow.core.model import FittedFlow
+from exactflow.core.density_flow import FittedFlow
 from exactflow.data.loader import training_batches
 from exactflow.models import registry
 from processes import carry_out

@@ -10,7 +10,6 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from PIL import Image
 import exactflow
 from exactflow.cli import arguments, early, main, running
 from exactflow.likelihood import log_likelihood as scoring
-from exactflow.likelihood.ode_estimate import ode_log_likelihood
+from exactflow.likelihood.ode_estimate import Grid
 from exactflow.models import registry
 from exactflow.sampling import planner
 from flows import blueprint
@@ -119,8 +118,8 @@ def test_examples_run(newcomer: Newcomer, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(newcomer.folder)
     monkeypatch.setenv("PWD", str(newcomer.folder))
     monkeypatch.setattr(planner, "ENOUGH", 0.01)  # seconds of timing: the choice is not tested
-    coarse = partial(ode_log_likelihood, solver="midpoint", steps=4)  # nor is the number
-    monkeypatch.setattr(scoring, "ode_log_likelihood", coarse)
+    coarse = scoring.Effort(solver=Grid("midpoint", 4))  # nor is the number
+    monkeypatch.setattr(scoring, "FULL", coarse)
     for page, name in zip(PAGES, NAMES, strict=True):
         try:
             follow(page, newcomer, monkeypatch)

@@ -12,7 +12,7 @@ from torch import Tensor
 from exactflow.core import images as grey
 from exactflow.core.config import override
 from exactflow.core.random import generator
-from exactflow.likelihood.ode_estimate import ode_log_likelihood
+from exactflow.likelihood.ode_estimate import ExactTrace, Grid, ode_log_likelihood
 from exactflow.models.flow_matching.model import (
     FlowMatching,
     FlowMatchingConfig,
@@ -318,7 +318,7 @@ def test_a_model_draws_the_same_images_along_another_path() -> None:
     assert errors[1] < errors[0] / 4  # both solvers are of second order
     assert errors[1] < 0.01 * float(whole.abs().max())
     scores = [
-        ode_log_likelihood(m, some_images(model), solver="heun", steps=80, trace="exact").nats
+        ode_log_likelihood(m, some_images(model), solver=Grid("heun", 80), trace=ExactTrace()).nats
         for m in (model, moved)
     ]
     torch.testing.assert_close(*scores, rtol=2e-3, atol=0)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import exactflow
+from exactflow.core.density_flow import FittedFlow
 from exactflow.core.main_guard import require_main_guard
-from exactflow.core.model import FittedFlow
 from exactflow.data import evaluation_batches, training_batches
 from exactflow.models import registry
 from exactflow.training import TrainConfig, fit

@@ -1,6 +1,8 @@
 """An option that this model and solver do not have is refused, on paths as for flows."""
 
 import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +10,8 @@ import torch
 
 import exactflow
 from exactflow.core.model import GenerativeModel, NonFiniteError
-from exactflow.likelihood.ode_estimate import ode_log_likelihood
+from exactflow.likelihood.draws import Draws
+from exactflow.likelihood.ode_estimate import Dopri5, Grid, Hutchinson, ode_log_likelihood
 from exactflow.paths.path_model import PathModel
 from exactflow.sampling.guidance import Guidance
 
@@ -69,20 +72,21 @@ def test_what_has_one_meaning_may_be_said_in_both_ways(models: dict[str, Generat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"solver": "heun", "tolerance": 1e-3}, "tolerance has no meaning for heun"),
-        ({"steps": 5}, "steps has no meaning for dopri5"),
-        ({"trace": "exact", "probes": 2}, "probes has no meaning for exact trace"),
-        ({"trace": "exact", "probe": "gaussian"}, "probe has no meaning for exact trace"),
-        ({"tolerance": 0.0}, "expected tolerance > 0, got 0"),
+        (lambda: {"solver": Grid("dopri5", 5)}, "euler | midpoint | heun"),
+        (lambda: {"solver": Grid("heun", 0)}, "steps of at least 1"),
+        (lambda: {"solver": Dopri5(0.0)}, "expected tolerance > 0, got 0"),
+        (lambda: {"trace": Hutchinson(probes=0)}, "probes of at least 1"),
+        (lambda: {"draws": Draws(k=0)}, "k >= 1"),
     ],
 )
 def test_an_estimate_refuses_them_too(
-    options: dict[str, Any], message: str, models: dict[str, GenerativeModel]
+    options: Callable[[], dict[str, Any]], message: str, models: dict[str, GenerativeModel]
 ) -> None:
     model = models["path"]
     assert isinstance(model, PathModel)
-    with pytest.raises(ValueError, match=message):
-        ode_log_likelihood(model, torch.zeros(1, *model.event_shape, dtype=torch.int64), **options)
+    images = torch.zeros(1, *model.event_shape, dtype=torch.int64)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ode_log_likelihood(model, images, **options())
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as File
 from typing import ClassVar, final
 
@@ -16,7 +16,15 @@ from exactflow.core import images as grey
 from exactflow.core.model import NonFiniteError
 from exactflow.core.random import generator
 from exactflow.likelihood import ode_estimate
-from exactflow.likelihood.ode_estimate import ode_log_likelihood, with_divergence
+from exactflow.likelihood.draws import Draws
+from exactflow.likelihood.ode_estimate import (
+    Dopri5,
+    ExactTrace,
+    Grid,
+    Hutchinson,
+    ode_log_likelihood,
+    with_divergence,
+)
 from exactflow.paths.ode import OdeSolver, State, edm_times, solve, uniform_times
 from exactflow.paths.path import Path, Polynomial, Straight, VariancePreserving
 from exactflow.paths.path_model import PathModel, Prediction
@@ -29,6 +37,8 @@ FIXED: dict[OdeSolver, int] = {"euler": 1, "midpoint": 2, "heun": 2}  # their or
 @dataclass(frozen=True)
 class LinearConfig:
     image_shape: tuple[int, int, int]
+    levels: int = 16
+    num_classes: int = 0
 
 
 @final
@@ -41,18 +51,6 @@ class LinearField(PathModel):
         super().__init__()
         self.config = LinearConfig(shape)
         self.matrix, self.one_rate = nn.Parameter(matrix), one_rate
-
-    @property
-    def event_shape(self) -> tuple[int, int, int]:
-        return self.config.image_shape
-
-    @property
-    def levels(self) -> int:
-        return 16
-
-    @property
-    def num_classes(self) -> int:
-        return 0
 
     @property
     def stages(self) -> Sequence[nn.Module]:
@@ -271,7 +269,9 @@ def test_estimate_meets_the_density(name: str) -> None:
     """With exact trace: the closed form, less what the prior is off at the noise end."""
     model = GaussianModel(PATHS[name])
     images = torch.randint(16, (6, *SHAPE), generator=torch.Generator().manual_seed(0))
-    result = ode_log_likelihood(model, images, trace="exact", seed=4, tolerance=1e-9)
+    result = ode_log_likelihood(
+        model, images, None, Draws(seed=4), solver=Dopri5(1e-9), trace=ExactTrace()
+    )
     noise = [
         torch.rand(*SHAPE, generator=generator(4, "score", i, 0), dtype=torch.float64)
         for i in range(6)
@@ -285,10 +285,10 @@ def test_estimate_meets_the_density(name: str) -> None:
     assert bool((gap.abs().max() > 1e-4) == (name == "vp"))
     drift = model.law(first).log_prob(x.flatten(1)) - model.law(last).log_prob(x.flatten(1))
     assert float(drift.detach().abs().min()) > 0.1  # the divergence is felt
-    assert (result.prior_gap > 1e-5) == (name == "vp")
-    assert result.probe_error is None
-    assert (result.probes, result.probe, result.probe_standard_error) == (DIMS, None, 0.0)
-    assert result.evaluations > 50
+    facts = result.details
+    assert (facts["prior_gap"] > 1e-5) == (name == "vp")
+    assert (facts["probes"], facts["probe"], facts["probe_standard_error"]) == (DIMS, None, 0.0)
+    assert facts["evaluations"] > 50
     assert result.bits_per_dim == pytest.approx(-float(expected.mean()) / (4 * math.log(2)), 1e-3)
 
 
@@ -297,7 +297,7 @@ def test_sign_of_the_divergence() -> None:
     rate, dims = 0.7, 12
     model = LinearField(rate * torch.eye(dims, dtype=torch.float64), (3, 2, 2), one_rate=True)
     images = torch.randint(16, (3, 3, 2, 2), generator=torch.Generator().manual_seed(0))
-    result = ode_log_likelihood(model, images, tolerance=1e-9)
+    result = ode_log_likelihood(model, images, solver=Dopri5(1e-9))
     noise = [
         torch.rand(3, 2, 2, generator=generator(0, "score", i, 0), dtype=torch.float64)
         for i in range(3)
@@ -310,14 +310,12 @@ def test_sign_of_the_divergence() -> None:
 def test_hutchinson_is_exact_for_a_diagonal_jacobian() -> None:
     model = GaussianModel(Straight(), cov=torch.diag(torch.tensor([0.1, 0.2, 0.3, 0.4])).double())
     images = torch.randint(16, (4, *SHAPE), generator=torch.Generator().manual_seed(0))
-    exact = ode_log_likelihood(model, images, trace="exact", solver="midpoint", steps=20)
-    probed = ode_log_likelihood(model, images, solver="midpoint", steps=20, probes=2)
+    grid = Grid("midpoint", 20)
+    exact = ode_log_likelihood(model, images, solver=grid, trace=ExactTrace())
+    probed = ode_log_likelihood(model, images, solver=grid, trace=Hutchinson(probes=2))
     torch.testing.assert_close(probed.nats, exact.nats, rtol=0, atol=1e-10)
-    assert probed.probe_error is not None
-    assert float(probed.probe_error.max()) < 1e-10
-    gaussian = ode_log_likelihood(
-        model, images, solver="midpoint", steps=20, probe="gaussian", probes=2
-    )
+    assert probed.details["probe_standard_error"] < 1e-10
+    gaussian = ode_log_likelihood(model, images, solver=grid, trace=Hutchinson("gaussian", 2))
     assert float((gaussian.nats - exact.nats).abs().min()) > 1e-3
 
 
@@ -326,17 +324,28 @@ def test_hutchinson_is_exact_for_a_diagonal_jacobian() -> None:
 def test_hutchinson_is_unbiased_and_knows_its_error(probe: ode_estimate.Probe) -> None:
     model = GaussianModel(Polynomial(2.0))
     images = torch.randint(16, (8, *SHAPE), generator=torch.Generator().manual_seed(0))
-    exact = ode_log_likelihood(model, images, trace="exact", solver="heun", steps=8)
-    many = ode_log_likelihood(model, images, solver="heun", steps=8, probe=probe, probes=400)
-    assert many.probe_error is not None
-    z = (many.nats - exact.nats) / many.probe_error
+    grid = Grid("heun", 8)
+    exact = ode_log_likelihood(model, images, solver=grid, trace=ExactTrace())
+
+    def errors(probes: int) -> tuple[Tensor, Tensor]:
+        """What the probes are off for each image, and their standard error."""
+        nats, known = [], []
+        for index in range(len(images)):
+            draws, trace = Draws(first=index), Hutchinson(probe, probes)
+            one = images[index : index + 1]
+            found = ode_log_likelihood(model, one, None, draws, solver=grid, trace=trace)
+            nats.append(found.nats)
+            known.append(found.details["probe_standard_error"] * DIMS * math.log(2))
+        return torch.cat(nats) - exact.nats, torch.tensor(known)
+
+    off, many = errors(400)
+    z = off / many
     assert float(z.abs().max()) < 4
     assert 0.3 < float(z.std()) < 2
-    few = ode_log_likelihood(model, images, solver="heun", steps=8, probe=probe, probes=100)
-    assert few.probe_error is not None
-    assert float((few.probe_error / many.probe_error).mean()) == pytest.approx(2, rel=0.2)
-    assert many.probe_standard_error is not None
-    assert many.probe_standard_error < many.standard_error
+    _, few = errors(100)
+    assert float((few / many).mean()) == pytest.approx(2, rel=0.2)
+    whole = ode_log_likelihood(model, images, solver=grid, trace=Hutchinson(probe, 400))
+    assert whole.details["probe_standard_error"] < whole.standard_error
 
 
 def test_estimate_rises_with_k_on_average() -> None:
@@ -345,7 +354,7 @@ def test_estimate_rises_with_k_on_average() -> None:
     nats = [
         float(
             ode_log_likelihood(
-                model, images, k=k, trace="exact", solver="heun", steps=10
+                model, images, None, Draws(k), solver=Grid("heun", 10), trace=ExactTrace()
             ).nats.mean()
         )
         for k in (1, 4, 16)
@@ -354,41 +363,44 @@ def test_estimate_rises_with_k_on_average() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", ["heun", "dopri5"])
-def test_estimate_is_a_function_of_seed_and_index(solver: OdeSolver) -> None:
+@pytest.mark.parametrize("solver", [Grid("heun", 10), Dopri5(1e-7)])
+def test_estimate_is_a_function_of_seed_and_index(solver: Grid | Dopri5) -> None:
     model = GaussianModel(Straight())
     images = torch.randint(16, (7, *SHAPE), generator=torch.Generator().manual_seed(0))
-    effort = {"steps": 10} if solver == "heun" else {"tolerance": 1e-7}
-    settings = {"solver": solver, "k": 2, "probes": 3, **effort}
-    whole = ode_log_likelihood(model, images, **settings)
-    parts = ode_log_likelihood(model, images, batch_size=2, **settings)
-    other = ode_log_likelihood(model, images, seed=1, **settings)
+    draws, how = Draws(k=2), {"solver": solver, "trace": Hutchinson(probes=3)}
+    whole = ode_log_likelihood(model, images, None, draws, **how)
+    parts = ode_log_likelihood(model, images, None, replace(draws, batch_size=2), **how)
+    other = ode_log_likelihood(model, images, None, replace(draws, seed=1), **how)
     torch.testing.assert_close(whole.nats, parts.nats, rtol=0, atol=1e-10)
     assert float((whole.nats - other.nats).abs().min()) > 1e-3
-    if solver == "heun":
-        assert whole.evaluations == parts.evaluations == pytest.approx(2 * 2 * 10)
-        assert (whole.steps, whole.tolerance) == (10, None)
-    else:
-        assert (whole.steps, whole.tolerance) == (None, 1e-7)
+    facts = whole.details
+    if isinstance(solver, Grid):
+        evaluations = facts["evaluations"], parts.details["evaluations"]
+        assert evaluations == pytest.approx((2 * 2 * 10, 2 * 2 * 10))
+    assert (facts["steps"], facts["tolerance"]) == (solver.steps, solver.tolerance)
 
 
 def test_estimate_names_its_ends() -> None:
     images = torch.full((2, *SHAPE), 15)
-    vp = ode_log_likelihood(GaussianModel(VariancePreserving()), images, solver="euler", steps=2)
+    vp = ode_log_likelihood(
+        GaussianModel(VariancePreserving()), images, solver=Grid("euler", 2)
+    ).details
     ends = VariancePreserving().at(torch.tensor([0.0, 1 - 1e-5], dtype=torch.float64))
-    assert vp.blur == pytest.approx(float(ends.sigma[1] / ends.alpha[1]))
+    assert vp["blur"] == pytest.approx(float(ends.sigma[1] / ends.alpha[1]))
     alpha, variance = float(ends.alpha[0]), float(ends.sigma[0]) ** 2
     kl = 0.5 * DIMS * ((alpha * 15 / 16) ** 2 + variance - 1 - math.log(variance))
-    assert vp.prior_gap == pytest.approx(kl, rel=1e-6)
-    blurred = ode_log_likelihood(GaussianModel(Straight(0.01)), images, solver="euler", steps=2)
-    assert (blurred.prior_gap, blurred.blur) == (0.0, pytest.approx(0.01))
+    assert vp["prior_gap"] == pytest.approx(kl, rel=1e-6)
+    blurred = ode_log_likelihood(
+        GaussianModel(Straight(0.01)), images, solver=Grid("euler", 2)
+    ).details
+    assert (blurred["prior_gap"], blurred["blur"]) == (0.0, pytest.approx(0.01))
 
 
 def test_estimate_of_a_uniform_model_is_what_the_prior_says() -> None:
     """The velocity 0: the density is the prior's, and a grey level's volume enters once."""
     model = LinearField(torch.zeros(4, 4, dtype=torch.float64), SHAPE, one_rate=True)
     images = torch.randint(16, (2, *SHAPE), generator=torch.Generator().manual_seed(0))
-    result = ode_log_likelihood(model, images, solver="euler", steps=1, k=200)
+    result = ode_log_likelihood(model, images, None, Draws(k=200), solver=Grid("euler", 1))
     edges = torch.linspace(-1, 1, 17, dtype=torch.float64)
     mass = torch.distributions.Normal(0.0, 1.0).cdf(edges).diff().log()
     expected = mass[images].flatten(1).sum(1)
@@ -399,12 +411,5 @@ def test_scoring_restores_the_mode_and_names_what_is_not_finite() -> None:
     model = GaussianModel(Straight(), cov=covariance() * math.nan).train()
     images = torch.zeros(2, *SHAPE, dtype=torch.int64)
     with pytest.raises(NonFiniteError, match="image 0 is nan"):
-        ode_log_likelihood(model, images, solver="euler", steps=2)
+        ode_log_likelihood(model, images, solver=Grid("euler", 2))
     assert model.training
-
-
-@pytest.mark.parametrize("field", ["k", "batch_size", "probes", "steps"])
-def test_bad_estimate(field: str) -> None:
-    images = torch.zeros(1, *SHAPE, dtype=torch.int64)
-    with pytest.raises(ValueError, match="at least 1"):
-        ode_log_likelihood(GaussianModel(Straight()), images, solver="heun", **{field: 0})

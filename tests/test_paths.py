@@ -72,6 +72,8 @@ def covariance() -> Tensor:
 @dataclass(frozen=True)
 class GaussianConfig:
     image_shape: tuple[int, int, int] = SHAPE
+    levels: int = 16
+    num_classes: int = 0
 
 
 @final
@@ -88,18 +90,6 @@ class GaussianModel(PathModel):
         self._path, self._prediction = path, prediction
         self.mean = nn.Parameter(MEAN.clone())
         self.cov = nn.Parameter(covariance() if cov is None else cov)
-
-    @property
-    def event_shape(self) -> tuple[int, int, int]:
-        return SHAPE
-
-    @property
-    def levels(self) -> int:
-        return 16
-
-    @property
-    def num_classes(self) -> int:
-        return 0
 
     @property
     def stages(self) -> Sequence[nn.Module]:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exactflow.core.composition import Composition, ReversibleTransform
-from exactflow.core.model import DataInitialized, FittedFlow, Flow, GenerativeModel, NonFiniteError
+from exactflow.core.density_flow import FittedFlow
+from exactflow.core.model import DataInitialized, Flow, GenerativeModel, NonFiniteError
 from exactflow.data.datasets import ImageDataset
 from exactflow.models import registry
 from exactflow.models.denseflow.network import DeferredBatchNorm

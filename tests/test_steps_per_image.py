@@ -8,7 +8,8 @@ from torch import Tensor
 
 import exactflow
 from exactflow.core.model import NonFiniteError
-from exactflow.likelihood.ode_estimate import ode_log_likelihood
+from exactflow.likelihood.draws import Draws
+from exactflow.likelihood.ode_estimate import Dopri5, Grid, ode_log_likelihood
 from exactflow.paths.ode import State, solve
 from exactflow.paths.path import (
     Cosine,
@@ -69,10 +70,10 @@ def test_an_image_has_one_likelihood_whatever_its_batch(dtype: torch.dtype, clos
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (3, *model.event_shape), generator=generator)
     images[2:] = images[2:] // 64  # another image than the rest
-    whole = ode_log_likelihood(model, images, tolerance=1e-2)
-    parts = ode_log_likelihood(model, images, tolerance=1e-2, batch_size=2)
+    whole = ode_log_likelihood(model, images, solver=Dopri5(1e-2))
+    parts = ode_log_likelihood(model, images, None, Draws(batch_size=2), solver=Dopri5(1e-2))
     torch.testing.assert_close(parts.nats, whole.nats, rtol=0, atol=close)
-    last = ode_log_likelihood(model, images[2:], tolerance=1e-2, first=2)
+    last = ode_log_likelihood(model, images[2:], None, Draws(first=2), solver=Dopri5(1e-2))
     torch.testing.assert_close(last.nats, whole.nats[2:], rtol=0, atol=close)
 
 
@@ -143,4 +144,4 @@ def test_an_image_without_a_likelihood_has_the_number_of_its_set(name: str, word
         exactflow.log_likelihood(model, images, first=5000)
     if isinstance(model, PathModel) and name != "iddpm-tiny":
         with pytest.raises(NonFiniteError, match=word):
-            ode_log_likelihood(model, images, solver="euler", steps=2, first=5000)
+            ode_log_likelihood(model, images, None, Draws(first=5000), solver=Grid("euler", 2))

@@ -17,7 +17,8 @@ from torch.distributions import MultivariateNormal
 
 import exactflow
 from exactflow.core import images as grey
-from exactflow.core.model import FittedFlow, log_density
+from exactflow.core.density_flow import FittedFlow
+from exactflow.core.model import log_density
 from exactflow.core.random import generator, normal_rows
 from exactflow.data import DataConfig, load
 from exactflow.data.augmentation import Augmentation

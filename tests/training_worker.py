@@ -96,6 +96,7 @@ class ToyStage(AutoregressiveTransform):
 @final
 class Toy(GenerativeModel):
     kind = "toy"
+    likelihood_kind = "dequantized"
     event_shape = SHAPE
     levels = LEVELS
 

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from exactflow.core.model import GenerativeModel as GenerativeModel
     from exactflow.latent.interpolation import interpolate as interpolate
     from exactflow.latent.interpolation import reconstruct as reconstruct
-    from exactflow.likelihood.log_likelihood import LogLikelihood as LogLikelihood
     from exactflow.likelihood.log_likelihood import log_likelihood as log_likelihood
+    from exactflow.likelihood.value import LogLikelihood as LogLikelihood
     from exactflow.models import registry
     from exactflow.models.convert import convert as convert
     from exactflow.models.pretrained import from_pretrained as from_pretrained
@@ -25,7 +25,7 @@ _HOMES = {
     "Flow": "exactflow.core.model",
     "GenerativeModel": "exactflow.core.model",
     "Guidance": "exactflow.sampling.guidance",
-    "LogLikelihood": "exactflow.likelihood.log_likelihood",
+    "LogLikelihood": "exactflow.likelihood.value",
     "Samples": "exactflow.sampling.samples",
     "build": "exactflow.models.registry",
     "compare": "exactflow.comparison.compare",

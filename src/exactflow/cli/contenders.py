@@ -13,7 +13,8 @@ from exactflow.cli.terminal import note
 from exactflow.comparison.expected_time import expected_seconds
 from exactflow.comparison.protocol import Contender, Failure, Protocol, scored, spread
 from exactflow.core.config import override
-from exactflow.core.model import FittedFlow, GenerativeModel, NonFiniteError
+from exactflow.core.density_flow import FittedFlow
+from exactflow.core.model import GenerativeModel, NonFiniteError
 from exactflow.core.process_group import ALONE, current
 from exactflow.data import DataConfig, ImageDataset
 from exactflow.data.model_classes import classes_in

@@ -13,7 +13,7 @@ from exactflow.cli.train import train
 from exactflow.core.serialization import write_atomically
 from exactflow.data import load
 from exactflow.data.model_classes import classes_in
-from exactflow.likelihood.log_likelihood import LogLikelihood
+from exactflow.likelihood.value import LogLikelihood
 from exactflow.metrics.baselines import Baseline, baselines
 from exactflow.metrics.bits_per_dim import Evaluation, evaluate
 from exactflow.pictures import grids as pictures

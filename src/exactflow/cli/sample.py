@@ -12,7 +12,7 @@ from exactflow.cli.places import SamplesFolder, own_folder
 from exactflow.cli.settings import NULL_LABEL, labels_named, load_model
 from exactflow.cli.terminal import say
 from exactflow.comparison.comparison import fingerprint
-from exactflow.core.model import Flow, GenerativeModel
+from exactflow.core.model import GenerativeModel
 from exactflow.core.process_group import current
 from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data.classes import numbered
@@ -95,7 +95,7 @@ def _record(command: Sample, model: GenerativeModel, drawn: Samples) -> dict[str
         "solver": command.solver,
         "steps": command.steps,
         "tolerance": command.tolerance,
-        "guidance": asdict(_guidance(command)) if isinstance(model, Flow) else command.guidance,
+        "guidance": command.guidance if model.iterative else asdict(_guidance(command)),
         "denoise": command.denoise,
         "temperature": command.temperature,
         "evaluations": drawn.evaluations,

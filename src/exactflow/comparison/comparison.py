@@ -24,6 +24,7 @@ from exactflow.comparison.protocol import (
     spread,
     spread_rows,
 )
+from exactflow.core.images import bits_per_dim
 from exactflow.core.model import GenerativeModel
 from exactflow.data.datasets import ImageDataset
 from exactflow.metrics.bits_per_dim import check_fits
@@ -31,7 +32,6 @@ from exactflow.metrics.extractors import FeatureExtractor
 from exactflow.metrics.memo import Arrays, Stages
 from exactflow.metrics.memory import PeakMemory
 from exactflow.metrics.quality import SampleQuality
-from exactflow.paths.path_model import PathModel
 from exactflow.sampling.sample import Samples
 
 Result = dict[str, Any]
@@ -121,7 +121,7 @@ class Bench:
         protocol = self.protocol
         images, label = spread(self.held_out, protocol.scored_images(model), model)
         how = {"seed": protocol.seed, "images": len(images)}
-        if isinstance(model, PathModel):
+        if model.iterative:
             how |= {
                 "bound": protocol.bound_evaluations,
                 "ode": [protocol.ode_solver, protocol.ode_steps],
@@ -140,7 +140,7 @@ class Bench:
             }
 
         parts = stages.collect("likelihood", how, len(images), CHUNK, score)
-        bits = -parts["nats"] / (model.dims * math.log(2))
+        bits = bits_per_dim(parts["nats"], model.dims)
         facts = json.loads(str(parts["facts"][0]))
         noisy = facts["kind"] == "noisy-density"
         return {

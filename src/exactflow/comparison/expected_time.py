@@ -10,8 +10,6 @@ import torch
 from exactflow.comparison.protocol import CHUNK, Protocol, draw, sampling_plans, scored, spread
 from exactflow.core.model import GenerativeModel
 from exactflow.data.datasets import ImageDataset
-from exactflow.paths.chain_model import ChainModel
-from exactflow.paths.path_model import PathModel
 
 FEW = 2  # steps of a solver, or evaluations of a bound, that are timed
 
@@ -45,9 +43,10 @@ def expected_seconds(
 
 def _longer(model: GenerativeModel, protocol: Protocol) -> float:
     """Evaluations of a score in the protocol, for each one that is timed."""
-    if isinstance(model, ChainModel):
-        return protocol.bound_evaluations / FEW
-    return protocol.ode_steps / FEW if isinstance(model, PathModel) else 1.0
+    if not model.iterative:
+        return 1.0
+    estimate = model.likelihood_kind == "estimate"
+    return (protocol.ode_steps if estimate else protocol.bound_evaluations) / FEW
 
 
 def _seconds(work: Callable[[], Any], model: GenerativeModel) -> float:

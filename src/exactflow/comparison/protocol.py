@@ -10,19 +10,12 @@ from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
 from exactflow.data.datasets import ImageDataset
-from exactflow.likelihood.bound import chain_bound
-from exactflow.likelihood.log_likelihood import (
-    LogLikelihood,
-    log_likelihood,
-    of_bound,
-    of_estimate,
-)
-from exactflow.likelihood.ode_estimate import ode_log_likelihood
+from exactflow.likelihood.draws import Draws
+from exactflow.likelihood.log_likelihood import Effort, score
+from exactflow.likelihood.ode_estimate import Grid
+from exactflow.likelihood.value import LogLikelihood
 from exactflow.metrics.bits_per_dim import with_labels
-from exactflow.paths.chain_model import ChainModel
 from exactflow.paths.ode import OdeSolver
-from exactflow.paths.path import InterpolatedCosine
-from exactflow.paths.path_model import PathModel
 from exactflow.sampling.sample import sample
 from exactflow.sampling.samples import Samples
 
@@ -71,14 +64,18 @@ class Protocol:
             raise ValueError("ode_solver: expected one of a fixed grid, got 'dopri5'")
 
     @property
+    def effort(self) -> Effort:
+        """Of scores that take more than a pass."""
+        return Effort(self.bound_evaluations, Grid(self.ode_solver, self.ode_steps))
+
+    @property
     def few_samples(self) -> int:
         """Samples of every point of the curve of quality against cost."""
         return min(self.samples, self.curve_samples)
 
     def scored_images(self, model: GenerativeModel) -> int:
         """How many images are scored at most."""
-        solved = isinstance(model, PathModel) and not isinstance(model, ChainModel)
-        return self.estimate_images if solved else self.images
+        return self.estimate_images if model.likelihood_kind == "estimate" else self.images
 
 
 @final
@@ -132,26 +129,8 @@ def scored(
         protocol: says with how many evaluations.
         first: number of the first image in its set.
     """
-    size, seed = CHUNK, protocol.seed
-    if isinstance(model, ChainModel):
-        count = protocol.bound_evaluations
-        bound = chain_bound(
-            model, images, label, seed=seed, evaluations=count, first=first, batch_size=size
-        )
-        return of_bound(bound)
-    if isinstance(model, PathModel):
-        estimate = ode_log_likelihood(
-            model,
-            images,
-            label,
-            seed=seed,
-            solver=protocol.ode_solver,
-            steps=protocol.ode_steps,
-            first=first,
-            batch_size=size,
-        )
-        return of_estimate(estimate)
-    return log_likelihood(model, images, label, seed=seed, first=first, batch_size=size)
+    draws = Draws(seed=protocol.seed, first=first, batch_size=CHUNK)
+    return score(model, images, label, draws, protocol.effort)
 
 
 def spread(
@@ -170,16 +149,8 @@ def sampling_plans(
     model: GenerativeModel, protocol: Protocol
 ) -> tuple[tuple[str, int | None], ...]:
     """Solvers and their steps, for each number of evaluations; a flow knows its own."""
-    wanted = protocol.evaluations
-    if not isinstance(model, PathModel):
-        return (("auto", None),)
-    if isinstance(model, ChainModel):
-        solver, steps = "ddim", [min(count, model.chain.steps) for count in wanted]
-    elif isinstance(model.path, InterpolatedCosine):
-        solver, steps = "dpm++", list(wanted)
-    else:
-        solver, steps = "heun", [max(1, count // 2) for count in wanted]  # two evaluations a step
-    return tuple((solver, count) for count in dict.fromkeys(steps))
+    steps = dict.fromkeys(map(model.quick_steps, protocol.evaluations))
+    return tuple((model.quick_solver, count) for count in steps)
 
 
 def draw(
@@ -208,5 +179,5 @@ def draw(
         guidance=guidance,
         steps=steps,
         batch_size=len(rows),
-        on_nonfinite="raise" if isinstance(model, PathModel) else "omit",
+        on_nonfinite="raise" if model.iterative else "omit",
     )

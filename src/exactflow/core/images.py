@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 PHOTOGRAPHIC_LEVELS = 256  # eight bits, what image files hold unless a data set says otherwise
 MODES = {1: "L", 3: "RGB"}  # of Pillow, by the number of channels
+Number = TypeVar("Number", float, np.ndarray, Tensor)
 # images as people have them: a batch of arrays, or opened files
 ImagesLike = Tensor | np.ndarray | Image.Image | Sequence[Image.Image]
 
@@ -127,6 +128,11 @@ def display(images: Integer[Tensor, "*shape"], levels: int) -> Integer[Tensor, "
     """Grey levels 0 .. levels-1 stretched to the 8 bits that image files and screens expect."""
     top = PHOTOGRAPHIC_LEVELS - 1
     return (images.to(torch.float32) * (top / (levels - 1))).round().to(torch.uint8)
+
+
+def bits_per_dim(nats: Number, dims: int) -> Number:
+    """Bits per dimension of log-probabilities in nats."""
+    return -nats / (dims * math.log(2))
 
 
 def nats_per_level_interval(levels: int) -> float:

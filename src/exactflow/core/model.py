@@ -2,9 +2,10 @@
 
 import math
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,9 @@ from exactflow.core import images as grey
 from exactflow.core.prior import Prior
 from exactflow.core.serialization import CLASS_NAMES, write_model
 from exactflow.core.transform import AutoregressiveTransform, Solver
+
+LikelihoodKind = Literal["dequantized", "bound", "estimate", "noisy-density"]
+Dequantization = Literal["uniform", "variational", "gaussian", "none"]
 
 
 class NonFiniteError(ArithmeticError):
@@ -68,32 +72,54 @@ class GenerativeModel(nn.Module, ABC):
 
     Attributes:
         kind: the family's name in the registry.
-        config: frozen dataclass with everything that defines the architecture and its noise.
+        closed_form: whether its parameters follow from the data at once, without training steps.
+        iterative: whether a score or a sample takes many evaluations of a network, of a chain or a
+            differential equation.
+        quick_solver: the solver of samples that must not take long; "auto" is the usual one.
+        evaluations_per_step: of a network, by the quick solver.
+        most_steps: that a solver can take; of a chain, as many as it has.
+        config: frozen dataclass with everything that defines the architecture and its noise;
+            `image_shape`, `levels` and `num_classes` among it.
         class_names: of the classes 0, 1, ..., as of the data it was trained on; empty if unknown.
         home: folder the model was loaded from, where what belongs to it is kept; None if none.
         parameter_rules: how parameters are trained; for each the first whose pattern fits.
     """
 
     kind: ClassVar[str]
+    closed_form: ClassVar[bool] = False
+    iterative: ClassVar[bool] = False
+    quick_solver: ClassVar[str] = "auto"
+    evaluations_per_step: ClassVar[int] = 1
+    most_steps: int = sys.maxsize
     parameter_rules: ClassVar[tuple[ParameterRule, ...]] = ()
     config: Any
     class_names: tuple[str, ...] = ()
     home: Path | None = None
 
     @property
-    @abstractmethod
     def event_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one image."""
+        return self.config.image_shape
 
     @property
-    @abstractmethod
     def levels(self) -> int:
         """Number of grey levels of the images the model is made for."""
+        return self.config.levels
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 for an unconditional model."""
+        return self.config.num_classes
 
     @property
     @abstractmethod
-    def num_classes(self) -> int:
-        """Number of classes; 0 for an unconditional model."""
+    def likelihood_kind(self) -> LikelihoodKind:
+        """What its log-likelihood is.
+
+        "dequantized", an exact density over the noise inside a grey level; "bound", of an augmented
+        flow or a diffusion chain; "estimate", of a probability flow; "noisy-density", of a model
+        trained with Gaussian noise, which is no code length.
+        """
 
     @property
     @abstractmethod
@@ -130,6 +156,12 @@ class GenerativeModel(nn.Module, ABC):
         fitting = (rule for rule in self.parameter_rules if re.fullmatch(rule.pattern, parameter))
         return next(fitting, ParameterRule(".*"))
 
+    def quick_steps(self, evaluations: int) -> int | None:
+        """Steps of the quick solver with about so many evaluations; None: it knows its own."""
+        if not self.iterative:
+            return None
+        return min(max(1, evaluations // self.evaluations_per_step), self.most_steps)
+
     @property
     def dims(self) -> int:
         """Number of dimensions of one image, C * H * W."""
@@ -154,6 +186,11 @@ class GenerativeModel(nn.Module, ABC):
     def dtype(self) -> torch.dtype:
         """Type of the parameters."""
         return next(self.parameters()).dtype
+
+    @property
+    def level_nats(self) -> float:
+        """Minus ln of the volume in [-1, 1] of the grey levels of an image."""
+        return self.dims * grey.nats_per_level_interval(self.levels)
 
     def check_label(self, label: Tensor | None, batch: int) -> None:
         """Raise ValueError unless `label` is None or (batch,) classes 0 .. num_classes (null)."""
@@ -208,11 +245,42 @@ class Flow(GenerativeModel):
         """Distribution of the latent."""
 
     @property
-    @abstractmethod
     def noise_std(self) -> float:
         """Standard deviation of Gaussian training noise in [-1, 1] units; 0 = dequantisation.
 
         A model trained with Gaussian noise has the density of noisy images: no bits/dim.
+        """
+        return self.config.noise_std
+
+    @property
+    @abstractmethod
+    def dequantization(self) -> Dequantization:
+        """Law of the noise of `draw`: uniform on [0, 1) for "uniform", else standard normal.
+
+        "variational": a learned law inside a grey level (Ho et al., Flow++, arXiv 1902.00275).
+        """
+
+    @property
+    @abstractmethod
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the noise that one draw takes for each image."""
+
+    @abstractmethod
+    def draw(
+        self,
+        images: Integer[Tensor, "batch channels height width"],
+        label: Int[Tensor, " batch"] | None,
+        noise: Float[Tensor, "batch *noise"],
+    ) -> Float[Tensor, " batch"]:
+        """One draw of ln w in nats, with E[w] at most the probability of the integer image.
+
+        The logarithm of the mean of w over k draws is closer to ln P the more they are. Of a
+        "noisy-density", ln p of one noisy image with respect to [-1, 1].
+
+        Args:
+            images: grey levels.
+            label: class of each image; None for a dropped label.
+            noise: of the law and shape that `dequantization` and `noise_shape` say.
         """
 
     @abstractmethod
@@ -273,54 +341,6 @@ class Flow(GenerativeModel):
         return quantize(x, self.levels)
 
 
-class DequantizingFlow(Flow):
-    """An exact flow with a law of its own for the noise inside a grey level."""
-
-    @property
-    @abstractmethod
-    def dequantization(self) -> Literal["uniform", "variational"]:
-        """The law: uniform, or learned, q(u | image) (Ho et al., Flow++, arXiv 1902.00275)."""
-
-    @abstractmethod
-    def dequantize(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        noise: Float[Tensor, "batch channels height width"],
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        """Images in [-1, 1] with noise u inside their grey levels, and ln q(u | image) in nats.
-
-        ln p(x) - ln q is in the mean a lower bound of the log-probability of the integer image,
-        up to the constant of `nats_per_level_interval`.
-
-        Args:
-            images: grey levels.
-            noise: u itself, uniform in [0, 1), with uniform dequantisation; standard normal with
-                variational dequantisation.
-        """
-
-
-class AugmentedFlow(Flow):
-    """A flow of the image and of noise besides: it gives a bound of ln p, not the density."""
-
-    @property
-    @abstractmethod
-    def noise_shape(self) -> tuple[int, ...]:
-        """Shape of the standard normal noise of one draw of `bound`."""
-
-    @abstractmethod
-    def bound(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        *,
-        noise: Float[Tensor, "batch *noise"],
-    ) -> Float[Tensor, " batch"]:
-        """One draw of ln w in nats, with E[w] = P(image): its mean is the ELBO.
-
-        The logarithm of the mean of w over k draws is the IWBO_k (Burda et al., arXiv 1509.00519).
-        """
-
-
 class DataInitialized(ABC):
     """A model whose first parameters are read off images before its training."""
 
@@ -341,29 +361,6 @@ class DataInitialized(ABC):
         Args:
             images: grey levels 0 .. levels-1.
             generator: source of dequantisation noise, on the images' device.
-        """
-
-
-class FittedFlow(Flow):
-    """A flow whose parameters follow from the data in closed form: no gradient, few passes."""
-
-    @abstractmethod
-    def fit(
-        self,
-        batches: Iterable[Integer[Tensor, "_ channels height width"]],
-        *,
-        seed: int = 0,
-        report: Callable[[str], None] | None = None,
-    ) -> None:
-        """Set all parameters from images. The result does not depend on how they are batched.
-
-        Args:
-            batches: grey levels 0 .. levels-1; iterated once or several times, each time alike.
-            seed: names the dequantisation noise, where the fit needs any.
-            report: told what is being done, for people.
-
-        Raises:
-            ValueError: no images, or images that are not the model's.
         """
 
 

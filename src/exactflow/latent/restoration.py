@@ -108,8 +108,8 @@ def exact_flow(model: GenerativeModel) -> Flow:
     if isinstance(model, Flow) and model.exact:
         return model
     raise ValueError(
-        f"expected a flow with an exact density, got a model of kind {model.kind!r}, which has "
-        f"{'a bound' if isinstance(model, Flow) else 'none'}"
+        f"expected a flow with an exact density, got a model of kind {model.kind!r}, "
+        f"of kind {model.likelihood_kind!r} by its likelihood"
     )
 
 

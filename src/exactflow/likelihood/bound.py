@@ -5,21 +5,22 @@ add for the width of a level. Sohl-Dickstein et al., arXiv 1503.03585; Ho et al.
 eq. 5; protocol of Nichol and Dhariwal, arXiv 2102.09672.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal, final
+from typing import final
 
 import torch
 from jaxtyping import Float64, Int, Integer
 from torch import Tensor
 
 from exactflow.core import images as grey
-from exactflow.core.model import NonFiniteError, evaluating
+from exactflow.core.model import NonFiniteError
 from exactflow.core.process_group import current
 from exactflow.core.progress import shown_progress
 from exactflow.core.random import generator, normal_rows
+from exactflow.likelihood.draws import ONE_DRAW, Draws
+from exactflow.likelihood.value import LogLikelihood
 from exactflow.paths.chain import MarkovChain, Network
 from exactflow.paths.chain_model import ChainModel
 
@@ -30,49 +31,24 @@ class ChainBound:
     """An upper bound on -ln P of each image, with its terms.
 
     Attributes:
+        likelihood: the bound on ln P of each image.
         terms: (n, T + 1), nats, summed over dimensions: column 0 is the decoder's, column t the
             Kullback-Leibler divergence of step t, column T that of the prior. Each is estimated
             with one noise draw, so that only the mean of a sum over images bounds -ln P. Where
             only some steps were evaluated, a column stands for a run of steps: see `strata`.
-        dims: C * H * W.
-        levels: number of grey levels.
         timesteps: of the original chain, of each step.
         strata: first step of each column but the prior's; with one step each, all were evaluated.
-        data: fingerprint of the images, where they come from a data set.
     """
 
+    likelihood: LogLikelihood
     terms: Float64[Tensor, "n terms"]
-    dims: int
-    levels: int
     timesteps: tuple[int, ...]
     strata: tuple[int, ...]
-    data: str | None = None
-    kind: Literal["bound"] = "bound"
-
-    @property
-    def nats(self) -> Float64[Tensor, " n"]:
-        """The bound on ln P of each image."""
-        return -self.terms.sum(1)
-
-    @property
-    def per_image(self) -> Float64[Tensor, " n"]:
-        """Bits per dimension of each image."""
-        return -self.nats / (self.dims * math.log(2))
-
-    @property
-    def bits_per_dim(self) -> float:
-        """Mean of `per_image`."""
-        return float(self.per_image.mean())
-
-    @property
-    def standard_error(self) -> float:
-        """Standard error of `bits_per_dim` over images and noise; NaN for a single image."""
-        return float(self.per_image.std()) / math.sqrt(len(self.terms))
 
     @property
     def curve(self) -> Float64[Tensor, " terms"]:
-        """Mean over images of each term, in bits per dimension; they sum to `bits_per_dim`."""
-        return self.terms.mean(0) / (self.dims * math.log(2))
+        """Mean over images of each term, in bits per dimension; they sum to the bound's."""
+        return grey.bits_per_dim(-self.terms.mean(0), self.likelihood.dims)
 
 
 @torch.no_grad()
@@ -80,14 +56,10 @@ def chain_bound(
     model: ChainModel,
     images: Integer[Tensor, "n channels height width"],
     label: Int[Tensor, " n"] | None = None,
+    draws: Draws = ONE_DRAW,
     *,
-    seed: int = 0,
     respacing: str = "",
     evaluations: int | None = None,
-    first: int = 0,
-    batch_size: int = 64,
-    data: str | None = None,
-    progress: bool = False,
 ) -> ChainBound:
     """Score integer images over all steps; the noise of image i at step t is that of (seed, i, t).
 
@@ -97,51 +69,57 @@ def chain_bound(
         model: a chain model; scored in evaluation mode.
         images: grey levels 0 .. levels-1, on any device.
         label: class of each image; None scores without labels.
-        seed: names the noise.
+        draws: seed and batches; the bar is of evaluations.
         respacing: bound of the shorter chain of these steps (see `chain.kept_steps`), which is a
             bound as well, mostly a looser one; "" is the whole chain.
         evaluations: of the network for each image, at most; None evaluates every step. Fewer are
             drawn at random, the decoder's always and one of each of `strata`, in whose name it
             counts: the same bound in expectation, with more noise.
-        first: number of the first image, where these are a part of a set.
-        batch_size: images evaluated together.
-        data: fingerprint of the data set, carried into the result.
-        progress: show a bar over steps.
 
     Raises:
-        ValueError: for images that are not such integers, or labels the model cannot take.
+        ValueError: for images that are not such integers, labels the model cannot take, or more
+            than one draw.
         NonFiniteError: names the first image and step whose term is not finite.
     """
-    if batch_size < 1 or (evaluations is not None and evaluations < 2):
-        raise ValueError(
-            f"expected batch_size >= 1 and evaluations >= 2, got {batch_size}, {evaluations}"
-        )
-    grey.check_images(images, model.event_shape, model.levels)
-    model.check_label(None if label is None else label.cpu(), len(images))
+    if draws.k != 1:
+        raise ValueError(f"the bound of a chain has one draw per term: expected k=1, got {draws.k}")
+    if evaluations is not None and evaluations < 2:
+        raise ValueError(f"expected evaluations >= 2, got {evaluations}")
     chain = model.chain.respaced(respacing)
     strata = strata_of(chain.steps, chain.steps if evaluations is None else evaluations)
-    group, starts = current(), range(0, len(images), batch_size)
-    shown = progress and group.is_main
+    group, starts = current(), range(0, len(images), draws.batch_size)
     total = len(starts[group.rank :: group.count]) * len(strata)
-    counted = shown_progress(total, "scoring", unit="evaluations", quiet=not shown)
-    with evaluating(model), counted as advance:
+    quiet = not (draws.progress and group.is_main)
+    with shown_progress(total, "scoring", unit="evaluations", quiet=quiet) as advance:
 
-        def score(start: int) -> Tensor:
-            rows = slice(start, start + batch_size)
-            x0 = grey.center(images[rows].to(model.device), model.levels, torch.float64)
-            chunk = None if label is None else label[rows].to(model.device)
-            names = range(first + start, first + start + len(x0))
-            return _terms(model, chain, strata, x0, chunk, seed, names, lambda: advance(1))
+        def score(some: Tensor, chunk: Tensor | None, numbers: range) -> Tensor:
+            x0 = grey.center(some, model.levels, torch.float64)
+            terms = []
+            for term in _terms(model, chain, strata, x0, chunk, draws.seed, numbers):
+                terms.append(term)
+                advance(1)
+            return torch.stack([*terms, chain.prior_term(x0)], dim=1).cpu()
 
-        terms = torch.cat(group.spread(starts, score))
+        batches = replace(draws, progress=False).by_batch(model, images, label, score)
+    terms = torch.cat(batches)
     if not bool(terms.isfinite().all()):
         image, step = (~terms.isfinite()).nonzero()[0].tolist()
         raise NonFiniteError(
-            f"term {step} of the bound of image {first + image} is {float(terms[image, step])} "
+            f"term {step} of the bound of image {draws.first + image} is "
+            f"{float(terms[image, step])} "
             f"({int((~terms.isfinite()).sum())} of {terms.numel()} terms are not finite)"
         )
-    timesteps = tuple(chain.timesteps.tolist())
-    return ChainBound(terms, model.dims, model.levels, timesteps, strata, data)
+    details = {"steps": chain.steps, "evaluations": len(strata)}
+    found = LogLikelihood(
+        -terms.sum(1),
+        "bound",
+        model.dims,
+        model.levels,
+        1,
+        dequantization="none",
+        details=details,
+    )
+    return ChainBound(found, terms, tuple(chain.timesteps.tolist()), strata)
 
 
 def strata_of(steps: int, count: int) -> tuple[int, ...]:
@@ -165,12 +143,10 @@ def _terms(
     label: Tensor | None,
     seed: int,
     names: range,
-    advanced: Callable[[], None],
-) -> Float64[Tensor, "batch terms"]:
-    """All terms of a batch, on the CPU; noise is named by the original chain's timestep."""
+) -> Iterator[Float64[Tensor, " batch"]]:
+    """The terms of a batch but the prior's; noise is named by the original chain's timestep."""
     network: Network = model.predict_noise
     drawn = [generator(seed, "bound steps", name) for name in names]
-    terms = []
     for start, end in pairwise((*strata, chain.steps)):
         if end - start == 1:
             step = torch.full((len(x0),), start)
@@ -182,7 +158,4 @@ def _terms(
         step = step.to(x0.device)
         x_t = chain.diffuse(x0, step, noise)
         kernel = chain.reverse_kernel(network, x_t, step, label, clip=True)
-        terms.append((end - start) * chain.bound_term(kernel, x0, x_t, step, model.levels))
-        advanced()
-    terms.append(chain.prior_term(x0))
-    return torch.stack(terms, dim=1).cpu()
+        yield (end - start) * chain.bound_term(kernel, x0, x_t, step, model.levels)

@@ -5,96 +5,97 @@ dx/dt = v solved from the image back to noise (arXiv 1806.07366, eq. 3; arXiv 22
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import ClassVar, Literal, final, get_args
 
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from exactflow.core import images as grey
-from exactflow.core.model import NonFiniteError
 from exactflow.core.prior import DiagonalGaussian
-from exactflow.core.process_group import current
 from exactflow.core.random import generator, normal_rows, uniform_rows
-from exactflow.paths.ode import Field, OdeSolver, State, solve, uniform_times
+from exactflow.likelihood.draws import ONE_DRAW, Draws
+from exactflow.likelihood.value import LogLikelihood, check_finite
+from exactflow.paths.ode import (
+    EVALUATIONS_PER_STEP,
+    Field,
+    OdeSolver,
+    State,
+    solve,
+    uniform_times,
+)
 from exactflow.paths.path_model import PathModel
 
-Trace = Literal["hutchinson", "exact"]
 Probe = Literal["rademacher", "gaussian"]
-TrainedOn = Literal["dequantised images", "centred images"]
 
 
 @final
 @dataclass(frozen=True)
-class OdeEstimate:
-    """Estimated log-likelihood of each image, and what it rests on.
+class Grid:
+    """Steps of equal length.
 
     Attributes:
-        nats: (n,), float64: ln of the mean over k dequantisation draws of the estimated density
-            times the volume of a grey level, an estimate of ln P(integer image). The probes' noise
-            enters that mean's exponentials, so that for k > 1 it errs upwards.
-        dims: C * H * W.
-        levels: number of grey levels.
-        k: dequantisation draws per image; 1 is what single-draw flows compare with.
-        solver: how the ODE was solved.
-        steps: of a fixed grid, at equal distances; None for an adaptive solver.
-        tolerance: relative and absolute, of an adaptive solver, the log-determinant included in
-            the norm; None for a fixed grid.
-        evaluations: network evaluations for one image, all draws together, mean over images.
-        trace: "hutchinson", or "exact" up to the solver's error.
-        probe: law of Hutchinson's probes; each is fixed for the whole trajectory.
-        probes: vector-Jacobian products per evaluation: number of probes, dims for "exact".
-        probe_error: (n,) standard error in nats that the probes leave on each image; None for
-            "exact" and for a single probe, which does not tell.
-        prior_gap: nats per image, mean: KL(N(alpha x, sigma^2 I) || N(0, I)) where the trajectory
-            ends. Bounds the divergence of the model's noise end from the prior that is scored.
-        blur: sigma / alpha where the trajectory starts: the density is that of images with so
-            much Gaussian noise, in [-1, 1] units; 0 for a path that reaches the data.
-        trained_on: what the model knows the density of. Scored are dequantised images always; a
-            model of centred ones, the grey levels without noise between them, is worse on those.
+        solver: "euler", "midpoint" or "heun", see `paths.ode.solve`.
+        steps: how many.
     """
 
-    nats: Float[Tensor, " n"]
-    dims: int
-    levels: int
-    k: int
-    solver: OdeSolver
-    steps: int | None
-    tolerance: float | None
-    evaluations: float
-    trace: Trace
-    probe: Probe | None
-    probes: int
-    probe_error: Float[Tensor, " n"] | None
-    prior_gap: float
-    blur: float
-    trained_on: TrainedOn
+    solver: OdeSolver = "midpoint"
+    steps: int = 100
+    tolerance: ClassVar[None] = None
 
-    @property
-    def per_image(self) -> Float[Tensor, " n"]:
-        """Bits per dimension of each image."""
-        return -self.nats / (self.dims * math.log(2))
+    def __post_init__(self) -> None:
+        """Raise ValueError for another solver, or no step."""
+        if self.solver not in EVALUATIONS_PER_STEP or self.steps < 1:
+            raise ValueError(
+                f"expected solver {' | '.join(EVALUATIONS_PER_STEP)} with steps of at least 1, "
+                f"got {self.solver!r} with {self.steps}"
+            )
 
-    @property
-    def bits_per_dim(self) -> float:
-        """Mean of `per_image`."""
-        return float(self.per_image.mean())
 
-    @property
-    def standard_error(self) -> float:
-        """Standard error of `bits_per_dim` over images, the probes' noise within; NaN for one."""
-        return float(self.per_image.std()) / math.sqrt(len(self.nats))
+@final
+@dataclass(frozen=True)
+class Dopri5:
+    """Steps that every image chooses by itself.
 
-    @property
-    def probe_standard_error(self) -> float | None:
-        """The part of the error of `bits_per_dim` that more probes would take away."""
-        if self.probe_error is None:
-            return 0.0 if self.trace == "exact" else None
-        nats = float(self.probe_error.square().sum().sqrt()) / len(self.nats)
-        return nats / (self.dims * math.log(2))
+    Attributes:
+        tolerance: relative and absolute, the log-determinant included in the norm.
+    """
+
+    tolerance: float = 1e-5
+    solver: ClassVar[OdeSolver] = "dopri5"
+    steps: ClassVar[None] = None
+
+
+@final
+@dataclass(frozen=True)
+class Hutchinson:
+    """The divergence by random probes, each fixed for the whole trajectory.
+
+    Attributes:
+        probe: their law; "rademacher" is exact for diagonal Jacobians.
+        probes: how many.
+    """
+
+    probe: Probe = "rademacher"
+    probes: int = 1
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for another law, or no probe."""
+        if self.probe not in get_args(Probe) or self.probes < 1:
+            raise ValueError(
+                f"expected probe {' | '.join(get_args(Probe))} and probes of at least 1, "
+                f"got {self.probe!r} and {self.probes}"
+            )
+
+
+@final
+@dataclass(frozen=True)
+class ExactTrace:
+    """The divergence by all basis vectors: exact up to the solver's error."""
+
+
+ADAPTIVE, ONE_PROBE = Dopri5(), Hutchinson()
 
 
 @torch.no_grad()
@@ -102,109 +103,77 @@ def ode_log_likelihood(
     model: PathModel,
     images: Integer[Tensor, "n channels height width"],
     label: Int[Tensor, " n"] | None = None,
+    draws: Draws = ONE_DRAW,
     *,
-    k: int = 1,
-    seed: int = 0,
-    solver: OdeSolver = "dopri5",
-    steps: int | None = None,
-    tolerance: float | None = None,
-    trace: Trace = "hutchinson",
-    probe: Probe | None = None,
-    probes: int | None = None,
-    first: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
-) -> OdeEstimate:
+    solver: Grid | Dopri5 = ADAPTIVE,
+    trace: Hutchinson | ExactTrace = ONE_PROBE,
+) -> LogLikelihood:
     """Score integer images; noise and probes of image i are functions of (seed, i).
 
     The result does not depend on the batch size beyond rounding: "dopri5" chooses the steps of
-    every image by itself.
+    every image by itself. Its `details` are:
+
+    * solver, and its steps or its tolerance;
+    * evaluations of the network for one image, all draws together, mean over images;
+    * trace, probe and probes: vector-Jacobian products per evaluation, dims for the exact trace;
+    * probe_standard_error, the part of the error of `bits_per_dim` that more probes would take
+      away; None for a single one, which does not tell;
+    * prior_gap, nats per image, mean: KL(N(alpha x, sigma^2 I) || N(0, I)) where the trajectory
+      ends. Bounds the divergence of the model's noise end from the prior that is scored;
+    * blur, sigma / alpha where the trajectory starts: the density is that of images with so much
+      Gaussian noise, in [-1, 1] units; 0 for a path that reaches the data;
+    * trained_on: what the model knows the density of. Scored are dequantised images always; a model
+      of centred ones, the grey levels without noise between them, is worse on those.
 
     Args:
         model: a model of a path; scored in evaluation mode.
         images: grey levels 0 .. levels-1, on any device.
         label: class of each image; None scores without labels.
-        k: dequantisation draws per image.
-        seed: names noise and probes.
-        solver: see `paths.ode.solve`.
-        steps: of a fixed grid, 100 where None; "dopri5" chooses its own.
-        tolerance: of "dopri5", 1e-5 where None.
-        trace: divergence by random probes (Hutchinson), or by all dims basis vectors.
-        probe: law of random probes, "rademacher" where None: exact for diagonal Jacobians.
-        probes: number of random probes, 1 where None.
-        first: number of the first image, where these are a part of a set.
-        batch_size: images solved together.
-        progress: show a bar over batches.
+        draws: noise and batches.
+        solver: of the differential equation.
+        trace: how the divergence is computed.
 
     Raises:
-        ValueError: for images that are not such integers, labels the model cannot take, or an
-            option that has no meaning for this solver or trace.
+        ValueError: for images that are not such integers, or labels the model cannot take.
         NonFiniteError: names the first image whose likelihood is not finite.
     """
-    fixed = solver != "dopri5"
-    _refuse(solver, tolerance=tolerance if fixed else None, steps=None if fixed else steps)
-    if trace == "exact":
-        _refuse("exact trace", probe=probe, probes=probes)
-    steps, tolerance = 100 if steps is None else steps, 1e-5 if tolerance is None else tolerance
-    probe, probes = probe or "rademacher", 1 if probes is None else probes
-    if min(k, batch_size, probes, steps) < 1:
-        raise ValueError(
-            "expected k, batch_size, probes and steps of at least 1, "
-            f"got {k}, {batch_size}, {probes}, {steps}"
-        )
-    if trace not in ("hutchinson", "exact") or probe not in ("rademacher", "gaussian"):
-        raise ValueError(
-            "expected trace hutchinson | exact and probe rademacher | gaussian, "
-            f"got {trace!r} and {probe!r}"
-        )
-    grey.check_images(images, model.event_shape, model.levels)
-    model.check_label(None if label is None else label.cpu(), len(images))
     start, end = model.span
-    trajectory = _Trajectory(model, solver, uniform_times(steps, end, start), tolerance)
+    times = uniform_times(solver.steps or 1, end, start)
+    trajectory = _Trajectory(model, solver.solver, times, solver.tolerance or 0.0)
+    random = trace if isinstance(trace, Hutchinson) else None
 
-    def score(begin: int) -> tuple[Tensor, Tensor, int]:
-        rows = slice(begin, begin + batch_size)
-        chunk = None if label is None else label[rows].to(model.device)
-        numbers = range(first + begin, first + begin + len(images[rows]))
-        names = [[(seed, number, d) for number in numbers] for d in range(k)]
-        draws, evaluations = [], 0
-        for name in names:
-            vectors = None if trace == "exact" else _probes(model, name, probe, probes)
-            x = _noisy(model, images[rows], name)
-            densities, count = trajectory.score(x, chunk, vectors, numbers)
-            draws.append(densities)
-            evaluations += count * len(name)
-        return *_averaged(torch.stack(draws)), evaluations
+    def score(some: Tensor, chunk: Tensor | None, numbers: range) -> tuple[Tensor, Tensor, int]:
+        densities, evaluations = [], 0
+        for draw in range(draws.k):
+            vectors = None
+            if random is not None:
+                vectors = _probes(model, [(draws.seed, n, draw) for n in numbers], random)
+            noise = draws.noise(model, model.event_shape, numbers, draw, uniform=True)
+            x = grey.dequantize(some, noise, model.levels)
+            found, count = trajectory.score(x, chunk, vectors, numbers)
+            densities.append(found)
+            evaluations += count * len(numbers)
+        return *_averaged(torch.stack(densities)), evaluations
 
-    starts = range(0, len(images), batch_size)
-    with _evaluating(model):
-        results = current().spread(starts, score, bar="scoring" if progress else None)
+    results = draws.by_batch(model, images, label, score)
     nats = torch.cat([mean for mean, _, _ in results])
-    check_finite(nats, first, "the model's velocity overflows on it")
-    return OdeEstimate(
-        nats=nats - model.dims * grey.nats_per_level_interval(model.levels),
-        dims=model.dims,
-        levels=model.levels,
-        k=k,
-        solver=solver,
-        steps=steps if fixed else None,
-        tolerance=None if fixed else tolerance,
-        evaluations=sum(count for _, _, count in results) / len(images),
-        trace=trace,
-        probe=None if trace == "exact" else probe,
-        probes=model.dims if trace == "exact" else probes,
-        probe_error=_probe_error([each for _, each, _ in results]),
-        prior_gap=_prior_gap(model, images),
-        blur=_blur(model),
-        trained_on="dequantised images" if model.dequantized else "centred images",
-    )
-
-
-def _refuse(what: str, **options: object) -> None:
-    """Raise ValueError for the first option that is given."""
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(f"{name} has no meaning for {what}: expected none, got {value!r}")
+    check_finite(nats, draws.first, "the model's velocity overflows on it")
+    details = {
+        "solver": solver.solver,
+        "steps": solver.steps,
+        "tolerance": solver.tolerance,
+        "evaluations": sum(count for _, _, count in results) / len(images),
+        "trace": "exact" if random is None else "hutchinson",
+        "probe": None if random is None else random.probe,
+        "probes": model.dims if random is None else random.probes,
+        "probe_standard_error": _probe_error(model, random, [each for _, each, _ in results]),
+        "prior_gap": _prior_gap(model, images),
+        "blur": _blur(model),
+        "trained_on": "dequantised images" if model.dequantized else "centred images",
+    }
+    nats = nats - model.level_nats
+    facts = model.dims, model.levels, draws.k
+    return LogLikelihood(nats, "estimate", *facts, details=details)
 
 
 @final
@@ -273,30 +242,18 @@ def _basis(x: Tensor) -> Float[Tensor, "dims 1 channels height width"]:
 
 
 def _probes(
-    model: PathModel, names: list[tuple[int, int, int]], law: Probe, count: int
+    model: PathModel, names: list[tuple[int, int, int]], random: Hutchinson
 ) -> Float[Tensor, "probes batch channels height width"]:
     """Probe j of a draw of an image is its own stream, whatever their number."""
     rows = []
-    for j in range(count):
+    for j in range(random.probes):
         sources = [generator(seed, "probe", image, draw, j) for seed, image, draw in names]
-        if law == "gaussian":
+        if random.probe == "gaussian":
             rows.append(normal_rows(model.event_shape, sources))
         else:
             rows.append(torch.where(uniform_rows(model.event_shape, sources) < 0.5, -1.0, 1.0))
-    return torch.stack(rows).to(_dtype(model)).to(model.device)
-
-
-def _noisy(
-    model: PathModel, images: Tensor, names: list[tuple[int, int, int]]
-) -> Float[Tensor, "batch channels height width"]:
-    """Dequantised images, with the noise that `log_likelihood` gives the same draw."""
-    sources = [generator(seed, "score", image, draw) for seed, image, draw in names]
-    noise = uniform_rows(model.event_shape, sources).to(_dtype(model)).to(model.device)
-    return grey.dequantize(images.to(model.device), noise, model.levels)
-
-
-def _dtype(model: PathModel) -> torch.dtype:
-    return torch.promote_types(model.dtype, torch.float32)
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    return torch.stack(rows).to(dtype).to(model.device)
 
 
 def _averaged(draws: Float[Tensor, "k batch probes"]) -> tuple[Tensor, Tensor]:
@@ -306,13 +263,21 @@ def _averaged(draws: Float[Tensor, "k batch probes"]) -> tuple[Tensor, Tensor]:
     return mean, draws.logsumexp(0) - math.log(k)
 
 
-def _probe_error(parts: list[Tensor]) -> Float[Tensor, " n"] | None:
+def _probe_error(
+    model: PathModel, random: Hutchinson | None, parts: list[Float[Tensor, "_ probes"]]
+) -> float | None:
+    """Standard error in bits/dim that the probes leave on the mean over images."""
+    if random is None:
+        return 0.0
+    if random.probes == 1:
+        return None
     each = torch.cat(parts)
-    return None if each.shape[1] == 1 else each.std(1) / math.sqrt(each.shape[1])
+    error = each.std(1) / math.sqrt(random.probes)
+    return -grey.bits_per_dim(float(error.square().sum().sqrt()) / len(each), model.dims)
 
 
 def _prior_gap(model: PathModel, images: Tensor) -> float:
-    """See `OdeEstimate.prior_gap`."""
+    """See `ode_log_likelihood`."""
     noise = model.path.at(torch.tensor(model.span[0], dtype=torch.float64))
     middle = torch.full((model.levels,), 0.5, dtype=torch.float64)
     squares = grey.dequantize(torch.arange(model.levels), middle, model.levels).square()
@@ -325,30 +290,3 @@ def _prior_gap(model: PathModel, images: Tensor) -> float:
 def _blur(model: PathModel) -> float:
     data = model.path.at(torch.tensor(model.span[1], dtype=torch.float64))
     return float(data.sigma / data.alpha)
-
-
-def check_finite(nats: Float[Tensor, " n"], first: int, why: str) -> None:
-    """Raise NonFiniteError that names the first image that has no finite likelihood.
-
-    Args:
-        nats: of each image.
-        first: number of the first of them in the set that they are a part of.
-        why: what it means.
-    """
-    failed = (~nats.isfinite()).nonzero()[:, 0].tolist()
-    if failed:
-        raise NonFiniteError(
-            f"log-likelihood of image {first + failed[0]} is {float(nats[failed[0]])} "
-            f"({len(failed)} of {len(nats)} are not finite): {why}"
-        )
-
-
-@contextmanager
-def _evaluating(model: PathModel) -> Iterator[None]:
-    """Without dropout; what the model's mode was is restored."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.data.loader import evaluation_batches
-from exactflow.likelihood.log_likelihood import LogLikelihood, log_likelihood
+from exactflow.likelihood.log_likelihood import log_likelihood
+from exactflow.likelihood.value import LogLikelihood
 from exactflow.models.gaussian.gaussianisation import Gaussianisation, GaussianisationConfig
 from exactflow.models.gaussian.moments import FULL_COVARIANCE_DIMS
 from exactflow.models.gaussian.whitening import LinearFirstFlow, Whitening, WhiteningConfig
@@ -92,7 +93,8 @@ def baselines(
     found = {}
     for name, model in _fitted(training, device).items():
         options = {"k": k, "seed": seed, "batch_size": BATCH, "progress": progress}
-        likelihood = log_likelihood(model, images, data=held_out.fingerprint, **options)
+        likelihood = log_likelihood(model, images, **options)
+        likelihood = replace(likelihood, data=held_out.fingerprint)
         found[name] = Baseline(likelihood, model.num_parameters, len(training))
     return found
 

@@ -1,7 +1,7 @@
 """Bits per dimension of a model on a data set: a number that names its data and its kind."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import numpy as np
@@ -11,7 +11,8 @@ from torch import Tensor
 from exactflow.core.model import GenerativeModel
 from exactflow.data.datasets import ALL, ImageDataset
 from exactflow.data.model_classes import classes_in
-from exactflow.likelihood.log_likelihood import LogLikelihood, log_likelihood
+from exactflow.likelihood.log_likelihood import log_likelihood
+from exactflow.likelihood.value import LogLikelihood
 
 
 @final
@@ -34,11 +35,11 @@ class Evaluation:
     def describe(self) -> dict[str, Any]:
         """Everything but the per-image values, JSON-able; no bits/dim where there is none."""
         likelihood = self.likelihood
-        noisy = likelihood.kind == "noisy-density"
-        error = None if noisy or len(likelihood.nats) < 2 else likelihood.standard_error
+        code = likelihood.is_code_length
+        error = likelihood.standard_error if code and len(likelihood.nats) > 1 else None
         return {
             "kind": likelihood.kind,
-            "bits_per_dim": None if noisy else likelihood.bits_per_dim,
+            "bits_per_dim": likelihood.bits_per_dim if code else None,
             "standard_error": error,
             "nats_per_dim": likelihood.nats_per_dim,
             "k": likelihood.k,
@@ -54,7 +55,7 @@ class Evaluation:
 
 
 def _noise_of(likelihood: LogLikelihood) -> str:
-    if likelihood.kind == "noisy-density":
+    if not likelihood.is_code_length:
         return "gaussian noise: density of noisy images"
     if likelihood.off_its_data:
         return f"{likelihood.dequantization}; the model was trained on centred images"
@@ -78,17 +79,10 @@ def evaluate(
     check_fits(model, dataset)
     images, label = with_labels(model, dataset)
     began = time.perf_counter()
-    likelihood = log_likelihood(
-        model,
-        images,
-        label,
-        k,
-        seed,
-        batch_size=batch_size,
-        data=dataset.fingerprint,
-        progress=progress,
-    )
+    options = {"batch_size": batch_size, "progress": progress}
+    likelihood = log_likelihood(model, images, label, k, seed, **options)
     seconds = time.perf_counter() - began
+    likelihood = replace(likelihood, data=dataset.fingerprint)
     return Evaluation(likelihood, dataset.describe(), seconds, model.num_parameters)
 
 

@@ -5,16 +5,23 @@ gives the probability flow that DDIM follows.
 """
 
 from abc import abstractmethod
+from typing import ClassVar
 
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from exactflow.core.model import LikelihoodKind
 from exactflow.paths.chain import MarkovChain
 from exactflow.paths.path_model import PathModel
 
 
 class ChainModel(PathModel):
     """A network that predicts the noise, and perhaps the variance, of the steps of a chain."""
+
+    _likelihood_kind: ClassVar[LikelihoodKind] = "bound"
+    usual_solver: ClassVar[str] = "ancestral"
+    quick_solver: ClassVar[str] = "ddim"
+    evaluations_per_step: ClassVar[int] = 1
 
     @property
     @abstractmethod

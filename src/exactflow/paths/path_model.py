@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from exactflow.core import images as grey
-from exactflow.core.model import GenerativeModel
+from exactflow.core.model import GenerativeModel, LikelihoodKind
 from exactflow.paths.path import SINGULAR_MARGIN, Between, Path, Point
 
 Prediction = Literal["x0", "eps", "v", "velocity"]
@@ -119,11 +119,22 @@ class PathModel(GenerativeModel):
     """A network that predicts data, noise or velocity along a path.
 
     Attributes:
+        usual_solver: what samples are drawn with where nothing else is asked for.
         dequantized: whether the model is one of uniformly dequantised images; otherwise of
             centred grey levels.
     """
 
+    iterative: ClassVar[bool] = True
+    _likelihood_kind: ClassVar[LikelihoodKind] = "estimate"
+    usual_solver: ClassVar[str] = "heun"
+    quick_solver: ClassVar[str] = "heun"
+    evaluations_per_step: ClassVar[int] = 2
     dequantized: bool = False
+
+    @property
+    def likelihood_kind(self) -> LikelihoodKind:
+        """See `GenerativeModel.likelihood_kind`."""
+        return self._likelihood_kind
 
     @property
     @abstractmethod
@@ -215,18 +226,6 @@ class OnPath(PathModel):
         self.dequantized = model.dequantized
         self.model = model
         self._path = _common_part(path, model)
-
-    @property
-    def event_shape(self) -> tuple[int, int, int]:
-        return self.model.event_shape
-
-    @property
-    def levels(self) -> int:
-        return self.model.levels
-
-    @property
-    def num_classes(self) -> int:
-        return self.model.num_classes
 
     @property
     def stages(self) -> Sequence[nn.Module]:

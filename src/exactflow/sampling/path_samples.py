@@ -247,18 +247,6 @@ class ClassifierFree(PathModel):
         self.model, self.scale = model, scale
 
     @property
-    def event_shape(self) -> tuple[int, int, int]:
-        return self.model.event_shape
-
-    @property
-    def levels(self) -> int:
-        return self.model.levels
-
-    @property
-    def num_classes(self) -> int:
-        return self.model.num_classes
-
-    @property
     def stages(self) -> Sequence[nn.Module]:
         return self.model.stages
 

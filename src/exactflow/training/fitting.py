@@ -14,8 +14,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from exactflow.core.density_flow import FittedFlow
 from exactflow.core.main_guard import require_main_guard
-from exactflow.core.model import FittedFlow
 from exactflow.core.process_group import joined
 from exactflow.core.progress import tracked
 from exactflow.core.random import generator

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from exactflow.core.composition import Composition, Retraced, ReversibleTransform
-from exactflow.core.model import FittedFlow, Flow, GenerativeModel
+from exactflow.core.model import Flow, GenerativeModel
 from exactflow.training.optim import recomputed
 
 
@@ -50,7 +50,7 @@ def reversible(model: GenerativeModel, active: bool) -> Iterator[None]:
 
 def check_reversible(model: GenerativeModel) -> None:
     """Raise ValueError unless the model is a flow that is trained by gradients."""
-    if not isinstance(model, Flow) or isinstance(model, FittedFlow):
+    if model.closed_form or not isinstance(model, Flow):
         raise ValueError(
             "TrainConfig.reversible: expected a flow that is trained by gradients, got "
             f"{type(model).__name__}"

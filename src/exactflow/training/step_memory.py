@@ -16,7 +16,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from exactflow.core.model import FittedFlow, GenerativeModel
+from exactflow.core.model import GenerativeModel
 from exactflow.training.meta import Kernels, Ledger, without_values
 from exactflow.training.optim import TrainConfig, make_optimizer, recomputed
 
@@ -93,7 +93,7 @@ def step_memory(
         raise ValueError(
             f"{config.unsplit} needs all parameters on every device: expected 1 shard, got {shards}"
         )
-    if isinstance(model, FittedFlow):
+    if model.closed_form:
         raise ValueError(f"a model of kind {model.kind!r} is fitted in closed form, without steps")
     if model.device.type != "meta":
         raise ValueError(f"expected a model on the meta device, got one on {model.device}")

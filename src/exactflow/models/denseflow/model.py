@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from exactflow.core import images as grey
 from exactflow.core import shared_batch as batch
-from exactflow.core.model import AugmentedFlow, DataInitialized
+from exactflow.core.model import DataInitialized, Dequantization, Flow, LikelihoodKind
 from exactflow.core.transform import Solver
 from exactflow.models.denseflow.network import AttentionVariant, DeferredBatchNorm
 from exactflow.models.denseflow.parts import (
@@ -55,6 +55,8 @@ class DenseFlowConfig:
     context_growth: int = 16  # the same in the network of its context
     levels: int = grey.PHOTOGRAPHIC_LEVELS  # grey levels of the images
     initial_images: int = 64  # how many the normalisations start from; published: a batch
+    num_classes: ClassVar[int] = 0
+    noise_std: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         """Raise ValueError for what cannot be built."""
@@ -124,7 +126,7 @@ class DenseFlowConfig:
 
 
 @final
-class DenseFlow(AugmentedFlow, DataInitialized):
+class DenseFlow(Flow, DataInitialized):
     """The model: a variational dequantiser, and dense blocks between which half is dropped.
 
     A latent is flat: the dropped halves, first dropped first, which are N(0, 1), then the last
@@ -168,20 +170,12 @@ class DenseFlow(AugmentedFlow, DataInitialized):
         self.prior_log_scale = nn.Parameter(torch.zeros(1, last, 1, 1))
 
     @property
-    def event_shape(self) -> tuple[int, int, int]:
-        return self.config.image_shape
+    def likelihood_kind(self) -> LikelihoodKind:
+        return "bound"
 
     @property
-    def levels(self) -> int:
-        return self.config.levels
-
-    @property
-    def num_classes(self) -> int:
-        return 0
-
-    @property
-    def noise_std(self) -> float:
-        return 0.0
+    def dequantization(self) -> Dequantization:
+        return "variational"
 
     @property
     def initial_images(self) -> int:
@@ -205,7 +199,7 @@ class DenseFlow(AugmentedFlow, DataInitialized):
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
-        """Shape of the standard normal noise of one draw of `bound`: D numbers, the dequantiser's,
+        """Shape of the standard normal noise of one draw: D numbers, the dequantiser's,
         then the injected ones. It is also the latent's size.
         """
         return (self.dims + self.injected_dims,)
@@ -297,11 +291,10 @@ class DenseFlow(AugmentedFlow, DataInitialized):
         u, log_q = self.dequantizer(clean, noise.view(-1, 4 * channels, height // 2, width // 2))
         return grey.dequantize(images, u, self.levels), log_q
 
-    def bound(
+    def draw(
         self,
         images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        *,
+        label: Int[Tensor, " batch"] | None,
         noise: Float[Tensor, "batch *noise"],
     ) -> Float[Tensor, " batch"]:
         """One draw of ln w in nats, with E[w] = P(image): its mean is the ELBO (section 3.3).
@@ -327,8 +320,7 @@ class DenseFlow(AugmentedFlow, DataInitialized):
                 if isinstance(part, DeferredBatchNorm):
                     part.take_up()
         log_q = log_q + standard_normal_log_prob(injected)
-        interval = self.dims * grey.nats_per_level_interval(self.levels)
-        return self.prior.log_prob(z) + log_abs_det - log_q - interval
+        return self.prior.log_prob(z) + log_abs_det - log_q - self.level_nats
 
     def loss(
         self,
@@ -338,7 +330,7 @@ class DenseFlow(AugmentedFlow, DataInitialized):
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, " batch"]:
         """Minus one draw of the bound of ln P(image), per dimension."""
-        return -self.bound(images, label, noise=self._draw(images, generator)) / self.dims
+        return -self.draw(images, label, self._noise(images, generator)) / self.dims
 
     def initialize(
         self,
@@ -358,11 +350,13 @@ class DenseFlow(AugmentedFlow, DataInitialized):
             return
         if len(images) < 2:
             raise ValueError(f"expected two images or more to initialise on, got {len(images)}")
-        ours, injected = self._draw(images, generator).split([self.dims, self.injected_dims], dim=1)
+        ours, injected = self._noise(images, generator).split(
+            [self.dims, self.injected_dims], dim=1
+        )
         with initializing(self):
             self.encode(self.dequantize(images, ours)[0], None, injected)
 
-    def _draw(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _noise(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         """Noise for one draw of the bound of each image."""
         dtype = torch.promote_types(self.dtype, torch.float32)
         shape = (len(images), *self.noise_shape)

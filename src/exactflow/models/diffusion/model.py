@@ -4,7 +4,6 @@ Nichol and Dhariwal, Improved Denoising Diffusion Probabilistic Models, arXiv 21
 Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, arXiv 2105.05233.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -131,21 +130,10 @@ class DiscreteDiffusion(ChainModel):
         self.config = config
         self.network = UNet(config.unet)
         self._chain = config.chain()
+        self.most_steps = self._chain.steps
         self.importance = None
         if config.timestep_law == "importance":
             self.importance = StepImportance(config.diffusion_steps)
-
-    @property
-    def event_shape(self) -> tuple[int, int, int]:
-        return self.config.image_shape
-
-    @property
-    def levels(self) -> int:
-        return self.config.levels
-
-    @property
-    def num_classes(self) -> int:
-        return self.config.num_classes
 
     @property
     def stages(self) -> Sequence[nn.Module]:
@@ -263,7 +251,7 @@ class DiscreteDiffusion(ChainModel):
         detached = self.config.objective == "hybrid"
         kernel = chain.kernel(eps.detach() if detached else eps, v, x_t, step, clip=False)
         nats = chain.bound_term(kernel, x0, x_t, step, self.levels)
-        bits_per_dim = nats / (self.dims * math.log(2))
+        bits_per_dim = grey.bits_per_dim(-nats, self.dims)
         if self.config.objective == "vlb":
             return bits_per_dim * chain.steps
         rescale = chain.steps / TIMESTEP_SCALE if self.config.rescale_learned_sigmas else 1.0

@@ -156,18 +156,6 @@ class FlowMatching(PathModel):
         self._path = _named_path(config)
 
     @property
-    def event_shape(self) -> tuple[int, int, int]:
-        return self.config.image_shape
-
-    @property
-    def levels(self) -> int:
-        return self.config.levels
-
-    @property
-    def num_classes(self) -> int:
-        return self.config.num_classes
-
-    @property
     def stages(self) -> Sequence[nn.Module]:
         network = self.network
         return network.stages if isinstance(network, UNet) else list(network.blocks)

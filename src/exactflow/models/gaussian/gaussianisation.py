@@ -47,6 +47,8 @@ class GaussianisationConfig:
     layers: int = 8
     bins: int = 32  # straight lines that a marginal's map is made of, the tails apart
     fit_images: int = 10_000  # at most so many images are used to fit the layers
+    num_classes: ClassVar[int] = 0
+    noise_std: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         """Raise ValueError for what cannot be built."""

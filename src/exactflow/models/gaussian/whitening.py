@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from exactflow.core import images as grey
 from exactflow.core.conditional import Affine
-from exactflow.core.model import FittedFlow, Preset, log_density
+from exactflow.core.density_flow import FittedFlow
+from exactflow.core.model import Preset, log_density
 from exactflow.core.prior import DiagonalGaussian
 from exactflow.core.random import generator, uniform_rows
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver, Transform
@@ -38,6 +39,8 @@ class WhiteningConfig:
     rotation: Literal["cholesky", "pca", "zca"] = "cholesky"  # of the latent: same likelihood
     shrinkage: float | None = 0.0  # weight of diag(S); None: what held-out images like best
     levels: int = grey.PHOTOGRAPHIC_LEVELS  # grey levels of the images
+    num_classes: ClassVar[int] = 0
+    noise_std: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         """Raise ValueError for what cannot be built."""
@@ -178,8 +181,6 @@ class LinearFirstFlow(FittedFlow, ABC):
         fit_images: at most so many images are used to fit the layers.
     """
 
-    exact: ClassVar[bool] = True
-
     def __init__(
         self, linear: WhiteningConfig, layers: Iterable[FittedTransform] = (), fit_images: int = 1
     ) -> None:
@@ -192,22 +193,6 @@ class LinearFirstFlow(FittedFlow, ABC):
         self.register_buffer("rotation", rotation)
         self.register_buffer("shrinkage", torch.zeros(()))  # what was applied
         self.layers = nn.ModuleList(layers)
-
-    @property
-    def event_shape(self) -> tuple[int, int, int]:
-        return self.linear.image_shape
-
-    @property
-    def levels(self) -> int:
-        return self.linear.levels
-
-    @property
-    def num_classes(self) -> int:
-        return 0
-
-    @property
-    def noise_std(self) -> float:
-        return 0.0
 
     @property
     def stages(self) -> list[nn.Module]:

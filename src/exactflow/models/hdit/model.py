@@ -150,6 +150,9 @@ class HDiT(PathModel):
     """
 
     kind: ClassVar[str] = "hdit"
+    usual_solver: ClassVar[str] = "dpm++"
+    quick_solver: ClassVar[str] = "dpm++"
+    evaluations_per_step: ClassVar[int] = 1
     parameter_rules: ClassVar[tuple[ParameterRule, ...]] = (
         ParameterRule(r"network\.mapping\..*\.scale", 1 / 3, decay=False),
         ParameterRule(r"network\.mapping\..*|.*\.norm\.linear\.weight", 1 / 3),
@@ -168,18 +171,6 @@ class HDiT(PathModel):
             (config.mapping_depth, width, config.mapping_d_ff or 3 * width),
             config.num_classes + 1 if config.num_classes else 0,
         )
-
-    @property
-    def event_shape(self) -> tuple[int, int, int]:
-        return self.config.image_shape
-
-    @property
-    def levels(self) -> int:
-        return self.config.levels
-
-    @property
-    def num_classes(self) -> int:
-        return self.config.num_classes
 
     @property
     def stages(self) -> list[nn.Module]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from exactflow.core import images as grey
 from exactflow.core import shared_batch as batch
-from exactflow.core.model import DataInitialized, DequantizingFlow
+from exactflow.core.model import DataInitialized, Flow, LikelihoodKind, log_density
 from exactflow.core.prior import DiagonalGaussian
 from exactflow.core.transform import Solver
 from exactflow.models.macow.masked_convolution import ContextEncoder
@@ -52,6 +52,8 @@ class MaCowConfig:
     context: int = 4  # features of the image that the dequantiser sees at every pixel
     levels: int = grey.PHOTOGRAPHIC_LEVELS  # grey levels of the images
     initial_images: int = 512  # how many to initialise on
+    num_classes: ClassVar[int] = 0
+    noise_std: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         """Raise ValueError for what cannot be built."""
@@ -143,7 +145,7 @@ class Dequantizer(nn.Module):
 
 
 @final
-class MaCow(DequantizingFlow, DataInitialized):
+class MaCow(Flow, DataInitialized):
     """The model: levels of masked convolutions and couplings, a standard normal latent.
 
     The latent has the image's shape, the published layout: what the conditional priors standardise
@@ -173,24 +175,16 @@ class MaCow(DequantizingFlow, DataInitialized):
         self.register_buffer("initialized", torch.tensor(False))
 
     @property
-    def event_shape(self) -> tuple[int, int, int]:
-        return self.config.image_shape
-
-    @property
-    def levels(self) -> int:
-        return self.config.levels
-
-    @property
-    def num_classes(self) -> int:
-        return 0
-
-    @property
-    def noise_std(self) -> float:
-        return 0.0
+    def likelihood_kind(self) -> LikelihoodKind:
+        return "dequantized"
 
     @property
     def dequantization(self) -> Literal["uniform", "variational"]:
         return self.config.dequantization
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        return self.event_shape
 
     @property
     def initial_images(self) -> int:
@@ -231,13 +225,31 @@ class MaCow(DequantizingFlow, DataInitialized):
         images: Integer[Tensor, "batch channels height width"],
         noise: Float[Tensor, "batch channels height width"],
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        """See `DequantizingFlow.dequantize`. Raises ValueError for what are no such images."""
+        """Images in [-1, 1] with u inside their grey levels, and ln q(u | image) in nats.
+
+        Args:
+            images: grey levels.
+            noise: u itself with uniform dequantisation, else standard normal: u is a map of it.
+
+        Raises:
+            ValueError: images that are not such integers.
+        """
         grey.check_images(images, self.event_shape, self.levels)
         if self.dequantizer is None:
             return grey.dequantize(images, noise, self.levels), noise.new_zeros(len(noise))
         u, log_abs_det = self.dequantizer(self._noiseless(images, noise.dtype), noise)
         standard = DiagonalGaussian(torch.ones_like(noise[0]))
         return grey.dequantize(images, u, self.levels), standard.log_prob(noise) - log_abs_det
+
+    def draw(
+        self,
+        images: Integer[Tensor, "batch channels height width"],
+        label: Int[Tensor, " batch"] | None,
+        noise: Float[Tensor, "batch *noise"],
+    ) -> Float[Tensor, " batch"]:
+        """See `Flow.draw`: p(x) / q(u | image), times the volume of a grey level."""
+        x, log_q = self.dequantize(images, noise)
+        return (log_density(self, x, label) - log_q).double() - self.level_nats
 
     def loss(
         self,

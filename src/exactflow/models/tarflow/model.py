@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from exactflow.core import images as grey
 from exactflow.core import shared_batch as batch
-from exactflow.core.model import Flow, ParameterRule
+from exactflow.core.density_flow import DensityFlow
+from exactflow.core.model import ParameterRule
 from exactflow.core.prior import DiagonalGaussian
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver, Transform
 from exactflow.models.tarflow.config import TarFlowConfig
@@ -180,14 +181,13 @@ class TarFlowBlock(AutoregressiveTransform):
 
 
 @final
-class TarFlow(Flow):
+class TarFlow(DensityFlow):
     """The model: blocks over patches, alternating directions, a Gaussian prior (eq. 3).
 
     Latents keep the published token layout (batch, N, C P P), in the order of the image.
     """
 
     kind: ClassVar[str] = "tarflow"
-    exact: ClassVar[bool] = True
     parameter_rules: ClassVar[tuple[ParameterRule, ...]] = (
         ParameterRule(r"blocks\.\d+\.layers\.\d+\.qkv\.weight", matrices=3),
         ParameterRule(r"blocks\.\d+\.layers\.\d+\.(proj|expand|contract)\.weight", matrices=1),
@@ -203,22 +203,6 @@ class TarFlow(Flow):
             TokenMixing(config.token_dim) for _ in range(config.blocks if config.mixing else 0)
         )
         self.register_buffer("variance", torch.ones(config.num_tokens, config.token_dim))
-
-    @property
-    def event_shape(self) -> tuple[int, int, int]:
-        return self.config.image_shape
-
-    @property
-    def levels(self) -> int:
-        return self.config.levels
-
-    @property
-    def num_classes(self) -> int:
-        return self.config.num_classes
-
-    @property
-    def noise_std(self) -> float:
-        return self.config.noise_std
 
     @property
     def stages(self) -> list[nn.Module]:
@@ -328,8 +312,6 @@ class TarFlow(Flow):
         """What the model is trained on: dequantised images, or centred ones with Gaussian noise."""
         grey.check_images(images, self.event_shape, self.levels)
         dtype = torch.promote_types(self.dtype, torch.float32)
-        if self.noise_std == 0:
-            noise = batch.rand(images.shape, generator=generator, dtype=dtype, device=images.device)
-            return grey.dequantize(images, noise, self.levels)
-        noise = batch.randn(images.shape, generator=generator, dtype=dtype, device=images.device)
-        return grey.center(images, self.levels, dtype) + self.noise_std * noise
+        draw = batch.randn if self.noise_std > 0 else batch.rand
+        noise = draw(images.shape, generator=generator, dtype=dtype, device=images.device)
+        return self.with_noise(images, noise)

@@ -1,0 +1,77 @@
+"""Flows with a density: trained on noisy images, or fitted to them in closed form."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import ClassVar
+
+from jaxtyping import Float, Int, Integer
+from torch import Tensor
+
+from exactflow.core import images as grey
+from exactflow.core.model import Dequantization, Flow, LikelihoodKind, log_density
+
+
+class DensityFlow(Flow, ABC):
+    """An exact flow that is trained on images with uniform or Gaussian noise."""
+
+    exact: ClassVar[bool] = True
+
+    @property
+    def likelihood_kind(self) -> LikelihoodKind:
+        """See `GenerativeModel.likelihood_kind`."""
+        return "noisy-density" if self.noise_std > 0 else "dequantized"
+
+    @property
+    def dequantization(self) -> Dequantization:
+        """See `Flow.dequantization`."""
+        return "gaussian" if self.noise_std > 0 else "uniform"
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """See `Flow.noise_shape`."""
+        return self.event_shape
+
+    def with_noise(
+        self,
+        images: Integer[Tensor, "batch channels height width"],
+        noise: Float[Tensor, "batch channels height width"],
+    ) -> Float[Tensor, "batch channels height width"]:
+        """What the flow has the density of: images in [-1, 1] with the noise of one draw."""
+        if self.noise_std > 0:
+            return grey.center(images, self.levels, noise.dtype) + self.noise_std * noise
+        return grey.dequantize(images, noise, self.levels)
+
+    def draw(
+        self,
+        images: Integer[Tensor, "batch channels height width"],
+        label: Int[Tensor, " batch"] | None,
+        noise: Float[Tensor, "batch *noise"],
+    ) -> Float[Tensor, " batch"]:
+        """See `Flow.draw`: ln p(x), times the volume of a grey level if it is dequantised."""
+        nats = log_density(self, self.with_noise(images, noise), label).double()
+        return nats if self.noise_std > 0 else nats - self.level_nats
+
+
+class FittedFlow(DensityFlow):
+    """A flow whose parameters follow from the data in closed form: no gradient, few passes."""
+
+    closed_form: ClassVar[bool] = True
+
+    @abstractmethod
+    def fit(
+        self,
+        batches: Iterable[Integer[Tensor, "_ channels height width"]],
+        *,
+        seed: int = 0,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        """Set all parameters from images. The result does not depend on how they are batched.
+
+        Args:
+            batches: grey levels 0 .. levels-1; iterated once or several times, each time alike.
+            seed: names the dequantisation noise, where the fit needs any.
+            report: told what is being done, for people.
+
+        Raises:
+            ValueError: no images, or images that are not the model's.
+        """

@@ -1,0 +1,89 @@
+"""The noise that images are scored with: image i's is a function of (seed, i), in any batch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar, final
+
+import torch
+from jaxtyping import Float, Int, Integer
+from torch import Tensor
+
+from exactflow.core import images as grey
+from exactflow.core.model import GenerativeModel, evaluating
+from exactflow.core.process_group import current
+from exactflow.core.random import generator, normal_rows, uniform_rows
+
+T = TypeVar("T")
+
+
+@final
+@dataclass(frozen=True)
+class Draws:
+    """Which noise, and how many images together.
+
+    Attributes:
+        k: noise draws per image.
+        seed: names the noise.
+        first: number of the first image, where the images are a part of a set.
+        batch_size: images scored together.
+        progress: show a bar.
+    """
+
+    k: int = 1
+    seed: int = 0
+    first: int = 0
+    batch_size: int = 64
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for no draw or no batch."""
+        if self.k < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"expected k >= 1 and batch_size >= 1, got {self.k}, {self.batch_size}"
+            )
+
+    def noise(
+        self,
+        model: GenerativeModel,
+        shape: Sequence[int],
+        numbers: range,
+        draw: int,
+        *,
+        uniform: bool,
+    ) -> Float[Tensor, "batch *shape"]:
+        """The noise of one draw for images of these numbers, on the model's device."""
+        sources = [generator(self.seed, "score", number, draw) for number in numbers]
+        rows = uniform_rows if uniform else normal_rows
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        return rows(shape, sources).to(dtype).to(model.device)
+
+    def by_batch(
+        self,
+        model: GenerativeModel,
+        images: Integer[Tensor, "n channels height width"],
+        label: Int[Tensor, " n"] | None,
+        score: Callable[[Tensor, Tensor | None, range], T],
+    ) -> list[T]:
+        """`score(images, label, numbers)` of every batch, on the model's device.
+
+        Processes that work together share the batches; the model is in evaluation mode.
+
+        Raises:
+            ValueError: for images that are not the model's, or labels that it cannot take.
+        """
+        grey.check_images(images, model.event_shape, model.levels)
+        model.check_label(None if label is None else label.cpu(), len(images))
+
+        def batch(start: int) -> T:
+            chosen = slice(start, start + self.batch_size)
+            some = images[chosen].to(model.device)
+            chunk = None if label is None else label[chosen].to(model.device)
+            begin = self.first + start
+            return score(some, chunk, range(begin, begin + len(some)))
+
+        starts = range(0, len(images), self.batch_size)
+        with evaluating(model):
+            return current().spread(starts, batch, bar="scoring" if self.progress else None)
+
+
+ONE_DRAW = Draws()
