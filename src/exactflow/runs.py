@@ -10,16 +10,15 @@ from typing import Any, final
 
 import torch
 
+from exactflow.core.density_flow import FittedFlow
 from exactflow.core.devices import pick_device
-from exactflow.core.model import FittedFlow, GenerativeModel
+from exactflow.core.model import GenerativeModel
 from exactflow.core.process_group import current
 from exactflow.core.random import generator
 from exactflow.core.serialization import GUIDANCE
 from exactflow.data.datasets import ImageDataset, load
 from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.metrics.bits_per_dim import Evaluation, evaluate, with_labels
-from exactflow.paths.chain_model import ChainModel
-from exactflow.paths.path_model import PathModel
 from exactflow.pictures import grids as pictures
 from exactflow.sampling.sample import sample
 from exactflow.training.compatible import check_compatible
@@ -149,7 +148,7 @@ def execute(settings: Settings, folder: Path, device: str = "auto") -> Trained:
     result = run.fit(watch.calls(settings))
     evaluation = None
     scores: dict[str, Any] = dict(watch.loss(model))
-    if not isinstance(model, PathModel):
+    if not model.iterative:
         evaluation = evaluate(model, validation, progress=sys.stderr.isatty())
         scores = evaluation.describe()
         del scores["data"]
@@ -183,10 +182,10 @@ class _Watch:
 
     def score(self, progress: Progress) -> Mapping[str, float]:
         """Likelihood of validation images, or the loss where that takes a chain or an equation."""
-        if isinstance(progress.model, PathModel):
+        if progress.model.iterative:
             return self.loss(progress.model)
         likelihood = log_likelihood(progress.model, self.images, self.labels)
-        if likelihood.kind == "noisy-density":
+        if not likelihood.is_code_length:
             return {"noisy_nats_per_dim": likelihood.nats_per_dim}
         return {
             "bits_per_dim": likelihood.bits_per_dim,
@@ -212,7 +211,7 @@ class _Watch:
             model,
             self.samples,
             label,
-            solver="ddim" if isinstance(model, ChainModel) else "auto",  # soon done
+            solver=model.quick_solver,
             on_nonfinite="omit",
         )
         if drawn.failures:

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from exactflow.cli.latent_arguments import Attributes
 from exactflow.cli.opened import opened
-from exactflow.cli.settings import as_flow
 from exactflow.cli.terminal import say
+from exactflow.core.doors import as_flow
 from exactflow.data import ImageDataset
 from exactflow.data.classes import class_number
 from exactflow.latent.latent_space import (

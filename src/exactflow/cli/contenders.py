@@ -13,7 +13,6 @@ from exactflow.cli.terminal import note
 from exactflow.comparison.expected_time import expected_seconds
 from exactflow.comparison.protocol import Contender, Failure, Protocol, scored, spread
 from exactflow.core.config import override
-from exactflow.core.density_flow import FittedFlow
 from exactflow.core.model import GenerativeModel, NonFiniteError
 from exactflow.core.process_group import ALONE, current
 from exactflow.data import DataConfig, ImageDataset
@@ -116,7 +115,7 @@ class Contenders:
         if name in registry.names():
             settings = self._settings(name)
             model, guidance = settings.build().to(self._device).eval(), settings.guidance
-            if isinstance(model, FittedFlow):  # which has no density before it is fitted
+            if model.closed_form:  # which has no density before it is fitted
                 return 0.0
         else:
             model = self._loaded(name)
@@ -163,7 +162,7 @@ class Contenders:
         peak = PeakMemory(self._device)
         stages = Stages(folder, self._identity(settings))
         every = {1: _Watch(self._held_out, 1, 1)}
-        if not isinstance(model, FittedFlow):
+        if not model.closed_form:
             settings = replace(settings, training=self._recipe(settings, model, stages))
             config = settings.training
             assert config.steps is not None
@@ -235,12 +234,12 @@ class _Watch:
         model = progress.model
         images, label = spread(self.held_out, WATCHED.scored_images(model), model)
         found = scored(model, images, label, WATCHED)
-        return {} if found.kind == "noisy-density" else {"bits_per_dim": found.bits_per_dim}
+        return {"bits_per_dim": found.bits_per_dim} if found.is_code_length else {}
 
 
 def _work(model: GenerativeModel, images: int) -> dict[str, float]:
     """FLOPs of an image trained on, and of all of them."""
-    if isinstance(model, FittedFlow):  # closed form: no gradient, hardly any work
+    if model.closed_form:  # closed form: no gradient, hardly any work
         return {}
     each = training_flops(model)
     return {"flops_per_image": each, "flops": each * images}

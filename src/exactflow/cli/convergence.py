@@ -7,8 +7,9 @@ from rich.table import Table
 
 from exactflow.cli.arguments import Convergence
 from exactflow.cli.opened import opened
-from exactflow.cli.settings import as_flow, first_images
+from exactflow.cli.settings import first_images
 from exactflow.cli.terminal import say
+from exactflow.core.doors import as_flow
 from exactflow.core.random import generator, normal_rows
 from exactflow.pictures.profiles import convergence_plot
 from exactflow.sampling.convergence import TOLERANCE, BlockConvergence, convergence, crm_percent

@@ -36,7 +36,7 @@ def run(command: Evaluate) -> None:
     )
     result = evaluation.describe()
     floor, remark = {}, "none: noisy densities have no bits/dim"
-    if evaluation.likelihood.kind != "noisy-density":
+    if evaluation.likelihood.is_code_length:
         floor, remark = _floor(command, data, dataset, model.device)
     table = Table(title=f"{command.model} on {dataset.id}, {command.split}")
     table.add_column("what")

@@ -9,6 +9,7 @@ from torch import Tensor
 from exactflow.cli.words import merge, parse_words, read_file
 from exactflow.core.config import override
 from exactflow.core.devices import pick_device
+from exactflow.core.doors import as_flow
 from exactflow.core.model import Flow, GenerativeModel
 from exactflow.data import DataConfig, DataError, ImageDataset, Split, load
 from exactflow.data.classes import class_number, numbered
@@ -129,10 +130,3 @@ def load_model(location: str, device: str) -> GenerativeModel:
 def load_flow(location: str, device: str) -> Flow:
     """A saved flow on the device asked for."""
     return as_flow(load_model(location, device))
-
-
-def as_flow(model: GenerativeModel) -> Flow:
-    """The model, if it is a flow. Raises ValueError otherwise."""
-    if not isinstance(model, Flow):
-        raise ValueError(f"expected a flow, got a model of kind {model.kind!r}")
-    return model

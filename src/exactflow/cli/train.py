@@ -55,7 +55,7 @@ def show(trained: Trained) -> None:
 def likelihood_row(evaluation: Evaluation, split: str) -> tuple[str, str]:
     """Name and value of a likelihood: bits/dim, or why there is none."""
     likelihood = evaluation.likelihood
-    if likelihood.kind == "noisy-density":
+    if not likelihood.is_code_length:
         value = f"{likelihood.nats_per_dim:.4f} (no bits/dim: trained with Gaussian noise)"
         return f"{split} density of noisy images, nats/dim", value
     error = f" ± {likelihood.standard_error:.4f}" if len(likelihood.nats) > 1 else ""

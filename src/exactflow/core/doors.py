@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from exactflow.core.model import GenerativeModel
+from exactflow.core.model import Flow, GenerativeModel
 
 LabelsLike = int | Sequence[int] | Tensor | np.ndarray
 
@@ -45,3 +45,13 @@ def as_labels(model: GenerativeModel, label: object, n: int) -> Int[Tensor, " n"
     labels = labels.expand(n).contiguous() if labels.dim() == 0 else labels
     model.check_label(labels, n)
     return labels.to(model.device)
+
+
+def as_flow(model: GenerativeModel, *, exact: bool = False) -> Flow:
+    """The model, if it is a flow, or an exact one. Raises ValueError otherwise."""
+    if isinstance(model, Flow) and (model.exact or not exact):
+        return model
+    raise ValueError(
+        f"expected a flow{' with an exact density' if exact else ''}, got a model of kind "
+        f"{model.kind!r}"
+    )

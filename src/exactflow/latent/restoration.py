@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int, Integer, UInt8
 from torch import Tensor
 
 from exactflow.core import images as grey
+from exactflow.core.doors import as_flow
 from exactflow.core.model import Flow, GenerativeModel, NonFiniteError, evaluating, log_density
 from exactflow.core.progress import tracked
 from exactflow.core.random import generator, normal_rows, uniform_rows
@@ -105,12 +106,7 @@ def log_density_gradient(
 
 def exact_flow(model: GenerativeModel) -> Flow:
     """The model, if it is a flow with an exact density. Raises ValueError otherwise."""
-    if isinstance(model, Flow) and model.exact:
-        return model
-    raise ValueError(
-        f"expected a flow with an exact density, got a model of kind {model.kind!r}, "
-        f"of kind {model.likelihood_kind!r} by its likelihood"
-    )
+    return as_flow(model, exact=True)
 
 
 def missing_region(
