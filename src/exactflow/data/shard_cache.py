@@ -2,33 +2,37 @@
 
     SHA256.tar              a whole shard, under the hash of its content; the time of its last use
                             is the file's modification time
+    SHA256.NUMBER.pin       locked by who reads the shard, which stays so long
     KEY-SIZE.partial        one that is being fetched, or was; SIZE bytes are set aside for it
-    .lock                   held while room is made
+    KEY-SIZE.claim          locked by who fetches it
+    .lock                   held while any of them is begun, renamed or removed
 
-Who fetches a shard holds an exclusive lock on its partial file, who reads one a shared lock on the
-file, and only files without a lock are removed: least recently used first, before anything is
-written that would not fit. What a killed process leaves is taken up by the next one that wants it,
-or removed for want of room. The folder should be on a disk of this machine.
+Only files that nobody reads or fetches are removed: least recently used first, before anything is
+written that would not fit. Locks go with their process, however it ends: what a killed one leaves
+is taken up by the next that wants it, or removed for want of room. The folder should be on a disk
+of this machine.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, final
+from uuid import uuid4
 
-from exactflow.data import locks, remote
+from filelock import FileLock, Timeout
+
+from exactflow.data import remote
 from exactflow.data.config import DataError
-from exactflow.data.locks import lock, unlock
 
 PATIENCE = 600.0  # seconds to wait for room while others hold all of it
-_PAUSE = 0.05  # seconds
+_PAUSE = 0.05  # seconds between two looks for room
+_POLL = 0.002  # seconds between two looks whether a lock is free, of those that are held shortly
 
 
 @final
@@ -54,17 +58,9 @@ class ShardCache:
     Args:
         folder: made if missing.
         limit: bytes; nothing is written that makes all files together larger.
-
-    Raises:
-        DataError: this system cannot lock files.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
-        if not locks.AVAILABLE:
-            raise DataError(
-                "streaming: expected a system that can lock files, such as Linux or macOS, found "
-                f"{sys.platform}; copies of the shards on this disk can be read"
-            )
         self.folder, self.limit = folder, limit
 
     @contextmanager
@@ -74,42 +70,41 @@ class ShardCache:
         Raises:
             DataError: it cannot be fetched, is another one than was indexed, or there is no room.
         """
-        stream = None
-        while stream is None:
-            stream = self._present(shard) or self._fetched(shard, wait=True)
+        pin = None
+        while pin is None:
+            pin = self._present(shard) or self._fetched(shard, wait=True)
         try:
-            yield stream
+            with pin.file.open("rb") as stream:
+                yield stream
         finally:
-            _let_go(stream)
+            pin.release()
 
     def fetch(self, shard: RemoteShard) -> None:
-        """Have it here for whoever opens it, unless another process is fetching it right now.
+        """Download a shard unless it is here, or another process is fetching it right now.
 
         Raises:
             DataError: as in `open`.
         """
-        stream = self._present(shard) or self._fetched(shard, wait=False)
-        if stream is not None:
-            _let_go(stream)
+        pin = self._present(shard) or self._fetched(shard, wait=False)
+        if pin is not None:
+            pin.release()
 
     def _file(self, sha256: str | None) -> Path:
         return self.folder / f"{sha256}.tar"
 
-    def _present(self, shard: RemoteShard) -> BinaryIO | None:
-        """The shard with a shared lock, if it is here."""
-        file = self._file(shard.sha256)
-        with suppress(FileNotFoundError):
-            while self._present_size(shard) == shard.size:
-                stream = file.open("rb")
-                lock(stream, exclusive=False)
-                if _is_at(stream, file):  # it was not removed before the lock was ours
-                    os.utime(file)
-                    return stream
-                _let_go(stream)
-        return None
+    def _present(self, shard: RemoteShard) -> _Pin | None:
+        """The shard, if it is here."""
+        if self._present_size(shard) != shard.size:
+            return None
+        with self._alone():
+            if self._present_size(shard) != shard.size:  # it was removed meanwhile
+                return None
+            file = self._file(shard.sha256)
+            os.utime(file)
+            return _Pin.of(file)
 
-    def _fetched(self, shard: RemoteShard, *, wait: bool) -> BinaryIO | None:
-        """The shard with a shared lock, fetched now; None if another process did, or does."""
+    def _fetched(self, shard: RemoteShard, *, wait: bool) -> _Pin | None:
+        """The shard, fetched now; None if another process did, or does."""
         if shard.size > self.limit:
             raise DataError(
                 f"{shard.url}: expected at most {self.limit:,} bytes, which data.cache_gib leaves "
@@ -118,54 +113,46 @@ class ShardCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         key = hashlib.sha256(f"{shard.url}\0{shard.size}\0{shard.sha256}".encode()).hexdigest()
         partial = self.folder / f"{key[:32]}-{shard.size}.partial"
-        stream = self._begun(partial, shard, wait)
-        if stream is None:
+        claim = self._claimed(partial, shard, wait)
+        if claim is None:
             return None
-        try:
-            if _is_at(stream, partial):  # else whoever had it is through with it
+        with claim:
+            stream = partial.open("r+b")
+            try:
                 file = self._completed(stream, shard)
-                with self._alone():
-                    partial.replace(file)
-                lock(stream, exclusive=False)
-                if _is_at(stream, file):  # else it was removed for want of room
-                    stream.seek(0)
-                    return stream
-        except BaseException:
-            with suppress(OSError):  # what could not be written may still be in its buffer
-                _let_go(stream)
-            raise
-        _let_go(stream)
-        return None
+            finally:
+                with suppress(OSError):  # what could not be written may still be in its buffer
+                    stream.close()
+            with self._alone():
+                partial.replace(file)
+                _claim_file(partial).unlink()
+                return _Pin.of(file)
 
-    def _begun(self, partial: Path, shard: RemoteShard, wait: bool) -> BinaryIO | None:
-        """The partial file with an exclusive lock and room for the rest; None as above."""
+    def _claimed(self, partial: Path, shard: RemoteShard, wait: bool) -> FileLock | None:
+        """A held claim on the partial file, which has room for the rest; None as above."""
+        claim = _lock(_claim_file(partial))
         deadline = time.monotonic() + PATIENCE
         while True:
             with self._alone():
-                stream = self._room_for(partial, shard)
-                if stream is not None and lock(stream, exclusive=True, wait=False):
-                    return stream
-            if stream is not None:
-                if wait and lock(stream, exclusive=True):
-                    return stream
-                _let_go(stream)
+                if self._present_size(shard) == shard.size:
+                    return None
+                has_room = partial.exists() or self._make_room(shard.size)
+                if has_room:
+                    with suppress(Timeout):
+                        claim.acquire(blocking=False)
+                        partial.touch()
+                        return claim
+            if not wait:
                 return None
-            if not wait or self._present_size(shard) == shard.size:
-                return None
+            if has_room:
+                with claim:  # who had it is through with it, or was killed
+                    return None
             if time.monotonic() > deadline:
                 raise DataError(
                     f"{shard.url}: expected {shard.size:,} bytes of room in {self.folder}, found "
                     f"{self.limit:,} in use for {PATIENCE:.0f} s; raise data.cache_gib"
                 )
             time.sleep(_PAUSE)
-
-    def _room_for(self, partial: Path, shard: RemoteShard) -> BinaryIO | None:
-        """The partial file, which has its room; None if there is none, or the shard is here."""
-        with suppress(FileNotFoundError):
-            return partial.open("r+b")
-        if self._present_size(shard) != shard.size and self._make_room(shard.size):
-            return partial.open("x+b")
-        return None
 
     def _present_size(self, shard: RemoteShard) -> int | None:
         with suppress(FileNotFoundError):
@@ -203,14 +190,39 @@ class ShardCache:
                 total -= taken
         return total + size <= self.limit
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        with (self.folder / ".lock").open("w") as stream:
-            lock(stream, exclusive=True)
-            try:
-                yield
-            finally:
-                unlock(stream)
+    def _alone(self) -> FileLock:
+        return _lock(self.folder / ".lock")
+
+
+@final
+@dataclass(frozen=True)
+class _Pin:
+    """Keeps a shard here until it is released."""
+
+    file: Path
+    lock: FileLock
+
+    @classmethod
+    def of(cls, file: Path) -> _Pin:
+        """A pin on a file; no other process removes files meanwhile."""
+        lock = _lock(file.with_suffix(f".{uuid4().hex}.pin"))
+        lock.acquire()
+        return cls(file, lock)
+
+    def release(self) -> None:
+        """Let the file be removed."""
+        self.lock.release()
+        with suppress(OSError):  # who makes room may have removed it
+            Path(self.lock.lock_file).unlink()
+
+
+def _lock(file: Path) -> FileLock:
+    """A lock that any thread may release, as readers that are abandoned do."""
+    return FileLock(file, poll_interval=_POLL, thread_local=False)
+
+
+def _claim_file(partial: Path) -> Path:
+    return partial.with_suffix(".claim")
 
 
 def _held(file: Path) -> tuple[int, int] | None:
@@ -226,30 +238,16 @@ def _held(file: Path) -> tuple[int, int] | None:
 
 def _removed(file: Path) -> bool:
     """Remove a file unless somebody holds it."""
-    try:
-        with file.open("r+b") as stream:
-            if not lock(stream, exclusive=True, wait=False):
-                return False
-            file.unlink()
-            unlock(stream)
-    except FileNotFoundError:
-        pass  # it is no more
-    except PermissionError:  # Windows: somebody has it open
-        return False
-    return True
-
-
-def _let_go(stream: BinaryIO) -> None:
-    unlock(stream)
-    stream.close()
-
-
-def _is_at(stream: BinaryIO, file: Path) -> bool:
-    """Whether this very file is what lies there."""
-    try:
-        return os.path.samestat(os.fstat(stream.fileno()), file.stat())
-    except FileNotFoundError:
-        return False
+    is_whole = file.suffix == ".tar"
+    for held in file.parent.glob(f"{file.stem}.*.pin") if is_whole else [_claim_file(file)]:
+        try:
+            with _lock(held).acquire(blocking=False):
+                held.unlink(missing_ok=True)  # who had it was killed
+        except Timeout:
+            return False
+    with suppress(PermissionError):  # Windows: somebody else has it open
+        file.unlink(missing_ok=True)
+    return not file.exists()
 
 
 def sha256_of(stream: BinaryIO) -> str:

@@ -3,16 +3,13 @@
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from exactflow.core.serialization import explained_write, write_atomically
 from exactflow.data.config import DataConfig, is_path
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 LOCK_FILE = ".lock"
 
@@ -30,24 +27,19 @@ def held(folder: Path) -> Iterator[None]:
     path = folder / LOCK_FILE
     with explained_write(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        stream = path.open("a+")
-    with stream:
+        path.touch()
+    with ExitStack() as stack:
         try:
-            # A lock of the process: of `flock`'s, workers forked meanwhile would have a part.
-            if fcntl is not None:
-                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            stream.seek(0)
+            stack.enter_context(FileLock(path, blocking=False, fallback_to_soft=False))
+        except Timeout:
             raise ValueError(
                 f"{folder}: expected a folder in which nobody trains, found one in which "
-                f"{stream.read() or 'another process'} does; wait for its end, or choose another"
+                f"{path.read_text() or 'another process'} does; wait for its end, or choose another"
             ) from None
         except OSError:  # no locks here
             pass
         with suppress(OSError):
-            stream.truncate(0)
-            stream.write(f"process {os.getpid()} on {socket.gethostname()}")
-            stream.flush()
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
 
 
