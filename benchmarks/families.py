@@ -7,7 +7,6 @@ are fitted. `--table FILE.json` shows what has been measured so far. `--quick` n
 
 import argparse
 import dataclasses
-import io
 import json
 import math
 import statistics
@@ -33,6 +32,13 @@ from exactflow.core.model import Flow
 from exactflow.core.serialization import write_atomically
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.models import registry
+from exactflow.pictures.figures import (
+    color_of,
+    in_style,
+    new_figure,
+    plain_logarithms,
+    png_of,
+)
 from exactflow.training import Interrupted, Progress, TrainConfig, fit
 from exactflow.training.fitting import fit_closed_form
 
@@ -499,16 +505,13 @@ def title(results: Sequence[Result]) -> str:
     return f"{run['set']}, {run['size']}, {run['minutes']:.2g} min, {run['device']}{threads}"
 
 
+@in_style()
 def picture(results: Sequence[Result]) -> bytes:
     """PNG, two panels for each run: bits/dim against training seconds and against images."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
     groups = runs([result for result in results if "failed" not in result])
     names = distinct(result["model"] for result in results)
-    colors = {name: colormaps["tab10"](index) for index, name in enumerate(names)}
-    figure = Figure(figsize=(10, 3.6 * len(groups)), layout="constrained")
+    colors = {name: color_of(index) for index, name in enumerate(names)}
+    figure = new_figure(10, 3.6 * len(groups))
     for panels, group in zip(figure.subplots(len(groups), 2, squeeze=False), groups, strict=True):
         for axes, along in zip(panels, ("seconds", "images"), strict=True):
             for result in group:
@@ -518,20 +521,14 @@ def picture(results: Sequence[Result]) -> bytes:
                     axes.axhline(result["score"]["bits_per_dim"], linestyle="--", **style)
                     continue
                 x, y = ([p[name] for p in result["curve"]] for name in (along, "bits_per_dim"))
-                axes.plot(x, y, marker="o", markersize=3, **style)
-            axes.set_xlabel(f"training {along}", fontsize=9)
-            axes.set_ylabel("bits / dim", fontsize=9)
+                axes.plot(x, y, marker="o", **style)
+            axes.set_xlabel(f"training {along}")
+            axes.set_ylabel("bits / dim")
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.set_title(title(group), fontsize=9)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.tick_params(labelsize=8, which="both")
-        panels[1].legend(frameon=True, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
+            plain_logarithms(axes.xaxis)
+            axes.set_title(title(group))
+        panels[1].legend(frameon=True)
+    return png_of(figure)
 
 
 def show(results: Sequence[Result], plot: Path | None) -> None:

@@ -8,7 +8,6 @@ MODELS, or trained for some minutes and kept there. `--quick` needs no data.
 import argparse
 import copy
 import dataclasses
-import io
 import json
 import math
 import statistics
@@ -34,6 +33,7 @@ from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.data import Augmentation, DataConfig, load, training_batches
 from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 from exactflow.nn import compiled
+from exactflow.pictures.figures import GREY, RED, colors_of, in_style, new_figure, png_of
 from exactflow.pictures.profiles import inversion_plot
 from exactflow.sampling.autoregressive import Sequential, named_solvers
 from exactflow.sampling.certificate import Certificate
@@ -370,12 +370,10 @@ def remarks(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", machine(report)])
 
 
+@in_style()
 def bars(report: dict[str, Any]) -> bytes:
     """PNG: every side's ratio to the baseline, a panel for each model; dotted: what is wanted."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.5, 3.1 * len(report["models"]) + 0.5), layout="constrained")
+    figure = new_figure(9.5, 3.1 * len(report["models"]) + 0.5)
     panels = figure.subplots(len(report["models"]), 1, squeeze=False)[:, 0]
     for axes, name in zip(panels, report["models"], strict=True):
         results = [result for result in report["results"] if result["model"] == name]
@@ -386,7 +384,7 @@ def bars(report: dict[str, Any]) -> bytes:
             ratio = [found or dict.fromkeys(("median", "min", "max"), math.nan) for found in ratio]
             median, low, high = ([r[key] for r in ratio] for key in ("median", "min", "max"))
             places = [group + (index - (len(names) - 1) / 2) * width for group in range(len(ratio))]
-            color = colormaps["viridis"](0.92 * index / max(1, len(names) - 1))
+            color = colors_of(len(names))[index]
             tops = axes.bar(places, high, 0.9 * width, color="none")  # labels stand above
             shown = ["failed" if math.isnan(m) else f"{m:.2g}" for m in median]
             axes.bar_label(tops, shown, padding=1, fontsize=7)
@@ -394,18 +392,14 @@ def bars(report: dict[str, Any]) -> bytes:
             axes.vlines(places, low, high, color="#444", linewidth=0.8)
         for group, result in enumerate(results):
             wanted = TARGETS.get(result["batch"], math.nan)
-            axes.hlines(wanted, group - 0.47, group + 0.47, color="#b3402f", linestyle=":")
-        axes.axhline(1, color="#8a8a8a", linewidth=0.8)
+            axes.hlines(wanted, group - 0.47, group + 0.47, color=RED, linestyle=":")
+        axes.axhline(1, color=GREY, linewidth=0.8)
         axes.set_xticks(range(len(results)), [f"batch {result['batch']}" for result in results])
-        axes.set_ylabel("times as fast as the baseline", fontsize=9)
-        axes.set_title(name, fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
+        axes.set_ylabel("times as fast as the baseline")
+        axes.set_title(name)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
+    figure.legend(handles, labels, loc="outside upper center", ncols=5)
+    return png_of(figure)
 
 
 def profile(model: TarFlow) -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from exactflow.core.serialization import write_atomically
-from exactflow.pictures.figures import new_figure, png_of
+from exactflow.pictures.figures import in_style, new_figure, png_of
 from exactflow.pictures.grids import grid
 
 CLASSES = 10
@@ -27,6 +27,7 @@ def sheet(folder: Path, name: str) -> torch.Tensor:
     ]
 
 
+@in_style()
 def main() -> None:
     """Write the picture."""
     folder, out, *names = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
@@ -41,8 +42,7 @@ def main() -> None:
         axes.set_title(
             f"{name}\n{training['step_seconds']:.0f} s of training, "
             f"{1000 * samples['seconds_per_sample']:.1f} ms per sample, "
-            f"FD {samples['frechet']:.1f}",
-            fontsize=10,
+            f"FD {samples['frechet']:.1f}"
         )
     write_atomically(out, png_of(figure))
 

@@ -1,17 +1,20 @@
 """Pictures of a comparison."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from exactflow.comparison.comparison import Result
-from exactflow.pictures.figures import new_figure, plain_logarithms, png_of
+from exactflow.pictures.figures import (
+    GREY,
+    color_of,
+    in_style,
+    new_figure,
+    plain_logarithms,
+    png_of,
+)
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
-GREY = "#8a8a8a"
-
-
+@in_style()
 def likelihoods(results: Sequence[Result], kinds: Mapping[str, str]) -> bytes:
     """PNG: bits/dim against training seconds (above) and images (below), a column for each kind.
 
@@ -34,21 +37,22 @@ def likelihoods(results: Sequence[Result], kinds: Mapping[str, str]) -> bytes:
                 if not curve or result["likelihood"]["kind"] != kind:
                     continue
                 x, y = ([point[name] for point in curve] for name in (along, "bits_per_dim"))
-                style: dict[str, Any] = {"color": _color(index), "label": result["name"]}
+                style: dict[str, Any] = {"color": color_of(index), "label": result["name"]}
                 if len(curve) == 1:
                     axes.axhline(y[0], linestyle="--", linewidth=1, **style)
                 else:
-                    axes.plot(x, y, marker="o", markersize=3, **style)
+                    axes.plot(x, y, marker="o", **style)
             axes.set_xscale("log")
             plain_logarithms(axes.xaxis)
-            axes.set_xlabel("training seconds" if row == 0 else "images seen", fontsize=9)
-            axes.set_ylabel("bits / dim", fontsize=9)
-            axes.set_title(kinds[kind], fontsize=10)
-            _plain(axes)
-        panels[0, column].legend(frameon=False, fontsize=8)
+            axes.set_xlabel("training seconds" if row == 0 else "images seen")
+            axes.set_ylabel("bits / dim")
+            axes.set_title(kinds[kind])
+            axes.grid(alpha=0.2)
+        panels[0, column].legend()
     return png_of(figure)
 
 
+@in_style()
 def qualities(results: Sequence[Result], floor: Result, distance: str) -> bytes:
     """PNG: distance of samples from held-out images against passes and seconds of a sample.
 
@@ -62,28 +66,14 @@ def qualities(results: Sequence[Result], floor: Result, distance: str) -> bytes:
             points = [result["samples"], *result["other_steps"]]
             points = sorted((p for p in points if "curve_frechet" in p), key=lambda p: p[along])
             x, y = ([point[name] for point in points] for name in (along, "curve_frechet"))
-            axes.plot(x, y, marker="o", markersize=4, color=_color(index), label=result["name"])
+            axes.plot(x, y, marker="o", color=color_of(index), label=result["name"])
         axes.axhline(floor["curve_frechet"], color=GREY, linewidth=1, label="training images")
         axes.set_xscale("log")
         axes.set_yscale("log")
         plain_logarithms(axes.xaxis)
         plain_logarithms(axes.yaxis)
-        axes.set_xlabel(
-            "network passes" if along == "evaluations" else "seconds per sample", fontsize=9
-        )
-        axes.set_ylabel(distance, fontsize=9)
-        _plain(axes)
-    panels[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        axes.set_xlabel("network passes" if along == "evaluations" else "seconds per sample")
+        axes.set_ylabel(distance)
+        axes.grid(alpha=0.2)
+    panels[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     return png_of(figure)
-
-
-def _color(index: int) -> Any:
-    from matplotlib import colormaps
-
-    return colormaps["tab10"](index % 10)
-
-
-def _plain(axes: "Axes") -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8, which="both")
-    axes.grid(alpha=0.2)

@@ -18,7 +18,7 @@ from torch import Tensor
 from exactflow.core.model import GenerativeModel
 from exactflow.core.progress import tracked
 from exactflow.likelihood.log_likelihood import log_likelihood
-from exactflow.pictures.figures import new_figure, png_of
+from exactflow.pictures.figures import BLUE, GREY, RED, in_style, new_figure, png_of
 
 LARGEST_TEMPERATURE = 1e6
 BINS = 15  # of confidence, in the calibration error (Guo et al., section 4)
@@ -246,6 +246,7 @@ def log_prior(prior: Sequence[float] | None, classes: int) -> Float[Tensor, " cl
     return (given / given.sum()).log()
 
 
+@in_style()
 def classification_plot(
     found: Mapping[str, Classification], class_names: Sequence[str], title: str
 ) -> bytes:
@@ -256,9 +257,9 @@ def classification_plot(
     """
     figure = new_figure(10, 4.6)
     reliability, confusion = figure.subplots(1, 2)
-    figure.suptitle(title, fontsize=11)
-    reliability.plot([0, 1], [0, 1], ":", color="#8a8a8a", label="calibrated perfectly")
-    for (name, classification), color in zip(found.items(), ("#b3402f", "#2f6db3"), strict=True):
+    figure.suptitle(title)
+    reliability.plot([0, 1], [0, 1], ":", color=GREY, label="calibrated perfectly")
+    for (name, classification), color in zip(found.items(), (RED, BLUE), strict=True):
         bins = classification.reliability()
         used = bins.count > 0
         size = 14 + 180 * (bins.count[used] / bins.count.sum())
@@ -268,20 +269,19 @@ def classification_plot(
         reliability.scatter(x, y, s=size.tolist(), color=color, alpha=0.8)
         reliability.plot([], [], "o", color=color, label=label)
     reliability.set(xlabel="probability of the class decided for", ylabel="share right")
-    reliability.set_title("reliability; larger dots hold more images", fontsize=10)
-    reliability.legend(frameon=False, fontsize=8, loc="upper left")
+    reliability.set_title("reliability; larger dots hold more images")
+    reliability.legend(loc="upper left")
     last = [*found.values()][-1]
     table = last.confusion.double()
     shares = table / table.sum(1, keepdim=True).clamp(min=1)
     confusion.imshow(shares.tolist(), cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(class_names))
-    confusion.set_xticks(ticks, class_names, rotation=60, ha="right", fontsize=8)
-    confusion.set_yticks(ticks, class_names, fontsize=8)
+    confusion.set_xticks(ticks, class_names, rotation=60, ha="right")
+    confusion.set_yticks(ticks, class_names)
     for row, column in (table > 0).nonzero().tolist():
         shade = "white" if float(shares[row, column]) > 0.5 else "#333"
         count = str(int(table[row, column]))
         confusion.text(column, row, count, ha="center", va="center", fontsize=7, color=shade)
     confusion.set(xlabel="decided", ylabel="true")
-    confusion.set_title(f"accuracy {last.accuracy:.1%}", fontsize=10)
-    reliability.spines[["top", "right"]].set_visible(False)
+    confusion.set_title(f"accuracy {last.accuracy:.1%}")
     return png_of(figure)

@@ -22,7 +22,7 @@ from exactflow.data.store import fingerprint
 from exactflow.latent.restoration import exact_flow, log_density_gradient
 from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.pictures import grids as pictures
-from exactflow.pictures.figures import new_figure, png_of
+from exactflow.pictures.figures import BLUE, GREY, RED, in_style, new_figure, png_of
 
 SCORES = {  # the name of each, and what it measures
     "log-likelihood": "-log p, bits/dim",
@@ -196,6 +196,7 @@ def foreign_set(
     )
 
 
+@in_style()
 def outlier_plot(
     inside: Mapping[str, Tensor], outside: Mapping[str, Tensor], names: tuple[str, str]
 ) -> bytes:
@@ -211,13 +212,12 @@ def outlier_plot(
     """
     figure = new_figure(11, 5.8)
     figure.suptitle(
-        f"{names[1]} (outside) against {names[0]} (inside): the larger a score, the more outlying",
-        fontsize=11,
+        f"{names[1]} (outside) against {names[0]} (inside): the larger a score, the more outlying"
     )
     sides = (f"inside: {names[0]}", f"outside: {names[1]}")
     panels = figure.subplots(2, 3).flatten()
     *histograms, curves = panels
-    colors = ("#2f6db3", "#b3402f")
+    colors = (BLUE, RED)
     for axes, name in zip(histograms, inside, strict=True):
         both = torch.cat([inside[name], outside[name]]).double()
         low, high = both.quantile(0.005), both.quantile(0.995)  # an outlier would hide the rest
@@ -227,20 +227,17 @@ def outlier_plot(
             axes.hist(shown, edges, density=True, alpha=0.6, color=color, label=label)
         value = auroc(inside[name], outside[name])
         verdict, color = ("", "#222") if value >= 0.5 else (", reversed", colors[1])
-        axes.set_title(f"{name}: AUROC {value:.3f}{verdict}", fontsize=10, color=color)
-        axes.set_xlabel(SCORES[name], fontsize=8)
+        axes.set_title(f"{name}: AUROC {value:.3f}{verdict}", color=color)
+        axes.set_xlabel(SCORES[name])
         axes.set_yticks([])
-    histograms[0].legend(frameon=False, fontsize=8)
+    histograms[0].legend()
     for name in inside:
         curves.plot(*roc(inside[name], outside[name]), linewidth=1.4, label=name)
-    curves.plot([0, 1], [0, 1], ":", color="#8a8a8a", label="chance")
-    curves.set_xlabel(f"{names[0]} taken for outliers", fontsize=8)
-    curves.set_ylabel(f"{names[1]} found", fontsize=8)
-    curves.set_title("all thresholds", fontsize=10)
-    curves.legend(fontsize=8, loc="center", framealpha=0.85, edgecolor="none")
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
+    curves.plot([0, 1], [0, 1], ":", color=GREY, label="chance")
+    curves.set_xlabel(f"{names[0]} taken for outliers")
+    curves.set_ylabel(f"{names[1]} found")
+    curves.set_title("all thresholds")
+    curves.legend(loc="center", frameon=True, framealpha=0.85, edgecolor="none")
     return png_of(figure)
 
 

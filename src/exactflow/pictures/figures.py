@@ -1,8 +1,10 @@
-"""Figures with words: tables of images, curves; how to begin and end one in matplotlib."""
+"""Figures with words: tables of images, curves; and the one style of all figures."""
 
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,23 +17,67 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-DPI = 120
+BLUE, RED, GREY = "#2f6db3", "#b3402f", "#8a8a8a"
+SMALL = 8  # points: numbers at axes and legends; labels and titles have one more
+
+_STYLE: Mapping[str, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": SMALL + 1,
+    "axes.labelsize": SMALL + 1,
+    "figure.constrained_layout.use": True,
+    "figure.titlesize": SMALL + 2,
+    "figure.labelsize": SMALL + 1,
+    "legend.fontsize": SMALL,
+    "legend.frameon": False,
+    "lines.markersize": 3,
+    "savefig.dpi": 130,
+    "savefig.format": "png",
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
+}
+
+
+@contextmanager
+def in_style() -> Iterator[None]:
+    """Draw inside, or in the decorated function, in the style of all figures.
+
+    Raises:
+        ImportError: without the extra `report`.
+    """
+    with _matplotlib().rc_context(_STYLE):
+        yield
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of that many inches. Raises ImportError without the extra `report`."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need the extra: pip install 'exactflow[report]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    """An empty figure of that many inches."""
+    return _matplotlib().figure.Figure(figsize=(width, height))
 
 
-def png_of(figure: "Figure", dpi: int = DPI) -> bytes:
+def png_of(figure: "Figure") -> bytes:
     """The figure as a PNG file's bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    figure.savefig(buffer)
     return buffer.getvalue()
+
+
+def color_of(index: int) -> Any:
+    """The colour of the curve of that number; those of the first ten differ."""
+    return _matplotlib().colormaps["tab10"](index % 10)
+
+
+def colors_of(count: int) -> list[Any]:
+    """Dark to light, for what has an order; the palest end of the map is left out."""
+    viridis = _matplotlib().colormaps["viridis"]
+    return [viridis(0.85 * index / max(1, count - 1)) for index in range(count)]
+
+
+def _matplotlib() -> ModuleType:
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise ImportError("pictures need the extra: pip install 'exactflow[report]'") from error
+    return matplotlib
 
 
 def plain_logarithms(axis: "Axis") -> None:
@@ -50,6 +96,7 @@ def _short(value: float, _: int | None = None) -> str:
     return f"{value / 1e3:g}k" if value >= 1e4 else f"{value:g}"
 
 
+@in_style()
 def image_table(
     images: UInt8[Tensor, "n channels height width"],
     levels: int,
@@ -83,16 +130,17 @@ def image_table(
     axes.xaxis.tick_top()
     across = [cell_width * (index + 0.5) for index in range(len(columns))]
     down = [cell_height * (index + 0.5) for index in range(len(rows))]
-    axes.set_xticks(across, columns, fontsize=8)
-    axes.set_yticks(down, rows, fontsize=8)
+    axes.set_xticks(across, columns)
+    axes.set_yticks(down, rows)
     axes.tick_params(length=0, pad=3)
     axes.spines[:].set_visible(False)
     if lines:
         text = "\n".join(lines)
-        figure.text(0.5, 1 - 6 / whole[1], text, ha="center", va="top", fontsize=10)
+        figure.text(0.5, 1 - 6 / whole[1], text, ha="center", va="top", fontsize=SMALL + 2)
     return png_of(figure)
 
 
+@in_style()
 def curves(metrics: Sequence[Mapping[str, Any]], lines: Mapping[str, float]) -> bytes:
     """PNG of a run: training loss, and held-out bits/dim with horizontal `lines` to compare.
 
@@ -103,16 +151,14 @@ def curves(metrics: Sequence[Mapping[str, Any]], lines: Mapping[str, float]) -> 
     left, right = figure.subplots(1, 2)
     loss = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
     if loss:
-        left.plot(*zip(*loss, strict=True), color="#2f6db3", linewidth=1)
+        left.plot(*zip(*loss, strict=True), color=BLUE, linewidth=1)
     left.set(xlabel="step", ylabel="nats / dim", title="training loss")
     score = [(m["step"], m["bits_per_dim"]) for m in metrics if "bits_per_dim" in m]
     if score:
-        right.plot(*zip(*score, strict=True), color="#b3402f", marker="o", markersize=3)
+        right.plot(*zip(*score, strict=True), color=RED, marker="o")
     for (name, value), style in zip(lines.items(), ("--", ":", "-."), strict=False):
-        right.axhline(value, color="#666", linestyle=style, linewidth=1, label=name)
+        right.axhline(value, color=GREY, linestyle=style, linewidth=1, label=name)
     right.set(xlabel="step", ylabel="bits / dim", title="held-out images")
     if lines:
-        right.legend(frameon=False, fontsize=8)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    return png_of(figure, dpi=130)
+        right.legend()
+    return png_of(figure)

@@ -2,20 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from exactflow.pictures.figures import new_figure, png_of
+from exactflow.pictures.figures import BLUE, GREY, RED, colors_of, in_style, new_figure, png_of
 from exactflow.sampling.convergence import BlockConvergence, crm_percent
 from exactflow.sampling.inversion import Pass
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-BLUE, RED, GREY = "#2f6db3", "#b3402f", "#8a8a8a"
 COLUMNS = 4  # panels side by side in the picture of a solver's passes
 
 
+@in_style()
 def convergence_plot(blocks: Sequence[BlockConvergence]) -> bytes:
     """PNG: both metrics of every block, and how many leading tokens each iteration settles.
 
@@ -26,7 +25,7 @@ def convergence_plot(blocks: Sequence[BlockConvergence]) -> bytes:
     figure = new_figure(10, 4)
     panels = figure.subplot_mosaic([["crm", "jacobi"], ["igm", "jacobi"]], width_ratios=[2, 3])
     crm, igm, jacobi = panels["crm"], panels["igm"], panels["jacobi"]
-    colors = _colors(len(blocks))
+    colors = colors_of(len(blocks))
     share = [math.nan if value is None else value for value in crm_percent(blocks)]
     crm.bar(from_one, share, width=0.6, color=colors)
     crm.set(title="ranking metric", ylabel="% of all blocks")
@@ -38,7 +37,7 @@ def convergence_plot(blocks: Sequence[BlockConvergence]) -> bytes:
         igm.bar_label(bars, ["" if math.isfinite(v) else "∞" for v in value])
     igm.set(title="initial guessing metric", xlabel="block, in generation order")
     igm.margins(y=0.3)
-    igm.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
+    igm.legend(ncols=2, loc="upper right")
     for axes in (crm, igm):
         axes.set_xticks(from_one)
     longest = max(block.jacobi.iterations for block in blocks)
@@ -53,10 +52,11 @@ def convergence_plot(blocks: Sequence[BlockConvergence]) -> bytes:
         ylabel="leading tokens settled",
     )
     jacobi.locator_params(integer=True)
-    jacobi.legend(frameon=False, fontsize=8)
-    return _png(figure)
+    jacobi.legend()
+    return png_of(figure)
 
 
+@in_style()
 def inversion_plot(passes_per_block: Sequence[Sequence[Pass]]) -> bytes:
     """PNG, a panel for every block: the tokens each pass evaluates, and what is settled after it.
 
@@ -79,11 +79,11 @@ def inversion_plot(passes_per_block: Sequence[Sequence[Pass]]) -> bytes:
             axes.set_title(f"block {index + 1}: {len(passes):,} passes, {tokens:,} tokens")
             if passes:
                 _draw_passes(axes, passes)
-    figure.supxlabel("pass", fontsize=9)
-    figure.supylabel("token", fontsize=9)
+    figure.supxlabel("pass")
+    figure.supylabel("token")
     handles, names = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
-    return _png(figure)
+    figure.legend(handles, names, loc="outside upper center", ncols=3)
+    return png_of(figure)
 
 
 def _draw_passes(axes: "Axes", passes: Sequence[Pass]) -> None:
@@ -97,20 +97,3 @@ def _draw_passes(axes: "Axes", passes: Sequence[Pass]) -> None:
     axes.plot(edges[1:], least, color=RED, linewidth=1.2, label="settled, worst sample")
     axes.set_ylim(bottom=0)
     axes.locator_params(integer=True)
-
-
-def _colors(count: int) -> list[Any]:
-    """Dark to light in generation order; the palest end of the map is left out."""
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](0.85 * index / max(1, count - 1)) for index in range(count)]
-
-
-def _png(figure: "Figure") -> bytes:
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-        axes.title.set_fontsize(9)
-        axes.xaxis.label.set_fontsize(9)
-        axes.yaxis.label.set_fontsize(9)
-    return png_of(figure, dpi=130)
