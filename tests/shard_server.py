@@ -16,7 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from typing import Any
 
-from exactflow.data import DataConfig, ImageDataset, load, order, remote, training_batches
+from exactflow.data import DataConfig, ImageDataset, load, order, training_batches
+from exactflow.data.streaming import remote
 
 BEGINNING = 0  # a request without a range
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exactflow.data import DataError, array_pickles, files
+from exactflow.data import DataError, files
+from exactflow.data.formats import array_pickles
 from test_batch_files import LABELS, Malice, rows
 from test_data import whole, write
 

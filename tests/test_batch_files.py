@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exactflow.data import DataConfig, DataError, batch_files, known, load, prepare
+from exactflow.data import DataConfig, DataError, known, load, prepare
+from exactflow.data.formats import batch_files
 from test_data import pixels, whole, write
 from test_prepare import small_facts
 

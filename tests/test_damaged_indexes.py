@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from exactflow.data import DataConfig, DataError, load, shards, tar_index
-from exactflow.data.tar_index import index_tar, read_index
+from exactflow.data import DataConfig, DataError, load
+from exactflow.data.formats import shards, tar_index
+from exactflow.data.formats.tar_index import index_tar, read_index
 from test_data import pixels, png
 from test_prepare import tar
 

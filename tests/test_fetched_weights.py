@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from exactflow.data import http_client, remote
+from exactflow.data.streaming import http_client, remote
 from exactflow.metrics import inception
 from exactflow.metrics.inception import PUBLIC_FILE, read_inception
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from exactflow.data import DataConfig, DataError, load, prepare
-from exactflow.data import folders as folders_module
+from exactflow.data.formats import folders as folders_module
 from test_data import idx, pixels, png, whole, write, write_classes, write_parquet
 from test_prepare import samples, tar
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from exactflow.data import DataConfig, DataError, index_shards, indexing, load, remote
+from exactflow.data import DataConfig, DataError, index_shards, load
+from exactflow.data.streaming import indexing, remote
 
 OK = b"HTTP/1.1 200 OK\r\n"
 ENDLESS = 10**9  # pieces

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from exactflow.data import DataConfig, DataError, Split, load
-from exactflow.data.indexing import index_shards
 from exactflow.data.splits import named_split
+from exactflow.data.streaming.indexing import index_shards
 from test_data import SPLITS, idx, pixels, png, whole, write, write_classes, write_parquet
 from test_prepare import samples, tar
 

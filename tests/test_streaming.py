@@ -35,18 +35,16 @@ from exactflow.data import (
     load,
     order,
     prepare,
-    remote,
-    shard_cache,
-    shards,
-    tar_index,
     training_batches,
 )
 from exactflow.data.augmentation import Augmentation
-from exactflow.data.background import done_ahead
+from exactflow.data.formats import shards, tar_index
 from exactflow.data.order import epoch_order, mixed_shards, permutation
-from exactflow.data.shard_cache import RemoteShard, ShardCache
 from exactflow.data.splits import split_members
-from exactflow.data.streaming import StreamedImages
+from exactflow.data.streaming import remote, shard_cache
+from exactflow.data.streaming.background import done_ahead
+from exactflow.data.streaming.shard_cache import RemoteShard, ShardCache
+from exactflow.data.streaming.streamed import StreamedImages
 from exactflow.training import TrainConfig, fit, trainer
 from processes import PATIENCE, Command
 from processes import call as cli

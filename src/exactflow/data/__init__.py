@@ -3,10 +3,10 @@
 from exactflow.data.augmentation import Augmentation
 from exactflow.data.config import DataConfig, DataError, Split
 from exactflow.data.datasets import ImageDataset, load
-from exactflow.data.indexing import index_shards
 from exactflow.data.loader import Batch, evaluation_batches, training_batches
 from exactflow.data.preparation import prepare
 from exactflow.data.prepared import verify
+from exactflow.data.streaming.indexing import index_shards
 
 __all__ = [
     "Augmentation",

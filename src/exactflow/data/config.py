@@ -34,7 +34,7 @@ class DataConfig:
     Attributes:
         source: "digits" (built in, 8x8, 17 levels), "fashion-mnist" (looked up in the usual
             places), a folder of IDX files, of images, or of image-net.org's batch files, a .parquet
-            or .tar file or a folder of them, URLs of tar shards to be streamed (`streaming.py`), a
+            or .tar file or a folder of them, URLs of tar shards to be streamed (`streaming/`), a
             set that `exactflow prepare` wrote, or "hub:owner/name" (or "hub:/local/path") for the
             `datasets` library. In a prepared set, fields from `image_size` to `split_seed` at their
             defaults mean: as it was prepared.

@@ -24,7 +24,7 @@ from exactflow.data.prepared_writer import cached
 from exactflow.data.records import Source
 from exactflow.data.sources import open_source
 from exactflow.data.splits import split_members
-from exactflow.data.streaming import StreamedImages
+from exactflow.data.streaming.streamed import StreamedImages
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from exactflow.core.main_guard import require_main_guard
 from exactflow.core.process_group import ProcessLostError
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation, AugmentedEpoch
 from exactflow.data.datasets import ImageDataset
-from exactflow.data.streaming import StreamedImages
+from exactflow.data.streaming.streamed import StreamedImages
 
 _HAS_SIGCHLD = sys.platform != "win32"
 

@@ -10,19 +10,19 @@ from typing import final
 
 import numpy as np
 
-from exactflow.data.batch_files import has_batch_files, is_batch_file, open_batch_files
 from exactflow.data.config import DataConfig, DataError, is_remote
 from exactflow.data.decode import Payload
 from exactflow.data.files import visible
-from exactflow.data.folders import IMAGE_SUFFIXES, open_folder
-from exactflow.data.hub import open_hub
-from exactflow.data.idx import has_idx_files, open_idx
-from exactflow.data.parquet import open_parquet
+from exactflow.data.formats.batch_files import has_batch_files, is_batch_file, open_batch_files
+from exactflow.data.formats.folders import IMAGE_SUFFIXES, open_folder
+from exactflow.data.formats.hub import open_hub
+from exactflow.data.formats.idx import has_idx_files, open_idx
+from exactflow.data.formats.parquet import open_parquet
+from exactflow.data.formats.shards import has_shards, open_shards
 from exactflow.data.prepared import PREPARED_FILE
 from exactflow.data.records import FileRecords, Records, Source, StoredSplit, relabel
-from exactflow.data.shards import has_shards, open_shards
 from exactflow.data.splits import named_splits
-from exactflow.data.streaming import open_streamed
+from exactflow.data.streaming.streamed import open_streamed
 
 # Where Debian's package dataset-fashion-mnist puts its files.
 _DEBIAN_DATASETS = Path("/usr/share/datasets")

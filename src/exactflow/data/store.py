@@ -23,7 +23,7 @@ from exactflow.data.decode import Payload, Preprocessing, decode_image
 from exactflow.data.records import Records, StoredSplit
 
 if TYPE_CHECKING:
-    from exactflow.data.streaming import StreamedImages
+    from exactflow.data.streaming.streamed import StreamedImages
 
     Images = np.ndarray | CheckedImages | StreamedImages
 

@@ -21,7 +21,7 @@ from exactflow.core.images import center, check_images
 from exactflow.core.progress import shown_progress
 from exactflow.data.checked import CheckedImages
 from exactflow.data.datasets import ImageDataset
-from exactflow.data.streaming import StreamedImages
+from exactflow.data.streaming.streamed import StreamedImages
 from exactflow.metrics.feature_classifier import HIDDEN, prepared, trained_classifier, weights_of
 from exactflow.metrics.inception import (
     FEATURES,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core.serialization import write_atomically
-from exactflow.data import remote
+from exactflow.data.streaming import remote
 
 PUBLIC_FILE = "pt_inception-2015-12-05-6726825d.pth"  # 95,628,359 bytes, 566 tensors
 PUBLIC_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

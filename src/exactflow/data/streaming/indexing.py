@@ -20,12 +20,13 @@ from filelock import FileLock, Timeout
 
 from exactflow.core.progress import shown_progress
 from exactflow.core.serialization import write_atomically
-from exactflow.data import remote, tar_index
 from exactflow.data.config import DataConfig, DataError, Split, cache_folder, is_remote
-from exactflow.data.shard_cache import RemoteShard, ShardCache, sha256_of
-from exactflow.data.shards import shard_groups
+from exactflow.data.formats import tar_index
+from exactflow.data.formats.shards import shard_groups
+from exactflow.data.formats.tar_index import TarIndex
 from exactflow.data.splits import is_only_a_split, named_splits
-from exactflow.data.tar_index import TarIndex
+from exactflow.data.streaming import remote
+from exactflow.data.streaming.shard_cache import RemoteShard, ShardCache, sha256_of
 
 INDEX_FILE = "index.json"
 LARGEST_INDEX = 2**28  # bytes that are taken from a server; one of a million images has 60 MB

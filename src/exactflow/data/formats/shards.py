@@ -20,6 +20,7 @@ from exactflow.core.serialization import write_atomically
 from exactflow.data.config import DataError, Split, cache_folder
 from exactflow.data.decode import Payload
 from exactflow.data.files import regular_files, visible
+from exactflow.data.formats.tar_index import Label, TarIndex, index_tar, read_kept, write_index
 from exactflow.data.records import (
     Records,
     Source,
@@ -33,7 +34,6 @@ from exactflow.data.records import (
     version_and_stamp,
 )
 from exactflow.data.splits import named_split, named_splits, refuse_mixed_splits, says_a_split
-from exactflow.data.tar_index import Label, TarIndex, index_tar, read_kept, write_index
 
 log = logging.getLogger(__name__)
 

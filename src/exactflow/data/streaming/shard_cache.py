@@ -27,8 +27,8 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from exactflow.data import remote
 from exactflow.data.config import DataError
+from exactflow.data.streaming import remote
 
 PATIENCE = 600.0  # seconds to wait for room while others hold all of it
 _PAUSE = 0.05  # seconds between two looks for room

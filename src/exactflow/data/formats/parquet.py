@@ -13,7 +13,13 @@ import numpy as np
 
 from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload
-from exactflow.data.label_columns import Part, find_label_column, holds_images, read_part, unite
+from exactflow.data.formats.label_columns import (
+    Part,
+    find_label_column,
+    holds_images,
+    read_part,
+    unite,
+)
 from exactflow.data.records import (
     RowRecords,
     Source,

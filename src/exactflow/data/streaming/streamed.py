@@ -28,14 +28,14 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from exactflow.data import store
-from exactflow.data.background import done_ahead
 from exactflow.data.config import DataConfig, DataError, Split, cache_folder
-from exactflow.data.indexing import find_index
+from exactflow.data.formats.shards import ShardFiles, TarRecords, records_of, source_of
+from exactflow.data.formats.tar_index import TarIndex
 from exactflow.data.order import mixed_shards
 from exactflow.data.records import Source
-from exactflow.data.shard_cache import RemoteShard, ShardCache
-from exactflow.data.shards import ShardFiles, TarRecords, records_of, source_of
-from exactflow.data.tar_index import TarIndex
+from exactflow.data.streaming.background import done_ahead
+from exactflow.data.streaming.indexing import find_index
+from exactflow.data.streaming.shard_cache import RemoteShard, ShardCache
 
 DOWNLOADS = 4  # at once, in each process
 GROUPS_KEPT = 3  # of mixed shards: the one that is read, the one before it, and the next

@@ -25,8 +25,8 @@ from typing import BinaryIO, Never, TypeVar, final
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from exactflow.data import http_client
 from exactflow.data.config import DataError
+from exactflow.data.streaming import http_client
 
 log = logging.getLogger(__name__)
 

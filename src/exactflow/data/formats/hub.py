@@ -16,7 +16,7 @@ import numpy as np
 
 from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload
-from exactflow.data.label_columns import Part, find_label_column, read_part, unite
+from exactflow.data.formats.label_columns import Part, find_label_column, read_part, unite
 from exactflow.data.records import Records, Source, StoredSplit
 from exactflow.data.splits import SPLIT_WORDS, named_split
 

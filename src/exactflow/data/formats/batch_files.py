@@ -25,10 +25,10 @@ from typing import Any, final
 
 import numpy as np
 
-from exactflow.data.array_pickles import load_arrays
 from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload
 from exactflow.data.files import is_hidden, open_regular, require_unpacked
+from exactflow.data.formats.array_pickles import load_arrays
 from exactflow.data.records import (
     Records,
     RowRecords,

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TypeGuard, final
 import numpy as np
 
 from exactflow.data.config import DataError
-from exactflow.data.folders import IMAGE_SUFFIXES
+from exactflow.data.formats.folders import IMAGE_SUFFIXES
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from typing import final
 
 import numpy as np
 
-from exactflow.data.batch_files import has_batch_files
 from exactflow.data.config import DataError, Split
 from exactflow.data.files import is_hidden, printable, visible
-from exactflow.data.idx import has_idx_files
+from exactflow.data.formats.batch_files import has_batch_files
+from exactflow.data.formats.idx import has_idx_files
 from exactflow.data.records import (
     FileRecords,
     Source,

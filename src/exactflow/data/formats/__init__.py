@@ -1,0 +1,1 @@
+"""Readers: a source in each format as stored splits of undecoded images."""

@@ -1,0 +1,1 @@
+"""Shards that lie elsewhere: fetched ahead of need, cached, never all on this disk."""
