@@ -22,7 +22,7 @@ from exactflow.models import registry
 from exactflow.training import TrainConfig
 from exactflow.training.budget import training_flops
 from exactflow.training.cost import fewest_shards, measured_rate, remedies, training_cost
-from exactflow.training.meta import Ledger, RememberedShapes
+from exactflow.training.fake import Ledger
 from exactflow.training.optim import MovingAverage, make_optimizer, recomputed
 from exactflow.training.step_memory import (
     StepMemory,
@@ -292,8 +292,6 @@ def test_what_cannot_be_predicted_is_refused() -> None:
     config = recipe("tarflow-tiny")
     with pytest.raises(ValueError, match="7 processes"):
         step_memory(on_meta("tarflow-tiny"), config, devices=7)
-    with pytest.raises(ValueError, match="meta device"):
-        step_memory(exactflow.build("tarflow-tiny"), config)
     with pytest.raises(ValueError, match="at least a batch"):
         training_cost(on_meta("tarflow-tiny"), config, epoch=3)
     fitted = [name for name in registry.names() if issubclass(kind(name), FittedFlow)]
@@ -320,31 +318,6 @@ def test_the_ledger_counts_from_first_to_last_use() -> None:
         there.add_(1)
         assert (ledger.live, ledger.peak) == (0, 800)
     assert len(view) == 5
-
-
-def test_remembered_shapes_are_those_that_were_inferred() -> None:
-    def results() -> list[Tensor]:
-        a = torch.empty(3, 4, device="meta")
-        whole, real, fresh = (a.int() + number for number in (1, 1.0, 1))
-        view = torch.ops.aten._unsafe_view(a, [12])
-        assert view.untyped_storage()._cdata == a.untyped_storage()._cdata
-        assert whole.untyped_storage()._cdata != fresh.untyped_storage()._cdata
-        assert a.add_(1) is a
-        turned = a.t() * 2
-        halves = torch.native_layer_norm(a.half(), [4], None, None, 1e-5)
-        return [whole, real, fresh, view, turned, turned.sum(0, keepdim=True), *halves]
-
-    def told(tensors: list[Tensor]) -> list[Any]:
-        return [(t.dtype, t.shape, t.stride()) for t in tensors]
-
-    expected = told(results())
-    with RememberedShapes():
-        assert told(results()) == told(results()) == expected
-
-
-def test_nothing_but_shapes_is_remembered() -> None:
-    with RememberedShapes():
-        assert [int(torch.tensor([n]).sum() + 1) for n in (1, 2)] == [2, 3]
 
 
 def test_all_of_it_adds_up() -> None:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core.composition import ElementaryTransform, Retraced, ReversibleTransform
-from exactflow.nn.precision import full_precision
 
 
 @final
@@ -34,7 +33,7 @@ class InvertibleConvolution(ElementaryTransform):
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
         """See `Transform.forward`."""
         weight = self.weight.to(x.dtype)
-        with full_precision(x.device):
+        with torch.autocast(x.device.type, enabled=False):
             z = F.conv2d(x, weight[..., None, None])
             log_abs_det = torch.linalg.slogdet(weight).logabsdet * (x.shape[2] * x.shape[3])
         return z, log_abs_det.expand(len(x))
@@ -46,7 +45,7 @@ class InvertibleConvolution(ElementaryTransform):
         context: Float[Tensor, "batch features height width"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
         """See `Transform.inverse`."""
-        with full_precision(z.device):
+        with torch.autocast(z.device.type, enabled=False):
             return torch.linalg.solve(self.weight.to(z.dtype), z.flatten(2)).view_as(z)
 
 

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from exactflow.nn.precision import full_precision
 
 STD_FLOOR = 1e-6  # added to a standard deviation that something is divided by
 
@@ -34,7 +33,7 @@ def initializing(module: nn.Module) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(full_precision(next(module.parameters()).device))
+        stack.enter_context(torch.autocast(next(module.parameters()).device.type, enabled=False))
         for part in module.modules():
             if isinstance(part, DataDependent):
                 stack.callback(part.register_forward_pre_hook(before).remove)

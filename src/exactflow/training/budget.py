@@ -13,12 +13,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from exactflow.core.model import GenerativeModel, evaluating
+from exactflow.core.model import GenerativeModel
 from exactflow.core.process_group import current
-from exactflow.core.random import generator
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
-from exactflow.training.meta import without_values
+from exactflow.training.fake import fake_copy, loss_of_zeros
 from exactflow.training.optim import TrainConfig
 from exactflow.training.progress import Progress
 from exactflow.training.trainer import fit
@@ -72,20 +71,13 @@ def training_flops(model: GenerativeModel) -> float:
 
     Two for each multiply-add of matrix products, convolutions and attention; a causal mask saves
     nothing here, and sums, norms and activations count nothing (PyTorch's `FlopCounterMode`).
-    On the meta device the count is the same, and takes no memory.
+    It takes no memory: on the meta device the count is the same.
     """
     count = 2  # per image: nothing of it is shared by a batch
-    device = model.device
-    images = torch.zeros((count, *model.event_shape), dtype=torch.uint8, device=device)
-    label = torch.zeros(count, dtype=torch.int64, device=device) if model.num_classes else None
-    noise = None if device.type == "meta" else generator(0, "flops", device=device)
-    grads = {name: p.grad for name, p in model.named_parameters()}
     counter = FlopCounterMode(display=False)
     # Only the plain kernel of attention is made of operations that the counter knows.
-    with without_values(), evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:
-        model.loss(images, label, generator=noise).sum().backward()
-    for name, parameter in model.named_parameters():
-        parameter.grad = grads[name]
+    with fake_copy(model) as (copy, _), sdpa_kernel(SDPBackend.MATH), counter:
+        loss_of_zeros(copy.eval(), count).sum().backward()
     return counter.get_total_flops() / count
 
 

@@ -4,10 +4,9 @@ Work and memory are counted. Time is not: it follows from a rate that somebody m
 nobody did there is none.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TypeVar, final
+from typing import final
 
 import numpy as np
 
@@ -17,13 +16,9 @@ from exactflow.data.augmentation import NO_AUGMENTATION
 from exactflow.data.datasets import ImageDataset
 from exactflow.training.budget import seconds_per_step, training_flops
 from exactflow.training.optim import TrainConfig
-from exactflow.training.step_memory import (
-    StepMemory,
-    step_memory,
-)
+from exactflow.training.step_memory import StepMemory, step_memory
 
 SECONDS_PER_DAY = 86_400
-Setting = TypeVar("Setting")
 
 
 @final
@@ -84,7 +79,7 @@ def training_cost(
     """The cost of training `model` by `config`.
 
     Args:
-        model: on the meta device, so that no memory is needed.
+        model: on any device; on the meta device it needs no memory.
         config: of the training.
         devices: accelerators that share each batch, one process each.
         shards: how many of them each parameter is split over.
@@ -109,42 +104,34 @@ def remedies(
     For activations kept and for activations recomputed, the one with the fewest micro-batches, if
     any. A step that fits as it is gives itself.
     """
-    now, share = config.accumulate, config.accumulate * config.micro_batch(devices)
-    more = [parts for parts in range(now + 1, share + 1) if share % parts == 0]
+    images = config.accumulate * config.micro_batch(devices)
+    counts = [count for count in range(config.accumulate, images + 1) if images % count == 0]
     for recomputed in sorted({config.activation_checkpointing, True}):
         kept = replace(config, activation_checkpointing=recomputed)
-        settings = [kept, *(replace(kept, accumulate=count) for count in more)]
-        size = partial(step_memory, model, devices=devices, shards=shards)
-        found = _first_that_fits(settings, size, limit)
-        if found is not None:
-            yield found
+        whole = step_memory(model, kept, devices=devices, shards=shards)
+        for count in counts:
+            activations = whole.activations * config.accumulate // count  # or a little more
+            if whole.state + max(whole.gradients, activations) > limit:
+                continue
+            changed = replace(kept, accumulate=count)
+            memory = step_memory(model, changed, devices=devices, shards=shards)
+            if memory.total <= limit:
+                yield changed, memory
+                break
 
 
 def fewest_shards(
     model: GenerativeModel, config: TrainConfig, limit: int, *, devices: int
 ) -> tuple[int, StepMemory] | None:
     """The smallest divisor of `devices` over which parameters must be split to fit, if any."""
-    divisors = [shards for shards in range(1, devices + 1) if devices % shards == 0]
-
-    def size(shards: int) -> StepMemory:
-        return step_memory(model, config, devices=devices, shards=shards)
-
-    return _first_that_fits(divisors, size, limit)
-
-
-def _first_that_fits(
-    settings: Sequence[Setting], size: Callable[[Setting], StepMemory], limit: int
-) -> tuple[Setting, StepMemory] | None:
-    """The first of settings that take less and less memory to take no more than `limit` bytes."""
-    found = None
-    while settings:
-        middle = len(settings) // 2
-        memory = size(settings[middle])
-        if memory.total <= limit:
-            found, settings = (settings[middle], memory), settings[:middle]
-        else:
-            settings = settings[middle + 1 :]
-    return found
+    whole = step_memory(model, config, devices=devices)
+    for shards in range(1, devices + 1):
+        least = (whole.weights + whole.optimizer + whole.average) // shards + whole.activations
+        if devices % shards == 0 and least <= limit:
+            memory = step_memory(model, config, devices=devices, shards=shards)
+            if memory.total <= limit:
+                return shards, memory
+    return None
 
 
 def measured_rate(model: GenerativeModel, config: TrainConfig, *, devices: int = 1) -> float:

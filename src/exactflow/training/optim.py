@@ -1,15 +1,15 @@
 """How weights move: the configuration, the learning rate, the optimizer, the moving average."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from exactflow.core.model import GenerativeModel
 from exactflow.training.muon import Muon
@@ -257,13 +257,7 @@ def _muon(
 
 
 @contextmanager
-def recomputed(
-    stages: Iterable[nn.Module],
-    active: bool,
-    contexts: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]] = (
-        noop_context_fn
-    ),
-) -> Iterator[None]:
+def recomputed(stages: Iterable[nn.Module], active: bool) -> Iterator[None]:
     """Keep only the stages' inputs for the backward pass, which evaluates them a second time.
 
     Names of parameters do not change. A stage that writes to its buffers would do so twice.
@@ -271,11 +265,10 @@ def recomputed(
     Args:
         stages: of a model.
         active: whether they are; else nothing changes.
-        contexts: makes one that is entered at the first evaluation, and one at the second.
     """
     wrapped = list(stages) if active else []
     for stage in wrapped:
-        stage.forward = partial(checkpoint, stage.forward, use_reentrant=False, context_fn=contexts)
+        stage.forward = partial(checkpoint, stage.forward, use_reentrant=False)
     try:
         yield
     finally:

@@ -1,23 +1,18 @@
-"""What a training step holds in memory, found out on the meta device: without weights or images.
+"""What a training step holds in memory, counted without memory for its weights or images.
 
-The step is taken as the trainer takes it, the model's own loss and its backward pass, on tensors
-that have shapes and no contents, and every storage is counted for as long as it lives. Where an
-accelerator runs other kernels than the meta device does (fused attention, autocast), they stand in
-with what they keep.
+The step is taken as the trainer takes it, the model's own loss, its backward pass and the
+optimizer's step, on fake tensors (see `fake`), and every storage is counted for as long as it
+lives. Autocast and kernels are a CPU's, and so is what they keep for the backward pass.
 """
 
-import math
-from collections import Counter
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import final
 
 import torch
 from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
-from exactflow.training.meta import Kernels, Ledger, without_values
+from exactflow.training.fake import Ledger, fake_copy, loss_of_zeros, part_of
 from exactflow.training.optim import TrainConfig, make_optimizer, recomputed
 
 
@@ -74,19 +69,18 @@ def step_memory(
     """Memory of a training step on each of `devices`.
 
     Args:
-        model: on the meta device; left without gradients.
+        model: on any device, such as meta; it is not changed.
         config: of the training.
         devices: processes that share the batch.
         shards: devices that every parameter is split over, along its first dimension; a part of
             1 / shards, rounded up, is on each with its gradient, average and state of the
             optimizer. 1: every device has all of them.
-        accelerator: whether kernels are those of an accelerator; else those of a CPU.
+        accelerator: whether the optimizer takes all weights at once, as on a GPU; else one by one.
 
     Raises:
-        ValueError: a model that is elsewhere, or takes no training steps; a batch or devices that
-            do not fall into equal parts.
+        ValueError: a model that takes no training steps; a batch or devices that do not fall into
+            equal parts.
     """
-    share, parts = config.micro_batch(devices), config.accumulate
     if shards < 1 or devices % shards:
         raise ValueError(f"expected shards that divide {devices} devices, got {shards}")
     if config.unsplit and shards > 1:
@@ -95,76 +89,65 @@ def step_memory(
         )
     if model.closed_form:
         raise ValueError(f"a model of kind {model.kind!r} is fitted in closed form, without steps")
-    if model.device.type != "meta":
-        raise ValueError(f"expected a model on the meta device, got one on {model.device}")
-    weights, buffers = list(model.parameters()), list(model.buffers())
-    ledger, kernels = Ledger([*weights, *buffers]), Kernels(weights, accelerator)
-    scattered: dict[Tensor, Tensor] = {}  # a device's parts of gradients, by the weight
-    activations, training = 0, model.training
-    model.train()
-    with ExitStack() as stack:
-        stack.enter_context(without_values())
-        stack.enter_context(ledger)
-        if shards > 1:
-            scatter = partial(_scatter, shards=shards, parts=scattered)
-            for weight in weights:
-                hook = weight.register_post_accumulate_grad_hook(scatter)
-                stack.callback(hook.remove)
-        # The backward pass runs outside of the kernels' mode, what it evaluates again inside.
-        modes = kernels.while_recomputing
-        stack.enter_context(recomputed(model.stages, config.activation_checkpointing, modes))
-        for _ in range(min(parts, 2)):  # the second meets the gradients of the first
-            before = ledger.live
-            with kernels.active():
-                loss = _loss(model, share, config.precision == "bfloat16")
-            activations = max(activations, ledger.live - before)
-            loss.backward()
-            del loss
-    for weight in scattered:
-        weight.grad = torch.empty_like(weight)  # which an optimizer wants to see
-    gradients = sum(_part_bytes(w, shards) for w in weights if w.grad is not None)
-    state, temporaries = _optimizer_bytes(model, config, shards, accelerator)
-    kept = sum(_part_bytes(weight, shards) for weight in weights)
-    memory = StepMemory(
-        weights=kept + 2 * sum(buffer.nbytes for buffer in buffers),
+    with fake_copy(model, shards) as (part, ledger):
+        weights = sum(weight.nbytes for weight in part.parameters())
+        gradients, optimizer, temporaries = _optimizer_bytes(part, config, accelerator, ledger)
+    activations, peak = _passes_bytes(model, config, config.micro_batch(devices), shards)
+    return StepMemory(
+        weights=weights + 2 * sum(buffer.nbytes for buffer in model.buffers()),
         gradients=gradients,
-        optimizer=state,
-        average=kept if config.ema_decay else 0,
+        optimizer=optimizer,
+        average=weights if config.ema_decay else 0,
         buckets=gradients if devices > shards == 1 else 0,
         gathered=_gathered(model) if shards > 1 else 0,
         activations=activations,
-        working=max(ledger.peak, gradients + temporaries),
+        working=max(peak, gradients + temporaries),
     )
-    model.zero_grad(set_to_none=True)
-    model.train(training)
-    return memory
 
 
-def _loss(model: GenerativeModel, count: int, reduced: bool) -> Tensor:
-    """Mean loss of images without contents, as the trainer takes it."""
-    images = torch.zeros((count, *model.event_shape), dtype=torch.uint8, device="meta")
-    label = torch.zeros(count, dtype=torch.int64, device="meta") if model.num_classes else None
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=reduced):  # tells Kernels
-        return model.loss(images, label).mean()
+def _optimizer_bytes(
+    part: GenerativeModel, config: TrainConfig, accelerator: bool, ledger: Ledger
+) -> tuple[int, int, int]:
+    """Bytes of gradients, of the optimizer's state, and of what its step needs beside them."""
+    for weight in part.parameters():
+        weight.grad = torch.empty_like(weight) if weight.requires_grad else None
+    gradients, optimizer = ledger.live, make_optimizer(part, config)
+    if config.optimizer != "adamw":  # which is in one kernel everywhere
+        for group in optimizer.param_groups:
+            group["foreach"] = accelerator
+    optimizer.step()
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    state = sum(value.nbytes for value in values if isinstance(value, Tensor))
+    return gradients, state, ledger.peak - ledger.live
 
 
-def _part_shape(tensor: Tensor, shards: int) -> tuple[int, ...]:
-    """Of the first of equal parts along the first dimension, the last of which may be smaller."""
-    if tensor.dim() == 0:
-        return ()
-    return (-(-tensor.shape[0] // shards), *tensor.shape[1:])
+def _passes_bytes(
+    model: GenerativeModel, config: TrainConfig, count: int, shards: int
+) -> tuple[int, int]:
+    """Bytes that the loss of `count` images leaves behind, and at the peak of both passes."""
+    parts: dict[Tensor, Tensor] = {}  # this device's parts of gradients, by the weight
 
+    def scatter(weight: Tensor) -> None:
+        if weight not in parts:
+            parts[weight] = part_of(weight, shards)
+        weight.grad = None
 
-def _part_bytes(tensor: Tensor, shards: int) -> int:
-    return math.prod(_part_shape(tensor, shards)) * tensor.element_size()
-
-
-def _scatter(weight: Tensor, *, shards: int, parts: dict[Tensor, Tensor]) -> None:
-    """Keep this device's part of a gradient, as soon as all of it is there."""
-    assert weight.grad is not None
-    if weight not in parts:
-        parts[weight] = weight.grad.new_empty(_part_shape(weight, shards))
-    weight.grad = None
+    reduced = torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16")
+    with fake_copy(model) as (whole, ledger):
+        for weight in [weight for weight in whole.parameters() if weight.requires_grad]:
+            if config.accumulate > 1:  # of the micro-batch before
+                weight.grad = torch.empty_like(weight)
+            if shards > 1:
+                weight.register_post_accumulate_grad_hook(scatter)
+                if weight.grad is not None:
+                    scatter(weight)
+        with recomputed(whole.train().stages, config.activation_checkpointing):
+            before = ledger.live
+            with reduced:
+                loss = loss_of_zeros(whole, count).mean()
+            activations = ledger.live - before
+            loss.backward()
+    return activations, ledger.peak
 
 
 def _gathered(model: GenerativeModel) -> int:
@@ -178,37 +161,3 @@ def _gathered(model: GenerativeModel) -> int:
     rest = sum(weight.nbytes for weight in model.parameters() if weight not in inside)
     largest = max(sum(weight.nbytes for weight in stage) for stage in stages)
     return 2 * (2 * largest + rest)
-
-
-def _optimizer_bytes(
-    model: GenerativeModel, config: TrainConfig, shards: int, accelerator: bool
-) -> tuple[int, int]:
-    """Bytes of the optimizer's state, and of what its step needs beside state and gradients.
-
-    It is shown one gradient of each shape; the others are dropped.
-    """
-    moved = [weight for weight in model.parameters() if weight.grad is not None]
-    count = Counter(weight.shape for weight in moved)
-    some = {weight.shape: weight for weight in moved}
-    for weight in moved:
-        if some[weight.shape] is not weight:
-            weight.grad = None
-    optimizer = make_optimizer(model, config)
-    fused = config.optimizer == "adamw"
-    for group in optimizer.param_groups:  # the meta device is given neither kind by default
-        group["foreach"] = accelerator and not fused
-    optimizer.step()
-    state = [
-        count[weight.shape] * (value.nbytes if value.dim() == 0 else _part_bytes(value, shards))
-        for weight in some.values()
-        for value in optimizer.state[weight].values()
-        if isinstance(value, Tensor)
-    ]
-    if fused:
-        return sum(state), 0
-    with Ledger() as ledger:
-        optimizer.step()
-    if not accelerator:  # one weight after the other
-        return sum(state), ledger.peak
-    shown = sum(weight.nbytes for weight in some.values())
-    return sum(state), ledger.peak * sum(weight.nbytes for weight in moved) // (shards * shown)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core import shared_batch as batch
-from exactflow.nn.precision import full_precision
 
 INVERSE_STEPS = 6  # of the pseudo-inverse; not converged, so the number is part of the function
 STATISTICS_MOMENTUM = 0.1  # weight of a new batch in the running statistics
@@ -186,7 +185,7 @@ class NystromAttention(nn.Module):
                 f"is a multiple of {self.landmarks}, got {height} x {width}"
             )
         qkv = self.qkv(x)
-        with full_precision(x.device):
+        with torch.autocast(x.device.type, enabled=False):
             exact = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
             if self.variant == "published":
                 attended = self.attend(exact.reshape(batch, tokens, -1))

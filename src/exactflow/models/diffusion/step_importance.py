@@ -55,9 +55,9 @@ class StepImportance(nn.Module):
         order = torch.argsort(step, stable=True)
         step, loss = step[order], loss[order]
         first = torch.searchsorted(step, step)
-        rank = torch.arange(len(step), device=step.device) - first  # among those of the same step
-        repeats = torch.searchsorted(step, step, right=True) - first
-        kept = rank >= repeats - HISTORY  # of more than that, only the last: no cell is hit twice
-        cell = (seen[step] + rank) % HISTORY
-        losses[step[kept], cell[kept]] = loss[kept].to(losses.dtype)
+        place = torch.arange(len(step), device=step.device)
+        last = torch.searchsorted(step, step, right=True) - 1
+        cell = (seen[step] + place - first) % HISTORY
+        newest = last - (last - place) % HISTORY  # of the losses for one cell, the one that stays
+        losses[step, cell] = loss[newest].to(losses.dtype)
         seen.index_add_(0, step, torch.ones_like(step))

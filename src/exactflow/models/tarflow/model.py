@@ -23,7 +23,6 @@ from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver, 
 from exactflow.models.tarflow.config import TarFlowConfig
 from exactflow.nn.causal import NetworkWeights, TransformerLayer
 from exactflow.nn.decoding import DecodingCache
-from exactflow.nn.precision import full_precision
 
 EMBEDDING_STD = 0.01  # initial spread of position and class embeddings
 VARIANCE_MOMENTUM = 0.1  # weight of a new batch in the volume-preserving prior's variance
@@ -48,7 +47,7 @@ class TokenMixing(Transform):
         self, x: Float[Tensor, "batch tokens dim"], label: Int[Tensor, " batch"] | None = None
     ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, " batch"]]:
         """See `Transform.forward`."""
-        with full_precision(x.device):
+        with torch.autocast(x.device.type, enabled=False):
             return x + x @ self._coupling(x).mT, x.new_zeros(len(x))
 
     def inverse(
