@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-
 STD_FLOOR = 1e-6  # added to a standard deviation that something is divided by
 
 
