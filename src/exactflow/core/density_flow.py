@@ -4,10 +4,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from exactflow.core import images as grey
+from exactflow.core import shared_batch as batch
 from exactflow.core.model import Dequantization, Flow, LikelihoodKind, log_density
 
 
@@ -40,6 +42,17 @@ class DensityFlow(Flow, ABC):
         if self.noise_std > 0:
             return grey.center(images, self.levels, noise.dtype) + self.noise_std * noise
         return grey.dequantize(images, noise, self.levels)
+
+    def add_noise(
+        self,
+        images: Integer[Tensor, "batch channels height width"],
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Images with the noise of training. Raises ValueError for what are no grey levels."""
+        grey.check_images(images, self.event_shape, self.levels)
+        options = {"dtype": self.wide_dtype, "device": images.device}
+        draw = batch.randn if self.noise_std > 0 else batch.rand
+        return self.with_noise(images, draw(images.shape, generator=generator, **options))
 
     def draw(
         self,

@@ -7,9 +7,8 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -17,6 +16,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from exactflow.core import images as grey
+from exactflow.core import shared_batch as batch
 from exactflow.core.prior import Prior
 from exactflow.core.serialization import CLASS_NAMES, write_model
 from exactflow.core.transform import AutoregressiveTransform, Solver
@@ -27,26 +27,6 @@ Dequantization = Literal["uniform", "variational", "gaussian", "none"]
 
 class NonFiniteError(ArithmeticError):
     """A NaN or an infinity where a number must stand; the message says where and how far off."""
-
-
-@final
-@dataclass(frozen=True)
-class Preset:
-    """A named configuration: the model, how it is trained, and what is known of the result.
-
-    Attributes:
-        config: the model's frozen configuration.
-        training: fields of the trainer's configuration that differ from its defaults.
-        data: fields of the data configuration that differ from its defaults.
-        published: what the source reports of this model, with the source; "" for our own.
-        guidance: scale of guidance that its samples are meant to be drawn with.
-    """
-
-    config: Any
-    training: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    data: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    published: str = ""
-    guidance: float = 0.0
 
 
 @final
@@ -158,9 +138,8 @@ class GenerativeModel(nn.Module, ABC):
 
     def quick_steps(self, evaluations: int) -> int | None:
         """Steps of the quick solver with about so many evaluations; None: it knows its own."""
-        if not self.iterative:
-            return None
-        return min(max(1, evaluations // self.evaluations_per_step), self.most_steps)
+        steps = min(max(1, evaluations // self.evaluations_per_step), self.most_steps)
+        return steps if self.iterative else None
 
     @property
     def dims(self) -> int:
@@ -191,6 +170,20 @@ class GenerativeModel(nn.Module, ABC):
     def level_nats(self) -> float:
         """Minus ln of the volume in [-1, 1] of the grey levels of an image."""
         return self.dims * grey.nats_per_level_interval(self.levels)
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        """Of numbers outside the network: float32, or the parameters' where that is wider."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def drop_labels(
+        self, label: Int[Tensor, " batch"] | None, generator: torch.Generator | None
+    ) -> Int[Tensor, " batch"] | None:
+        """In training, each label is the null class with probability `label_dropout`."""
+        if label is None or not self.training or not self.num_classes:
+            return label
+        chance = batch.rand(label.shape, generator=generator, device=label.device)
+        return label.masked_fill(chance < self.config.label_dropout, self.null_label)
 
     def check_label(self, label: Tensor | None, batch: int) -> None:
         """Raise ValueError unless `label` is None or (batch,) classes 0 .. num_classes (null)."""
@@ -323,15 +316,25 @@ class Flow(GenerativeModel):
         (x,) = deque(self.trajectory(z, label, solver=solver), maxlen=1)
         return x
 
+    def check_input(self, x: Tensor, label: Tensor | None, *, latent: bool = False) -> None:
+        """Raise ValueError unless x are floating-point images or latents, and labels theirs."""
+        shape = self.prior.shape if latent else self.event_shape
+        if tuple(x.shape) != (len(x), *shape) or not x.is_floating_point():
+            raise ValueError(
+                f"expected floating-point {'latents' if latent else 'images in [-1, 1]'} of shape "
+                f"(batch, {', '.join(map(str, shape))}), got {x.dtype} {tuple(x.shape)}"
+            )
+        self.check_label(label, len(x))
+
     def from_grey_levels(
         self, images: Integer[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch channels height width"]:
         """Images in [-1, 1] without noise: centred, or the midpoint of every grey level."""
         grey.check_images(images, self.event_shape, self.levels)
-        dtype = torch.promote_types(self.dtype, torch.float32)
         if self.noise_std > 0:
-            return grey.center(images, self.levels, dtype)
-        return grey.dequantize(images, torch.full_like(images, 0.5, dtype=dtype), self.levels)
+            return grey.center(images, self.levels, self.wide_dtype)
+        middle = torch.full_like(images, 0.5, dtype=self.wide_dtype)
+        return grey.dequantize(images, middle, self.levels)
 
     def to_grey_levels(
         self, x: Float[Tensor, "*batch channels height width"]

@@ -249,7 +249,7 @@ def _begin(
     """Known pixels as in training, missing ones as in a sample of the model."""
     known = images.to(flow.device).masked_fill(missing, 0)  # what is missing is not even checked
     grey.check_images(known, flow.event_shape, flow.levels)
-    dtype = torch.promote_types(flow.dtype, torch.float32)
+    dtype = flow.wide_dtype
     noise = normal_rows(flow.event_shape, sources).to(flow.device, dtype)
     if flow.noise_std > 0:
         x = grey.center(known, flow.levels, dtype) + flow.noise_std * noise

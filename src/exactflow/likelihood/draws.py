@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, final
 
-import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
@@ -54,7 +53,7 @@ class Draws:
         """The noise of one draw for images of these numbers, on the model's device."""
         sources = [generator(self.seed, "score", number, draw) for number in numbers]
         rows = uniform_rows if uniform else normal_rows
-        dtype = torch.promote_types(model.dtype, torch.float32)
+        dtype = model.wide_dtype
         return rows(shape, sources).to(dtype).to(model.device)
 
     def by_batch(

@@ -252,7 +252,7 @@ def _probes(
             rows.append(normal_rows(model.event_shape, sources))
         else:
             rows.append(torch.where(uniform_rows(model.event_shape, sources) < 0.5, -1.0, 1.0))
-    dtype = torch.promote_types(model.dtype, torch.float32)
+    dtype = model.wide_dtype
     return torch.stack(rows).to(dtype).to(model.device)
 
 

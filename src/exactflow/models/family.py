@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
-from exactflow.core.model import GenerativeModel, Preset
+from exactflow.core.model import GenerativeModel
 from exactflow.models.foreign import PublishedFiles
+from exactflow.models.presets import Preset
 
 
 @final

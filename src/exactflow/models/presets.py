@@ -1,15 +1,35 @@
 """Presets, as a family's `presets.yaml` lists them: data, not program."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, final
 
 import yaml
 
-from exactflow.core.model import Preset
-
 SHARED = "shared"  # key of what presets have in common, which is none itself
+
+
+@final
+@dataclass(frozen=True)
+class Preset:
+    """A named configuration: the model, how it is trained, and what is known of the result.
+
+    Attributes:
+        config: the model's frozen configuration.
+        training: fields of the trainer's configuration that differ from its defaults.
+        data: fields of the data configuration that differ from its defaults.
+        published: what the source reports of this model, with the source; "" for our own.
+        guidance: scale of guidance that its samples are meant to be drawn with.
+    """
+
+    config: Any
+    training: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    data: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    published: str = ""
+    guidance: float = 0.0
 
 
 @cache

@@ -8,7 +8,7 @@ import torch
 
 from exactflow.core.building import on_meta
 from exactflow.core.config import made, override, suggestion
-from exactflow.core.model import GenerativeModel, Preset
+from exactflow.core.model import GenerativeModel
 from exactflow.models import (
     denseflow,
     diffusion,
@@ -19,6 +19,7 @@ from exactflow.models import (
     tarflow,
 )
 from exactflow.models.family import Family
+from exactflow.models.presets import Preset
 
 FAMILIES: dict[str, Family] = {
     family.model.kind: family

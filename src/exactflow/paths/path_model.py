@@ -15,6 +15,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from exactflow.core import images as grey
+from exactflow.core import shared_batch as batch
 from exactflow.core.model import GenerativeModel, LikelihoodKind
 from exactflow.paths.path import SINGULAR_MARGIN, Between, Path, Point
 
@@ -194,6 +195,19 @@ class PathModel(GenerativeModel):
         """Rate of x_t of the probability flow in library time (arguments as for `predict`)."""
         said = self.predict(x_t, t, label)
         return convert(said, x_t, self.path.at(t), self.prediction, "velocity")
+
+    def as_data(
+        self,
+        images: Integer[Tensor, "batch channels height width"],
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "batch channels height width"]:
+        """What the model is trained on: grey levels in [-1, 1], dequantised or centred."""
+        grey.check_images(images, self.event_shape, self.levels)
+        if not self.dequantized:
+            return grey.center(images, self.levels, self.wide_dtype)
+        options = {"dtype": self.wide_dtype, "device": images.device}
+        noise = batch.rand(images.shape, generator=generator, **options)
+        return grey.dequantize(images, noise, self.levels)
 
     def to_grey_levels(
         self, x: Float[Tensor, "batch channels height width"]

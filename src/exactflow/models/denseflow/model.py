@@ -221,7 +221,7 @@ class DenseFlow(Flow, DataInitialized):
         Raises:
             ValueError: wrong shape or dtype, or a label.
         """
-        self._check("images", x, self.event_shape, label)
+        self.check_input(x, label)
         h = x.to(torch.promote_types(x.dtype, torch.float32)) / 2  # the published range, centred
         if noise is None:
             noise = h.new_zeros(len(x), self.injected_dims)
@@ -252,7 +252,7 @@ class DenseFlow(Flow, DataInitialized):
 
         A state has more numbers than an image: all but the last show its first channels.
         """
-        self._check("latents", z, self.prior.shape, label)
+        self.check_input(z, label, latent=True)
         last = len(self.blocks) - 1
         shapes = [*self.config.dropped_shapes, self._last_shape]
         *dropped, h = _as_shapes(z.to(torch.promote_types(z.dtype, torch.float32)), shapes)
@@ -358,17 +358,8 @@ class DenseFlow(Flow, DataInitialized):
 
     def _noise(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         """Noise for one draw of the bound of each image."""
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        shape = (len(images), *self.noise_shape)
-        return batch.randn(shape, generator=generator, dtype=dtype, device=images.device)
-
-    def _check(self, what: str, x: Tensor, shape: tuple[int, ...], label: Tensor | None) -> None:
-        if tuple(x.shape) != (len(x), *shape) or not x.is_floating_point():
-            raise ValueError(
-                f"expected floating-point {what} of shape (batch, {', '.join(map(str, shape))}), "
-                f"got {x.dtype} {tuple(x.shape)}"
-            )
-        self.check_label(label, len(x))
+        options = {"dtype": self.wide_dtype, "device": images.device}
+        return batch.randn((len(images), *self.noise_shape), generator=generator, **options)
 
 
 def _check_noise(noise: Tensor, shape: tuple[int, ...]) -> None:

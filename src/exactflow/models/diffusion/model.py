@@ -176,7 +176,7 @@ class DiscreteDiffusion(ChainModel):
     ]:
         """See `ChainModel.predict_noise`."""
         scale = TIMESTEP_SCALE / self.config.diffusion_steps
-        time = timestep.to(torch.promote_types(self.dtype, torch.float32))
+        time = timestep.to(self.wide_dtype)
         time = time * scale if self.config.rescale_timesteps else time
         label = self._label(label, x_t)
         out = self.network(self._beside(x_t, low), time, label)
@@ -197,10 +197,9 @@ class DiscreteDiffusion(ChainModel):
         With `timestep_law` "importance" (iDDPM, section 3.3) steps are drawn by the second moments
         of their losses and the losses weighted back; only training updates the moments.
         """
-        grey.check_images(images, self.event_shape, self.levels)
+        x0 = self.as_data(images)
         self.check_label(label, len(images))
         count, device = len(images), images.device
-        x0 = grey.center(images, self.levels, torch.promote_types(self.dtype, torch.float32))
         if self.importance is None:
             options = {"generator": generator, "device": device}
             steps = self.chain.steps
@@ -209,10 +208,8 @@ class DiscreteDiffusion(ChainModel):
         else:
             step, weight = self.importance.draw(count, generator)
         noise = batch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=device)
-        if label is not None and self.training and self.config.label_dropout:
-            chance = batch.rand((count,), generator=generator, device=device)
-            label = label.masked_fill(chance < self.config.label_dropout, self.null_label)
-
+        if self.config.label_dropout:
+            label = self.drop_labels(label, generator)
         loss = self.objective(self.chain, x0, step, noise, label)
         if self.importance is not None and weight is not None:
             if self.training:

@@ -191,11 +191,9 @@ class FlowMatching(PathModel):
 
         In training, labels are dropped with probability `label_dropout`, sample by sample.
         """
-        x0 = self._data(images, generator)
+        x0 = self.as_data(images, generator)
         eps = self._noise(x0, generator)
-        if label is not None and self.training and self.num_classes:
-            chance = batch.rand(label.shape, generator=generator, device=label.device)
-            label = label.masked_fill(chance < self.config.label_dropout, self.null_label)
+        label = self.drop_labels(label, generator)
         t = draw_times(self.config.times, self.path, x0, generator).clamp(*self.span)
         point = self.path.at(t)
         x_t = spread(point.alpha, x0) * x0 + spread(point.sigma, x0) * eps
@@ -212,17 +210,6 @@ class FlowMatching(PathModel):
         images = batch.all_rows(x0)
         paired = minibatch_transport(torch.randn(images.shape, **options), images)
         return batch.own_rows(lambda _: paired, len(x0))
-
-    def _data(
-        self, images: Tensor, generator: torch.Generator | None
-    ) -> Float[Tensor, "batch channels height width"]:
-        """Images in [-1, 1]: dequantised, or centred."""
-        grey.check_images(images, self.event_shape, self.levels)
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        if not self.dequantized:
-            return grey.center(images, self.levels, dtype)
-        noise = batch.rand(images.shape, generator=generator, dtype=dtype, device=images.device)
-        return grey.dequantize(images, noise, self.levels)
 
 
 def draw_times(

@@ -15,13 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from exactflow.core import images as grey
-from exactflow.core.model import Preset
 from exactflow.models.gaussian.whitening import (
     FittedTransform,
     LinearFirstFlow,
     Whitening,
     WhiteningConfig,
 )
+from exactflow.models.presets import Preset
 
 REACH = 2.6  # standard deviations up to which maps are bent
 TAIL = 0.3143  # mean of x - REACH where a normal x exceeds REACH

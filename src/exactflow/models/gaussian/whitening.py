@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from exactflow.core import images as grey
 from exactflow.core.conditional import Affine
 from exactflow.core.density_flow import FittedFlow
-from exactflow.core.model import Preset, log_density
+from exactflow.core.model import log_density
 from exactflow.core.prior import DiagonalGaussian
 from exactflow.core.random import generator, uniform_rows
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver, Transform
 from exactflow.models.gaussian.moments import Layout, fit_linear
+from exactflow.models.presets import Preset
 
 FIT_BATCH = 1024  # latents mapped at a time
 FIT_VALUES = 2**17  # values of the same kind, at many positions, that suffice to fit layers to
@@ -208,8 +209,7 @@ class LinearFirstFlow(FittedFlow, ABC):
         label: Int[Tensor, " batch"] | None = None,
     ) -> tuple[Float[Tensor, "batch tokens positions"], Float[Tensor, " batch"]]:
         """See `Flow.encode`. Raises ValueError for a wrong shape, dtype or label."""
-        _check(x, self.event_shape, "images in [-1, 1]")
-        self.check_label(label, len(x))
+        self.check_input(x, label)
         z, log_abs_det = self._whitened(x.to(torch.promote_types(x.dtype, torch.float32)))
         for layer in self.layers:
             z, change = layer(z)
@@ -225,8 +225,7 @@ class LinearFirstFlow(FittedFlow, ABC):
         solver: Solver | None = None,
     ) -> Iterator[Float[Tensor, "batch channels height width"]]:
         """See `Flow.trajectory`. Raises ValueError for a wrong shape."""
-        _check(z, self.prior.shape, "latents")
-        self.check_label(label, len(z))
+        self.check_input(z, label, latent=True)
         yield self.layout.restore(z)
         for layer in reversed(self.layers):
             assert isinstance(layer, FittedTransform)
@@ -249,17 +248,6 @@ class LinearFirstFlow(FittedFlow, ABC):
     ) -> Float[Tensor, " batch"]:
         """-ln p(x) / D in nats per dimension, of one draw of uniform dequantisation."""
         return -log_density(self, self.add_noise(images, generator), label) / self.dims
-
-    def add_noise(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
-        """Dequantised images, in [-1, 1)."""
-        grey.check_images(images, self.event_shape, self.levels)
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        noise = torch.rand(images.shape, generator=generator, dtype=dtype, device=images.device)
-        return grey.dequantize(images, noise, self.levels)
 
     @torch.no_grad()
     def fit(
@@ -291,7 +279,6 @@ class LinearFirstFlow(FittedFlow, ABC):
 
     def _latents(self, batches: Iterable[Tensor], count: int, seed: int) -> Tensor:
         """White latents of dequantised images evenly spread over the set, in random order."""
-        dtype = torch.promote_types(self.dtype, torch.float32)
         shared = self.layout.positions // self.layout.groups
         most = min(self.fit_images, max(FIT_VALUES // shared, 2))
         every, seen, found = -(-count // most), 0, []
@@ -299,7 +286,7 @@ class LinearFirstFlow(FittedFlow, ABC):
             rows = range(-seen % every, len(images), every)
             if rows:
                 sources = [generator(seed, "fit", seen + row) for row in rows]
-                noise = uniform_rows(self.event_shape, sources).to(self.device, dtype)
+                noise = uniform_rows(self.event_shape, sources).to(self.device, self.wide_dtype)
                 picked = images[list(rows)].to(self.device)
                 found.append(grey.dequantize(picked, noise, self.levels))
             seen += len(images)
@@ -314,14 +301,6 @@ class LinearFirstFlow(FittedFlow, ABC):
         if self.rotation is not None:
             z = apply_linear(self.get_buffer("rotation").to(z.dtype), z)
         return z, log_abs_det
-
-
-def _check(x: Tensor, shape: tuple[int, ...], what: str) -> None:
-    if tuple(x.shape[1:]) != shape or x.dim() != len(shape) + 1 or not x.is_floating_point():
-        raise ValueError(
-            f"expected floating-point {what} of shape (batch, {', '.join(map(str, shape))}), "
-            f"got {x.dtype} {tuple(x.shape)}"
-        )
 
 
 @final

@@ -212,15 +212,11 @@ class HDiT(PathModel):
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, " batch"]:
         """Weighted denoising error of centred images; in training, labels are dropped."""
-        grey.check_images(images, self.event_shape, self.levels)
+        x0 = self.as_data(images)
         self.check_label(label, len(images))
-        x0 = grey.center(images, self.levels, torch.promote_types(self.dtype, torch.float32))
         noise = batch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
         log_sigma = -0.5 * self.path.at(_times(x0, generator)).log_snr
-        if label is not None and self.training:
-            chance = batch.rand(label.shape, generator=generator, device=label.device)
-            label = label.masked_fill(chance < self.config.label_dropout, self.null_label)
-        return self.denoising_loss(x0, noise, log_sigma, label)
+        return self.denoising_loss(x0, noise, log_sigma, self.drop_labels(label, generator))
 
     def denoising_loss(
         self,

@@ -205,7 +205,7 @@ class MaCow(Flow, DataInitialized):
         label: Int[Tensor, " batch"] | None = None,
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
         """See `Flow.encode`. Raises ValueError for a wrong shape or dtype, or for labels."""
-        self._check("images", x, label)
+        self.check_input(x, label)
         return self.flow(x.to(torch.promote_types(x.dtype, torch.float32)))
 
     @torch.no_grad()
@@ -217,7 +217,7 @@ class MaCow(Flow, DataInitialized):
         solver: Solver | None = None,
     ) -> Iterator[Float[Tensor, "batch channels height width"]]:
         """See `Flow.trajectory`: levels, coarsest first. Raises ValueError as `encode` does."""
-        self._check("latents", z, label)
+        self.check_input(z, label, latent=True)
         yield from self.flow.trajectory(z, solver)
 
     def dequantize(
@@ -303,14 +303,6 @@ class MaCow(Flow, DataInitialized):
     def _noiseless(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         """The lower ends of the grey levels' intervals, as published."""
         return grey.dequantize(images, torch.zeros_like(images, dtype=dtype), self.levels)
-
-    def _check(self, what: str, x: Tensor, label: Tensor | None) -> None:
-        if tuple(x.shape[1:]) != self.event_shape or x.dim() != 4 or not x.is_floating_point():
-            raise ValueError(
-                f"expected floating-point {what} of shape (batch, "
-                f"{', '.join(map(str, self.event_shape))}), got {x.dtype} {tuple(x.shape)}"
-            )
-        self.check_label(label, len(x))
 
 
 def _noise_like(

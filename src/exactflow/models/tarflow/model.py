@@ -14,7 +14,6 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exactflow.core import images as grey
 from exactflow.core import shared_batch as batch
 from exactflow.core.density_flow import DensityFlow
 from exactflow.core.model import ParameterRule
@@ -239,13 +238,7 @@ class TarFlow(DensityFlow):
         label: Int[Tensor, " batch"] | None = None,
     ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, " batch"]]:
         """See `Flow.encode`. Raises ValueError for a wrong shape, dtype or label."""
-        if tuple(x.shape[1:]) != self.event_shape or x.dim() != 4 or not x.is_floating_point():
-            raise ValueError(
-                f"expected floating-point images of shape (batch, "
-                f"{', '.join(map(str, self.event_shape))}) in [-1, 1], "
-                f"got {x.dtype} {tuple(x.shape)}"
-            )
-        self.check_label(label, len(x))
+        self.check_input(x, label)
         tokens = self.patchify(x).to(torch.promote_types(x.dtype, torch.float32))
         log_abs_det = tokens.new_zeros(len(x))
         for mixing, block in self._steps:
@@ -264,12 +257,7 @@ class TarFlow(DensityFlow):
         solver: Solver | None = None,
     ) -> Iterator[Float[Tensor, "batch channels height width"]]:
         """See `Flow.trajectory`: blocks in reverse order. Raises ValueError for a wrong shape."""
-        if tuple(z.shape[1:]) != self.prior.shape or not z.is_floating_point():
-            raise ValueError(
-                f"expected floating-point latents of shape (batch, "
-                f"{', '.join(map(str, self.prior.shape))}), got {z.dtype} {tuple(z.shape)}"
-            )
-        self.check_label(label, len(z))
+        self.check_input(z, label, latent=True)
         tokens = z
         yield self.unpatchify(tokens)
         for mixing, block in reversed(self._steps):
@@ -293,24 +281,9 @@ class TarFlow(DensityFlow):
         model updates its prior's variance, which the loss itself does not contain.
         """
         x = self.add_noise(images, generator)
-        if label is not None and self.training and self.num_classes:
-            chance = batch.rand(label.shape, generator=generator, device=label.device)
-            label = label.masked_fill(chance < self.config.label_dropout, self.null_label)
-        z, log_abs_det = self.encode(x, label)
+        z, log_abs_det = self.encode(x, self.drop_labels(label, generator))
         if self.config.volume_preserving and self.training:
             second_moment = batch.mean(z.detach().square().mean(0))
             self.get_buffer("variance").lerp_(second_moment, VARIANCE_MOMENTUM)
         standard = DiagonalGaussian(torch.ones_like(z[0]))
         return -(standard.log_prob(z) + log_abs_det) / self.dims
-
-    def add_noise(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
-        """What the model is trained on: dequantised images, or centred ones with Gaussian noise."""
-        grey.check_images(images, self.event_shape, self.levels)
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        draw = batch.randn if self.noise_std > 0 else batch.rand
-        noise = draw(images.shape, generator=generator, dtype=dtype, device=images.device)
-        return self.with_noise(images, noise)
