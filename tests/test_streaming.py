@@ -31,6 +31,7 @@ from exactflow.data import (
     DataError,
     ImageDataset,
     evaluation_batches,
+    files,
     index_shards,
     load,
     order,
@@ -391,7 +392,7 @@ def test_local_shards_are_walked_once(
     first = local(tmp_path, cache_dir=cache)
     caplog.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "index_tar", None)
+        patch.setattr(shards, "index_file", None)
         again = local(tmp_path, cache_dir=cache)
     assert again.describe() == first.describe()
     assert "{'npy': 1}" in caplog.text  # what is left alone is told every time
@@ -579,7 +580,7 @@ def test_what_was_read_last_is_removed_last(server: Shards, tmp_path: Path) -> N
     known = []
     for shard in remotes[:2]:
         with cache.open(shard) as stream:
-            known.append(replace(shard, sha256=shard_cache.sha256_of(stream)))
+            known.append(replace(shard, sha256=files.sha256_of(stream)))
     with cache.open(known[0]):
         pass
     with cache.open(remotes[2]):

@@ -11,7 +11,6 @@ checkpoints in place of the first three.
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from exactflow.core.config import made
-from exactflow.core.serialization import read_json
+from exactflow.core.serialization import json_hash, read_json
 from exactflow.core.split_tensors import load_split, read_layout
 from exactflow.core.tensor_files import read_safetensors
 
@@ -185,13 +184,13 @@ def described(checkpoint: Checkpoint, hashes: Mapping[str, str]) -> dict[str, An
     content = {
         "state": dataclasses.asdict(checkpoint.state),
         "identity": dict(checkpoint.identity),
-        "config_hash": _hash(checkpoint.identity),
+        "config_hash": json_hash(checkpoint.identity),
         "log": None if log is None else dataclasses.asdict(log),
         "sha256": dict(hashes),
         "torch": torch.__version__,
         "format_version": _FORMAT_VERSION,
     }
-    return {**content, _CHECKSUM: _hash(content)}
+    return {**content, _CHECKSUM: json_hash(content)}
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -211,7 +210,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         )
     file = made(_StateFile, content, path)
     hashed = {name: value for name, value in content.items() if name != _CHECKSUM}
-    if file.config_hash != _hash(file.identity) or (version and file.checksum != _hash(hashed)):
+    if file.config_hash != json_hash(file.identity) or (
+        version and file.checksum != json_hash(hashed)
+    ):
         raise ValueError(f"{path} does not have the SHA-256 it was saved with")
     state = made(RunState, file.state, f"{path}, its state", complete=True)
     log = None if file.log is None else made(LogState, file.log, f"{path}, its log")
@@ -228,7 +229,3 @@ def finished(folder: Path) -> list[Path]:
     """Folders of whole checkpoints of a run's folder of checkpoints, oldest first."""
     found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
-
-
-def _hash(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,7 @@
 """A model on disk: config.json with its `kind`, model.safetensors, and a card for people."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -111,6 +112,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
+def json_hash(value: Any) -> str:
+    """SHA-256 (hex) of a value as JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 
+from exactflow.core.serialization import json_hash
 from exactflow.data.config import DataError
 
 HASH_BYTES = 16  # of an image's BLAKE2b
@@ -89,14 +89,10 @@ class CheckedImages:
 
 def sealed(fields: dict[str, Any]) -> dict[str, Any]:
     """JSON-able fields, with a hash of them all."""
-    return {**fields, "sha256": _hash_of(fields)}
+    return {**fields, "sha256": json_hash(fields)}
 
 
 def is_intact(fields: dict[str, Any]) -> bool:
     """Whether fields are what was sealed."""
     rest = {name: value for name, value in fields.items() if name != "sha256"}
-    return fields.get("sha256") == _hash_of(rest)
-
-
-def _hash_of(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return fields.get("sha256") == json_hash(rest)

@@ -12,9 +12,7 @@ pixels are read.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from exactflow.core.serialization import json_hash
 from exactflow.data.config import MAX_PIXELS, DataError
 from exactflow.data.files import open_regular
 
@@ -87,7 +86,7 @@ class Preprocessing:
             "filters": "box-bilinear",
             "revision": 1,
         }
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+        return json_hash(fields)[:16]
 
 
 def decode_image(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import stat
-from io import BufferedReader
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 
 from exactflow.data.config import DataError
@@ -53,6 +54,12 @@ def open_regular(file: Path) -> BufferedReader:
     if not stat.S_ISREG(file.stat().st_mode):
         raise OSError(f"{_kind(file)} in place of a file")
     return file.open("rb")
+
+
+def sha256_of(stream: BufferedReader | BufferedRandom) -> str:
+    """Of the whole content of a file, in hex."""
+    stream.seek(0)
+    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _kind(path: Path) -> str:

@@ -17,7 +17,7 @@ from exactflow.data.classes import listed, numbered
 from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload
 from exactflow.data.files import printable, regular_files
-from exactflow.data.splits import Stored, is_only_a_split, named_splits
+from exactflow.data.splits import Stored, by_split, is_only_a_split
 
 log = logging.getLogger(__name__)
 
@@ -267,33 +267,13 @@ def version_and_stamp(files: Sequence[Path], root: Path) -> tuple[str, str]:
 def files_by_split(path: Path, suffix: str) -> dict[Split, list[Path]]:
     """The file itself as the training split, or the files of a folder, by the split they name.
 
-    See `splits.py` for what a name says. Where no name says a split, or all say the same, all files
-    together, in the order of their names, are the training split.
-
     Raises:
         DataError: some files name a split and others do not, or none is of the training split.
     """
     if path.is_file():
         return {"train": [path]}
     files = regular_files(path, f"*{suffix}")
-    named = named_splits([file.stem for file in files], str(path))
-    groups: dict[Split, list[Path]] = {}
-    if len(set(named.values())) <= 1:
-        return {"train": files}
-    for file in files:
-        split = named[file.stem]
-        if split is None:
-            raise DataError(
-                f"{file}: expected a name that says train, validation or test, "
-                f"like those of the files beside it"
-            )
-        groups.setdefault(split, []).append(file)
-    if "train" not in groups:
-        raise DataError(
-            f"{path}: expected files of the training split too, found "
-            f"{' and '.join(sorted(groups))} only"
-        )
-    return groups
+    return by_split({file: file.stem for file in files}, str(path), "files")
 
 
 def local_id(path: Path) -> str:

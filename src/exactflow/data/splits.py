@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from exactflow.data.order import permutation
 
 # What a source stores of a split: so many images, or shards of so many images that stay whole.
 Stored = int | Sequence[int]
+
+_Item = TypeVar("_Item")
 
 # Those of the `datasets` library, which reads eval as test, and what else people call them; the
 # first that a hub's set has is taken.
@@ -75,6 +78,38 @@ def named_splits(names: Iterable[str], where: str) -> dict[str, Split | None]:
     return named
 
 
+def by_split(names: Mapping[_Item, str], where: str, kind: str) -> dict[Split, list[_Item]]:
+    """Files, or shards, by the split that the name of each says.
+
+    Where no name says a split, or all say the same, all together are the training split.
+
+    Args:
+        names: of the items, in their order.
+        where: they lie, for errors.
+        kind: what they are, for errors.
+
+    Raises:
+        DataError: some say a split and others do not, or none is of the training split.
+    """
+    named = named_splits(names.values(), where)
+    if len(set(named.values())) <= 1:
+        return {"train": list(names)}
+    groups: dict[Split, list[_Item]] = {}
+    for item, name in names.items():
+        split = named[name]
+        if split is None:
+            raise DataError(
+                f"{item}: expected a name that says train, validation or test, like those of the "
+                f"other {kind}"
+            )
+        groups.setdefault(split, []).append(item)
+    if "train" not in groups:
+        raise DataError(
+            f"{where}: expected {kind} of the training split too, found {' and '.join(groups)} only"
+        )
+    return groups
+
+
 def is_split_word(name: str) -> bool:
     """Whether a name is the word for a split and nothing else."""
     return name.lower() in SPLIT_WORDS
@@ -111,11 +146,6 @@ def _said(name: str) -> list[str]:
     return list(
         {SPLIT_WORDS[word]: word for word in reversed(words) if word in SPLIT_WORDS}.values()
     )[::-1]
-
-
-def images_of(stored: Stored) -> int:
-    """Number of images."""
-    return stored if isinstance(stored, int) else sum(stored)
 
 
 def split_members(

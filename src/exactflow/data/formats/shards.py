@@ -20,7 +20,7 @@ from exactflow.core.serialization import write_atomically
 from exactflow.data.config import DataError, Split, cache_folder
 from exactflow.data.decode import Payload
 from exactflow.data.files import regular_files, visible
-from exactflow.data.formats.tar_index import Label, TarIndex, index_tar, read_kept, write_index
+from exactflow.data.formats.tar_index import Label, TarIndex, index_file, read_kept, write_index
 from exactflow.data.records import (
     Records,
     Source,
@@ -233,7 +233,9 @@ def _indexed(
     kept = cache_folder(cache_dir) / "indexes" / f"{stamp}.json"
     shards = read_kept(kept)
     if shards is None:
-        shards = tuple(_walked(file, root) for file in files)
+        shards = tuple(
+            index_file(file, file.relative_to(root).as_posix(), hashed=False) for file in files
+        )
         if sum(len(shard) for shard in shards) >= KEEP_INDEX_FROM:
             try:
                 kept.parent.mkdir(parents=True, exist_ok=True)
@@ -243,15 +245,6 @@ def _indexed(
     for file, shard in zip(files, shards, strict=True):
         shard.tell_ignored(str(file))
     return shards
-
-
-def _walked(file: Path, root: Path) -> TarIndex:
-    try:
-        with file.open("rb") as stream:
-            size = file.stat().st_size
-            return index_tar(stream, file.relative_to(root).as_posix(), size, None, str(file))
-    except OSError as error:
-        raise DataError(f"{file}: expected a readable tar file, found: {error}") from error
 
 
 def _version(shards: Sequence[TarIndex]) -> str:

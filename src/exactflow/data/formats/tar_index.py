@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, TypeGuard, final
 import numpy as np
 
 from exactflow.data.config import DataError
+from exactflow.data.files import sha256_of
 from exactflow.data.formats.folders import IMAGE_SUFFIXES
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,20 @@ def index_tar(stream: BinaryIO, name: str, size: int, sha256: str | None, where:
         labels=tuple(label for _, label in samples),
         ignored=dict(ignored),
     )
+
+
+def index_file(file: Path, name: str, *, hashed: bool = True) -> TarIndex:
+    """Walk an archive on this disk, and take the hash of its content unless it is not `hashed`.
+
+    Raises:
+        DataError: as in `index_tar`, or it cannot be read.
+    """
+    try:
+        with file.open("rb") as stream:
+            sha256 = sha256_of(stream) if hashed else None
+            return index_tar(stream, name, file.stat().st_size, sha256, str(file))
+    except OSError as error:
+        raise DataError(f"{file}: expected a readable tar file, found: {error}") from error
 
 
 def to_line(shard: TarIndex) -> str:

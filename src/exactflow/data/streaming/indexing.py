@@ -21,12 +21,13 @@ from filelock import FileLock, Timeout
 from exactflow.core.progress import shown_progress
 from exactflow.core.serialization import write_atomically
 from exactflow.data.config import DataConfig, DataError, Split, cache_folder, is_remote
+from exactflow.data.files import sha256_of
 from exactflow.data.formats import tar_index
 from exactflow.data.formats.shards import shard_groups
 from exactflow.data.formats.tar_index import TarIndex
-from exactflow.data.splits import is_only_a_split, named_splits
+from exactflow.data.splits import by_split, is_only_a_split
 from exactflow.data.streaming import remote
-from exactflow.data.streaming.shard_cache import RemoteShard, ShardCache, sha256_of
+from exactflow.data.streaming.shard_cache import RemoteShard, ShardCache
 
 INDEX_FILE = "index.json"
 LARGEST_INDEX = 2**28  # bytes that are taken from a server; one of a million images has 60 MB
@@ -89,30 +90,15 @@ class RemoteSet:
     def by_split(self, shards: Sequence[TarIndex]) -> dict[Split, list[TarIndex]]:
         """The shards by the split that their folder and name say (`splits.py`).
 
-        If none says so, or all say the same, they are all of the training split.
-
         Raises:
             DataError: some say so and others do not, or several splits but no training split.
         """
-        ends = {shard.name: "/".join(PurePosixPath(shard.name).parts[-2:]) for shard in shards}
-        named = named_splits(ends.values(), self.root)
-        if len(set(named.values())) == 1:
-            return {"train": list(shards)}
-        splits: dict[Split, list[TarIndex]] = {}
-        for shard in shards:
-            split = named[ends[shard.name]]
-            if split is None:
-                raise DataError(
-                    f"{self.url(shard.name)}: expected a name that says train, validation or "
-                    f"test, like those of the other shards"
-                )
-            splits.setdefault(split, []).append(shard)
-        if "train" not in splits:
-            raise DataError(
-                f"{self.root}: expected shards of the training split too, found "
-                f"{' and '.join(splits)} only"
-            )
-        return splits
+        shard_at = {self.url(shard.name): shard for shard in shards}
+        names = {
+            url: "/".join(PurePosixPath(shard.name).parts[-2:]) for url, shard in shard_at.items()
+        }
+        groups = by_split(names, self.root, "shards")
+        return {split: [shard_at[url] for url in urls] for split, urls in groups.items()}
 
 
 def find_index(pattern: str, cache_dir: str | None) -> tuple[RemoteSet, tuple[TarIndex, ...]]:
@@ -192,7 +178,9 @@ def index_shards(
         if not names:
             raise DataError(f"{source}: expected .tar files, found none")
         key = _kept(RemoteSet(f"{root.resolve()}/", tuple(names)), cache_dir)
-        shards = _indexed(names, lambda name: _read(root / name, name), key, progress)
+        shards = _indexed(
+            names, lambda name: tar_index.index_file(root / name, name), key, progress
+        )
         files = [out or root / INDEX_FILE]
     for file in files:
         _write(file, tar_index.write_index(shards))
@@ -253,15 +241,6 @@ def _fetched(url: str, name: str, cache: ShardCache) -> TarIndex:
     with cache.open(RemoteShard(url, size, None)) as stream:
         sha256 = sha256_of(stream)
         return tar_index.index_tar(stream, name, size, sha256, url)
-
-
-def _read(file: Path, name: str) -> TarIndex:
-    try:
-        with file.open("rb") as stream:
-            sha256 = sha256_of(stream)
-            return tar_index.index_tar(stream, name, file.stat().st_size, sha256, str(file))
-    except OSError as error:
-        raise DataError(f"{file}: expected a readable tar file, found: {error}") from error
 
 
 def _kept(found: RemoteSet, cache_dir: str | None) -> Path:

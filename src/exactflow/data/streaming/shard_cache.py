@@ -21,13 +21,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
-from typing import BinaryIO, final
+from typing import final
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
 from exactflow.data.config import DataError
+from exactflow.data.files import sha256_of
 from exactflow.data.streaming import remote
 
 PATIENCE = 600.0  # seconds to wait for room while others hold all of it
@@ -64,7 +66,7 @@ class ShardCache:
         self.folder, self.limit = folder, limit
 
     @contextmanager
-    def open(self, shard: RemoteShard) -> Iterator[BinaryIO]:
+    def open(self, shard: RemoteShard) -> Iterator[BufferedReader]:
         """A whole shard with the content that was indexed, fetched if need be; it stays until then.
 
         Raises:
@@ -159,7 +161,7 @@ class ShardCache:
             return self._file(shard.sha256).stat().st_size
         return None
 
-    def _completed(self, stream: BinaryIO, shard: RemoteShard) -> Path:
+    def _completed(self, stream: BufferedRandom, shard: RemoteShard) -> Path:
         """Fetch what is missing and compare the hash; what the file will be called."""
         if shard.sha256 is None:
             stream.truncate(0)  # nobody knows what this was a piece of
@@ -248,12 +250,3 @@ def _removed(file: Path) -> bool:
     with suppress(PermissionError):  # Windows: somebody else has it open
         file.unlink(missing_ok=True)
     return not file.exists()
-
-
-def sha256_of(stream: BinaryIO) -> str:
-    """Of the whole content of a file, in hex."""
-    digest = hashlib.sha256()
-    stream.seek(0)
-    while chunk := stream.read(2**20):
-        digest.update(chunk)
-    return digest.hexdigest()
