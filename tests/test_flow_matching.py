@@ -12,7 +12,6 @@ from torch import Tensor
 from exactflow.core import images as grey
 from exactflow.core.config import override
 from exactflow.core.random import generator
-from exactflow.likelihood.ode_estimate import ExactTrace, Grid, ode_log_likelihood
 from exactflow.models.flow_matching.model import (
     FlowMatching,
     FlowMatchingConfig,
@@ -23,8 +22,7 @@ from exactflow.models.flow_matching.model import (
 from exactflow.models.registry import FAMILIES
 from exactflow.paths.coupling import minibatch_transport
 from exactflow.paths.path import Cosine, Straight, VariancePreserving
-from exactflow.paths.path_model import OnPath, Prediction, convert
-from exactflow.sampling.sample import sample
+from exactflow.paths.path_model import Prediction, convert
 from flows import blueprint
 from test_paths import GaussianModel
 
@@ -306,22 +304,6 @@ def test_an_oracle_is_a_fixed_point_of_the_conversions() -> None:
         model = GaussianModel(Cosine(), prediction)
         torch.testing.assert_close(model.denoise(x, t).mean, reference.denoise(x, t).mean)
         torch.testing.assert_close(model.velocity(x, t), reference.velocity(x, t))
-
-
-@pytest.mark.slow
-def test_a_model_draws_the_same_images_along_another_path() -> None:
-    model = make()
-    moved, errors = OnPath(model, Cosine()), []
-    for steps in (20, 80):
-        whole, other = (sample(m, 2, solver="heun", steps=steps).x for m in (model, moved))
-        errors.append(float((whole - other).abs().max()))
-    assert errors[1] < errors[0] / 4  # both solvers are of second order
-    assert errors[1] < 0.01 * float(whole.abs().max())
-    scores = [
-        ode_log_likelihood(m, some_images(model), solver=Grid("heun", 80), trace=ExactTrace()).nats
-        for m in (model, moved)
-    ]
-    torch.testing.assert_close(*scores, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize(

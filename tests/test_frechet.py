@@ -1,24 +1,20 @@
-"""Frechet distances against closed forms; statistics that are kept, merged and imported."""
+"""Frechet distances against closed forms; moments against numpy's."""
 
-import dataclasses
 import math
 import warnings
-from pathlib import Path
-from typing import final
 
 import numpy as np
 import pytest
 import torch
-from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from exactflow.data import DataConfig, ImageDataset, load
-from exactflow.metrics.extractors import FeatureExtractor, pixels
-from exactflow.metrics.frechet import FeatureStatistics, frechet_distance, statistics_of
+from exactflow.data import DataConfig, load
+from exactflow.metrics.extractors import pixels
+from exactflow.metrics.frechet import FeatureStatistics, frechet_distance
 
 
 def law(mean: list[float], covariance: np.ndarray, name: str | None = None) -> FeatureStatistics:
-    return FeatureStatistics(np.array(mean), np.asarray(covariance, np.float64), None, name)
+    return FeatureStatistics(np.array(mean), np.asarray(covariance, np.float64), 10**6, name)
 
 
 def rotation(dims: int, seed: int = 0) -> np.ndarray:
@@ -91,17 +87,12 @@ def test_a_shift_alone_is_its_square_and_nothing_has_no_spread() -> None:
     assert frechet_distance(point, point) == 0
 
 
-def test_moments_are_those_of_numpy_whatever_the_batches() -> None:
+def test_moments_are_those_of_numpy() -> None:
     x = features(101, 7).double() + 1e4
     whole = FeatureStatistics.of(x, "f")
     np.testing.assert_allclose(whole.mean, x.numpy().mean(0), rtol=1e-14)
     np.testing.assert_allclose(whole.covariance, np.cov(x.numpy().T), rtol=0, atol=1e-11)
-    streamed = FeatureStatistics.of_batches(x.split(10), "f")
-    merged = FeatureStatistics.of(x[:40], "f").merge(FeatureStatistics.of(x[40:]))
-    for other in (streamed, merged):
-        np.testing.assert_allclose(other.mean, whole.mean, rtol=1e-14)
-        np.testing.assert_allclose(other.covariance, whole.covariance, rtol=0, atol=1e-10)
-        assert (other.count, other.extractor) == (101, "f")
+    assert (whole.count, whole.extractor) == (101, "f")
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
@@ -111,9 +102,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
         frechet_distance(named, law([0, 0.0], eye, "dct-2"))
     with pytest.raises(ValueError, match=r"\(2 features\) and None \(3\)"):
         frechet_distance(named, law([0, 0, 0.0], np.eye(3)))
-    assert frechet_distance(named, law([0, 0.0], eye)) == pytest.approx(0)  # a file without name
-    with pytest.raises(ValueError, match="counts"):
-        named.merge(named)
+    assert frechet_distance(named, law([0, 0.0], eye)) == pytest.approx(0)  # without a name
     with pytest.raises(ValueError, match="two images or more, got 1"):
         FeatureStatistics.of(torch.zeros(1, 3))
     with pytest.raises(ValueError, match="two images or more, got 0"):
@@ -122,103 +111,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
         FeatureStatistics.of(torch.tensor([[0.0], [math.inf]]))
 
 
-def test_files_round_trip_and_other_projects_files_are_read(tmp_path: Path) -> None:
-    found = FeatureStatistics.of(features(20, 4), "dct-4")
-    found.save(tmp_path / "deep" / "own.npz")
-    back = FeatureStatistics.load(tmp_path / "deep" / "own.npz")
-    assert (back.count, back.extractor) == (20, "dct-4")
-    assert np.array_equal(back.mean, found.mean)
-    assert np.array_equal(back.covariance, found.covariance)
-    single = found.covariance.astype(np.float32)
-    np.savez(tmp_path / "foreign.npz", mu=found.mean, sigma=single, other=np.zeros(3))
-    foreign = FeatureStatistics.load(tmp_path / "foreign.npz")
-    assert (foreign.count, foreign.extractor) == (None, None)
-    assert foreign.covariance.dtype == np.float64
-    assert frechet_distance(found, foreign) < 1e-5
-
-
-def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.npz"
-    with pytest.raises(FileNotFoundError):
-        FeatureStatistics.load(path)
-    for content in (b"", b"text", b"PK\x03\x04 half a zip"):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"a\.npz: expected an \.npz with arrays mu and sigma"):
-            FeatureStatistics.load(path)
-    np.save(tmp_path / "b.npy", np.zeros(3))
-    with pytest.raises(ValueError, match="arrays mu and sigma"):
-        FeatureStatistics.load(tmp_path / "b.npy")
-    np.savez(path, mu=np.zeros(3))
-    with pytest.raises(ValueError, match="sigma"):
-        FeatureStatistics.load(path)
-    np.savez(path, mu=np.zeros(3), sigma=np.zeros((3, 2)))
-    with pytest.raises(ValueError, match=r"got \(3,\) and \(3, 2\)"):
-        FeatureStatistics.load(path)
-    np.savez(path, mu=np.zeros(3), sigma=np.full((3, 3), np.nan))
-    with pytest.raises(ValueError, match="finite mu and sigma"):
-        FeatureStatistics.load(path)
-
-
-@final
-class Counting(FeatureExtractor):
-    """Mean grey level and that of the first row; counts the images it has seen."""
-
-    def __init__(self, name: str = "counting") -> None:
-        self._name, self.seen = name, 0
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def dims(self) -> int:
-        return 2
-
-    @property
-    def distance_name(self) -> str:
-        return f"FD-{self.name}"
-
-    def features(
-        self, images: UInt8[Tensor, "n channels height width"], levels: int
-    ) -> Float[Tensor, "n dims"]:
-        self.seen += len(images)
-        x = images.float() / (levels - 1)
-        return torch.stack([x.mean((1, 2, 3)), x[:, :, 0].mean((1, 2))], dim=1)
-
-
-def toy(seed: int = 0) -> ImageDataset:
-    images = np.random.default_rng(seed).integers(0, 256, (70, 1, 4, 4), dtype=np.uint8)
-    return ImageDataset(images, None, "a/toy", "1", "train", 256, (), "", "p", f"f{seed}")
-
-
-def test_statistics_are_measured_once(tmp_path: Path) -> None:
-    data, extractor = toy(), Counting()
-    first = statistics_of(data, extractor, tmp_path)
-    again = statistics_of(data, extractor, tmp_path, batch_size=3)
-    assert extractor.seen == 70
-    assert np.array_equal(first.covariance, again.covariance)
-    assert (again.count, again.extractor) == (70, "counting")
-    for changed in (
-        dataclasses.replace(data, preprocessing_hash="q"),
-        dataclasses.replace(data, fingerprint="other"),
-    ):
-        statistics_of(changed, extractor, tmp_path)
-    assert extractor.seen == 3 * 70
-    other = Counting("another")
-    statistics_of(data, other, tmp_path)
-    assert other.seen == 70
-    assert len(list(tmp_path.iterdir())) == 4
-
-
-def test_a_damaged_file_of_statistics_is_named(tmp_path: Path) -> None:
-    statistics_of(toy(), Counting(), tmp_path)
-    (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=path.name):
-        statistics_of(toy(), Counting(), tmp_path)
-
-
-def test_halves_of_the_digits_are_nearer_than_blurred_digits(tmp_path: Path) -> None:
+def test_halves_of_the_digits_are_nearer_than_blurred_digits() -> None:
     data, extractor = load(DataConfig("digits"), "train"), pixels(16)
     images = torch.from_numpy(np.array(data.images))
     half, rest = images[::2], images[1::2]
@@ -228,5 +121,3 @@ def test_halves_of_the_digits_are_nearer_than_blurred_digits(tmp_path: Path) -> 
         for x in (half, rest, blurred)
     )
     assert frechet_distance(real, same) < 0.05 * frechet_distance(real, other)
-    whole = statistics_of(data, extractor, tmp_path)
-    np.testing.assert_allclose(whole.mean, real.merge(same).mean, atol=1e-6)

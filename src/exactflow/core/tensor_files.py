@@ -89,18 +89,6 @@ def check_stored(file: Any, size: int, path: Path) -> None:
         )
 
 
-def check_unpacked(path: Path, most: int) -> None:
-    """Raise ValueError unless what an archive holds, unpacked, has at most so many bytes."""
-    require_regular(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            total = sum(member.file_size for member in archive.infolist())
-    except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(f"{path} is not a whole archive: {error}") from error
-    if total > most:
-        raise ValueError(f"{path}: expected at most {most:,} bytes of arrays, got {total:,}")
-
-
 def check_size(tensors: Iterable[Tensor], path: Path) -> None:
     """Raise ValueError where views of little memory stand for far more than the file holds."""
     total = sum(value.numel() * value.element_size() for value in tensors)

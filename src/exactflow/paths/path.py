@@ -214,10 +214,6 @@ class DiscreteBetas(Path):
         """The step at time t, a real number: -1 at the data, T - 1 at t = 0."""
         return (1 - t) * len(self.betas) - 1
 
-    def time_of_step(self, step: Float[Tensor, "*times"]) -> Float[Tensor, "*times"]:
-        """Inverse of `step_of`."""
-        return 1 - (step + 1) / len(self.betas)
-
     def at(self, t: Float[Tensor, "*times"]) -> Point:
         knots, place = self._log_alpha.to(t), self.step_of(t) + 1
         below = place.floor().clamp(0, len(self.betas) - 1)
@@ -307,34 +303,6 @@ class InterpolatedCosine(Path):
         angle = (1 - t) * start + t * stop
         rate = 4 * (start - stop) / torch.sin(2 * angle)
         return -2 * (angle.tan().log() + math.log(level)), rate
-
-
-@final
-@dataclass(frozen=True)
-class Between(Path):
-    """The part of a path between two times, under the times it has there."""
-
-    whole: Path
-    first: float
-    last: float
-
-    def __post_init__(self) -> None:
-        """Raise ValueError unless the times rise within the path's span."""
-        first, last = self.whole.span
-        if not first <= self.first < self.last <= last:
-            raise ValueError(
-                f"expected times that rise within {first} .. {last}, got {self.first}, {self.last}"
-            )
-
-    @property
-    def span(self) -> tuple[float, float]:
-        return self.first, self.last
-
-    def at(self, t: Float[Tensor, "*times"]) -> Point:
-        return self.whole.at(t)
-
-    def time_of(self, log_snr: Float[Tensor, "*times"]) -> Float[Tensor, "*times"]:
-        return self.whole.time_of(log_snr)
 
 
 def _variance_preserving(log_alpha: Tensor, rate: Tensor) -> Point:

@@ -6,18 +6,17 @@ arXiv 2202.00512); velocity = d_alpha x0 + d_sigma eps, the rate of x_t in libra
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float, Int, Integer
-from torch import Tensor, nn
+from torch import Tensor
 
 from exactflow.core import images as grey
 from exactflow.core import shared_batch as batch
 from exactflow.core.model import GenerativeModel, LikelihoodKind
-from exactflow.paths.path import SINGULAR_MARGIN, Between, Path, Point
+from exactflow.paths.path import SINGULAR_MARGIN, Path, Point
 
 Prediction = Literal["x0", "eps", "v", "velocity"]
 
@@ -215,82 +214,3 @@ class PathModel(GenerativeModel):
         """Grey levels of images in [-1, 1]; only here is anything clipped to the range."""
         quantize = grey.quantize_dequantized if self.dequantized else grey.quantize_centered
         return quantize(x, self.levels)
-
-
-@final
-class OnPath(PathModel):
-    """A model trained on one path, followed along another.
-
-    Points of equal log-SNR differ by a factor: x' = x alpha' / alpha is a point of the trained
-    path, and what the network says there of data and noise holds here too. A view: save the model.
-
-    Args:
-        model: the trained model.
-        path: the path to follow.
-
-    Raises:
-        ValueError: the paths have no log-SNR in common.
-    """
-
-    kind: ClassVar[str] = "on-path"
-
-    def __init__(self, model: PathModel, path: Path) -> None:
-        super().__init__()
-        self.config = model.config
-        self.dequantized = model.dequantized
-        self.model = model
-        self._path = _common_part(path, model)
-
-    @property
-    def stages(self) -> Sequence[nn.Module]:
-        return self.model.stages
-
-    @property
-    def path(self) -> Path:
-        return self._path
-
-    @property
-    def prediction(self) -> Prediction:
-        return self.model.prediction
-
-    def predict(
-        self,
-        x_t: Float[Tensor, "batch channels height width"],
-        t: Float[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
-        """See `PathModel.predict`."""
-        here, trained, source = self.path.at(t), self.model.path, self.prediction
-        time = trained.time_of(here.log_snr).clamp(*self.model.span)  # rounding at the ends
-        there = trained.at(time)
-        data = here.alpha > here.sigma  # the factor without a division by zero
-        factor = torch.where(data, there.alpha / here.alpha, there.sigma / here.sigma)
-        x = spread(factor, x_t) * x_t
-        said = self.model.predict(x, time, label)
-        if source in ("x0", "eps"):
-            return said
-        return combine(*data_and_noise(said, x, there, source), here, source)
-
-    def loss(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, " batch"]:
-        """The trained model's loss: the path followed does not enter it."""
-        return self.model.loss(images, label, generator=generator)
-
-
-def _common_part(path: Path, model: PathModel) -> Path:
-    """The part of `path` whose log-SNRs the model was trained on."""
-    trained = model.path.at(torch.tensor(model.span, dtype=torch.float64)).log_snr
-    offered = path.at(torch.tensor(path.span, dtype=torch.float64)).log_snr
-    if trained[1] <= offered[0] or offered[1] <= trained[0]:
-        raise ValueError("expected paths with common log-SNRs, got two that share none")
-    first, last = path.span
-    if offered[0] < trained[0]:
-        first = float(path.time_of(trained[0]))
-    if offered[1] > trained[1]:
-        last = float(path.time_of(trained[1]))
-    return Between(path, first, last)

@@ -5,7 +5,6 @@ and guided-diffusion). Widths, levels, blocks, attention, resampling and classes
 and shapes; what leaves no trace there must be said, see `required`.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from exactflow.models.diffusion.classifier import ClassifierConfig, ClassifierUNet
 from exactflow.nn.unet import Resampling, UNet, UNetConfig
-from exactflow.nn.unet_parts import AttentionOrder, SpatialAttention
+from exactflow.nn.unet_parts import AttentionOrder
 
 Value = TypeVar("Value")
 Network = TypeVar("Network", UNet, ClassifierUNet)
@@ -203,23 +202,6 @@ def published_name(name: str) -> str:
         return _ENDS[name]
     owner, _, kind = name.rpartition(".")
     return f"{_ENDS[owner]}.{kind}"
-
-
-def with_attention_order(network: UNet, order: AttentionOrder) -> UNet:
-    """A copy of the network with equal outputs, whose qkv features have the given order."""
-    config = dataclasses.replace(network.config, attention_order=order)
-    with torch.device("meta"):
-        copy = UNet(config)
-    state = {name: value.clone() for name, value in network.state_dict().items()}
-    for name, layer in network.named_modules():
-        if isinstance(layer, SpatialAttention) and layer.order != order:
-            # rows (head, q | k | v, channel) <-> rows (q | k | v, head, channel)
-            outer = (-1, 3) if order == "new" else (3, -1)
-            for key in (f"{name}.qkv.weight", f"{name}.qkv.bias"):
-                rows = state[key].view(*outer, layer.head_channels, *state[key].shape[1:])
-                state[key] = rows.transpose(0, 1).reshape(state[key].shape)
-    copy.load_state_dict(state, assign=True)
-    return copy.train(network.training)
 
 
 def _check_keys(state: Mapping[str, Tensor], what: str, *keys: str) -> None:
