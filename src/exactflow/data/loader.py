@@ -174,7 +174,7 @@ def _gather_all(
         sampler=requests,
         batch_size=None,  # a request is a whole batch
         num_workers=num_workers,
-        worker_init_fn=_heed_parent_alone,
+        worker_init_fn=_exit_with_parent,
         # The loader draws a seed for its workers; from the global generator it would make the
         # noise of training depend on num_workers.
         generator=torch.Generator(),
@@ -212,7 +212,7 @@ def _from_workers(loader: DataLoader[Batch]) -> Iterator[Batch]:
         ) from error
 
 
-def _heed_parent_alone(worker: int) -> None:
+def _exit_with_parent(worker: int) -> None:
     """Let this process outlive orders to stop that all processes of a job get.
 
     The one that trains has a step to end, and to save; it ends this one when it needs it no more.

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -107,20 +107,12 @@ def decode_to_memory(selection: Selection) -> Decoded:
     Raises:
         DataError: an image is unreadable or of another shape, and is not to be skipped.
     """
-    images = np.empty((len(selection.indices), *selection.shape), dtype=np.uint8)
-    count = 0
-    skipped: list[int] = []
     several: list[str] = []
     total = len(selection.indices)
     with shown_progress(total, "decoding images", after=PROGRESS_AFTER_SECONDS) as advance:
-        for block, bad in decode_blocks(selection, several):
-            images[count : count + len(block)] = block
-            count += len(block)
-            skipped += bad
-            advance(len(block) + len(bad))
+        images, skipped = decode_array(selection, several, advance=advance)
     tell_animations(several)
-    require_some(count, total)
-    images = images[:count]
+    require_some(len(images), total)
     images.setflags(write=False)
     labels, names = without_skipped(selection, skipped)
     return Decoded(images, labels, names, fingerprint(images, labels, selection.levels))
@@ -135,6 +127,32 @@ def fingerprint(images: Images, labels: np.ndarray | None, levels: int) -> str:
     for start in range(0, len(images), _IMAGES_PER_BLOCK):
         digest.update(images[start : start + _IMAGES_PER_BLOCK].tobytes())
     return digest.hexdigest()
+
+
+def decode_array(
+    selection: Selection,
+    several: list[str],
+    *,
+    workers: int | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> tuple[np.ndarray, list[int]]:
+    """All images of a selection, and the positions that were skipped.
+
+    Args:
+        selection: what to decode.
+        several: as in `decode_blocks`, like `workers` and the errors.
+        workers: threads.
+        advance: called with the number of images of each block.
+    """
+    images = np.empty((len(selection.indices), *selection.shape), dtype=np.uint8)
+    count = 0
+    skipped: list[int] = []
+    for block, bad in decode_blocks(selection, several, workers=workers):
+        images[count : count + len(block)] = block
+        count += len(block)
+        skipped += bad
+        advance(len(block) + len(bad))
+    return images[:count], skipped
 
 
 def decode_blocks(

@@ -15,7 +15,7 @@ _Task = TypeVar("_Task")
 
 @contextmanager
 def done_ahead(action: Callable[[_Task], None], threads: int) -> Iterator[Callable[[_Task], None]]:
-    """Yield `want(task)`, which has `action(task)` done soon, in the order of the wishes.
+    """Yield `want(task)`, which has `action(task)` done soon: first requested, first served.
 
     An action that fails with a DataError or OSError is left undone: whoever needs it done does it
     again, and meets the error where it can be told. Tasks not begun at the end are dropped.

@@ -86,7 +86,7 @@ class CachedFiles(ShardFiles):
         return self.cache.open(self.shards[shard])
 
     def fetch(self, shard: int) -> None:
-        """Have it in the cache folder, for whoever opens it."""
+        """Download a shard unless it is in the cache folder."""
         self.cache.fetch(self.shards[shard])
 
 
@@ -128,15 +128,11 @@ class StreamedImages:
             return self[np.array([rows])][0]
         stored = self._selection.indices[rows]
         wanted, position = np.unique(stored, return_inverse=True)
-        images = np.empty((len(wanted), *self.shape[1:]), dtype=np.uint8)
         # Workers of a loader share the cores already.
         threads = 1 if get_worker_info() is not None else None
-        count = 0
         part = replace(self._selection, indices=wanted)
         several: list[str] = []
-        for block, _ in store.decode_blocks(part, several, workers=threads):
-            images[count : count + len(block)] = block
-            count += len(block)
+        images, _ = store.decode_array(part, several, workers=threads)
         if several and not self._told:
             self._told = True
             store.tell_animations(several)
