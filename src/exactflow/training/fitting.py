@@ -6,7 +6,7 @@ finished one returns at once.
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import final
@@ -80,14 +80,7 @@ def fit_closed_form(
     checkpoints = disk.Checkpoints(folder / "checkpoints", config.keep_checkpoints)
 
     def fitted() -> disk.Checkpoint:
-        began = time.perf_counter()
-        passes = GreyLevelPasses(dataset, config.batch_size, augmentation.flip, progress)
-        home = model.device
-        model.to("cpu" if home.type == "mps" else home)  # MPS has no float64
-        model.fit(passes, seed=config.seed, report=_say if progress else None)
-        model.to(home)
-        seconds = time.perf_counter() - began
-        state = disk.RunState(1, passes.images, seconds, step_seconds=seconds)
+        state = _fit(model, dataset, config, augmentation.flip, progress)
         weights = {disk.MODEL_FILE: lambda: disk.tensor_bytes(model.state_dict())}
         return checkpoints.save(state, identity, weights)
 
@@ -103,14 +96,35 @@ def fit_closed_form(
         times = (state.seconds, state.step_seconds)
         with closing(MetricsLog(folder, state.step, tensorboard, group)) as log:
             if log.last_step < state.step:
-                told = Progress(state.step, state.images, *times, model)
-                line = {"step": state.step, "images": state.images, "seconds": state.seconds}
-                line["step_seconds"] = state.step_seconds
-                line["loss"] = _loss(model, dataset, config.seed)
-                for call in (every or {}).values():
-                    line |= {name: float(value) for name, value in (call(told) or {}).items()}
-                log.write(line)
+                loss = _loss(model, dataset, config.seed)
+                log.write(_line(model, state, loss, (every or {}).values()))
             return FitResult(state.step, state.images, *times, found.folder, log.last)
+
+
+def _fit(
+    model: FittedFlow, dataset: ImageDataset, config: TrainConfig, flip: bool, progress: bool
+) -> disk.RunState:
+    """Fit the model; where the run stands afterwards."""
+    began = time.perf_counter()
+    passes = GreyLevelPasses(dataset, config.batch_size, flip, progress)
+    home = model.device
+    model.to("cpu" if home.type == "mps" else home)  # MPS has no float64
+    model.fit(passes, seed=config.seed, report=_say if progress else None)
+    model.to(home)
+    seconds = time.perf_counter() - began
+    return disk.RunState(1, passes.images, seconds, step_seconds=seconds)
+
+
+def _line(
+    model: FittedFlow, state: disk.RunState, loss: float, callbacks: Iterable[Callback]
+) -> dict[str, float]:
+    """The log's line, with the numbers that the callbacks return."""
+    line = {"step": state.step, "images": state.images, "seconds": state.seconds}
+    line |= {"step_seconds": state.step_seconds, "loss": loss}
+    told = Progress(state.step, state.images, state.seconds, state.step_seconds, model)
+    for call in callbacks:
+        line |= {name: float(value) for name, value in (call(told) or {}).items()}
+    return line
 
 
 @final
