@@ -341,7 +341,9 @@ def sampling(model: Flow, device: torch.device) -> Result:
     """Seconds of drawing samples by the default solver, and what it reports of itself."""
 
     def draw() -> exactflow.Samples:
-        return exactflow.sample(model, SAMPLES, on_nonfinite="omit")
+        return exactflow.sample(
+            model, SAMPLES, options=exactflow.SamplingOptions(on_nonfinite="omit")
+        )
 
     samples = draw()  # warms up
     took = interleaved({"draw": draw}, 3, device, at_most=SAMPLING_SECONDS)["draw"]

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
-from exactflow.sampling.autoregressive import Adaptive, Sequential, named_solvers
+from exactflow.sampling.flow_solvers import Adaptive, Sequential, per_block
+from exactflow.sampling.solvers import SOLVERS
 
 LEARNING_RATE = 3e-4
 RESERVE = 40.0  # seconds before the section's end when planning stops
@@ -139,7 +140,7 @@ def convergence(model: TarFlow) -> dict[str, Any]:
     """Passes that each block takes, in generation order: how far these weights are from random."""
     z, found = latents(model.config, OBSERVED, model.device), {}
     for name in ("jacobi", "adaptive"):
-        side = solver_side(model, named_solvers(name, len(model.blocks)), z)
+        side = solver_side(model, per_block(SOLVERS[name](), model), z)
         checked = side.attempt(side.check)
         found[name] = checked[1]["passes"] if checked else side.failed
     return found

@@ -35,10 +35,11 @@ from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 from exactflow.nn import compiled
 from exactflow.pictures.figures import GREY, RED, colors_of, in_style, new_figure, png_of
 from exactflow.pictures.profiles import inversion_plot
-from exactflow.sampling.autoregressive import Sequential, named_solvers
 from exactflow.sampling.certificate import Certificate
+from exactflow.sampling.flow_solvers import Adaptive, Sequential, per_block
 from exactflow.sampling.inversion import Inversion
 from exactflow.sampling.planner import make_plan
+from exactflow.sampling.solvers import SOLVERS
 from exactflow.training.optim import TrainConfig, make_optimizer
 
 CPU = torch.device("cpu")
@@ -305,13 +306,13 @@ def run_job(
     sides = {
         "baseline": plain_side(lambda: grown.decode(z)),
         "baseline, merged cache": plain_side(lambda: merged.decode(z)),
-        "sequential": solver_side(model, named_solvers("sequential", count), z),
+        "sequential": solver_side(model, [Sequential()] * count, z),
     }
     if compiled.available():
         steps = [Sequential(Decoding(step="compiled"))] * count
         sides["sequential, compiled"] = solver_side(model, steps, z)
     for name in ("jacobi", "gauss-seidel-jacobi", "selective", "adaptive"):
-        sides[name] = solver_side(model, named_solvers(name, count), z)
+        sides[name] = solver_side(model, per_block(SOLVERS[name](), model), z)
     planned: list[Solver] = []
     sides["plan"] = plan_side(model, planned, z)
     sides["plan + certificate"] = solver_side(model, planned, z, certified=True)
@@ -404,7 +405,7 @@ def bars(report: dict[str, Any]) -> bytes:
 
 def profile(model: TarFlow) -> bytes:
     """PNG: what the adaptive solver does."""
-    solvers = named_solvers("adaptive", len(model.blocks))
+    solvers = [Adaptive()] * len(model.blocks)
     inversion = Inversion(solvers, range(PROFILED), observe=True)
     model.decode(latents(model.config, PROFILED, CPU), solver=inversion)
     return inversion_plot([record.passes for record in inversion.records])

@@ -12,7 +12,7 @@ import exactflow
 from exactflow.core.transform import Decoding
 from exactflow.models.macow import published as macow_published
 from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
-from exactflow.sampling.autoregressive import Adaptive, GaussSeidelJacobi, Jacobi
+from exactflow.sampling.flow_solvers import Adaptive, GaussSeidelJacobi, Jacobi
 from exactflow.sampling.planner import make_plan
 
 warnings.simplefilter("error")
@@ -77,7 +77,7 @@ CASES = {
     "score: label": lambda: exactflow.log_likelihood(MODEL, GREY, torch.tensor([0, 7])),
     "sample: n": lambda: exactflow.sample(PLAIN, 0),
     "sample: solver": lambda: exactflow.sample(PLAIN, 1, solver="magic"),
-    "sample: tolerance": lambda: exactflow.sample(PLAIN, 1, tolerance=-1.0),
+    "sample: tolerance": lambda: exactflow.sample(PLAIN, 1, solver=Jacobi(tolerance=-1.0)),
     "sample: segments": lambda: exactflow.sample(PLAIN, 1, solver=GaussSeidelJacobi((1, 2))),
     "solver: start": lambda: Jacobi(start="noise"),
     "solver: window": lambda: Adaptive(window=0),
@@ -87,7 +87,9 @@ CASES = {
     "sample: labels": lambda: exactflow.sample(MODEL, 3, label=[0, 1]),
     "sample: guidance without label": lambda: exactflow.sample(MODEL, 1, guidance=1.0),
     "sample: negative guidance": lambda: exactflow.sample(MODEL, 1, label=0, guidance=-1.0),
-    "sample: denoise": lambda: exactflow.sample(PLAIN, 1, denoise=True),
+    "sample: denoise": lambda: exactflow.sample(
+        PLAIN, 1, options=exactflow.SamplingOptions(denoise=True)
+    ),
     "build: preset": lambda: exactflow.build("tarflow-tinny"),
     "build: field": lambda: exactflow.build("tarflow-tiny", blokcs=3),
     "build: type": lambda: exactflow.build("tarflow-tiny", blocks="three"),

@@ -107,7 +107,8 @@ def likelihood(model: GenerativeModel, images: Tensor, label: Tensor | None) -> 
 
 def samples(model: GenerativeModel, label: Tensor | None, solver: str, scale: float) -> str:
     steps = {"steps": 4} if solver in PATH_SOLVERS else {}
-    drawn = exactflow.sample(model, COUNT, label, 5, solver, scale, **steps)
+    chosen = exactflow.solvers.solver_for(model, solver, **steps)
+    drawn = exactflow.sample(model, COUNT, label, 5, chosen, scale)
     return digest(drawn.x)
 
 

@@ -370,7 +370,7 @@ def test_public_names_are_those_with_a_home() -> None:
         for alias in node.names
     }
     assert sorted(exactflow.__all__) == dir(exactflow) == sorted({*imported, "__version__"})
-    assert set(exactflow.__all__) - set(exactflow._HOMES) == {"__version__", "registry"}
+    assert set(exactflow.__all__) - set(exactflow._HOMES) == {"__version__", "registry", "solvers"}
     for name in exactflow.__all__:
         assert getattr(exactflow, name) is not None
 

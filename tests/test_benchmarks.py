@@ -197,13 +197,13 @@ def test_a_side_that_fails_costs_the_others_nothing() -> None:
     config = CONFIGS["unconditional"]
     model = perturbed(config)
     z = script("tarflow").latents(config, 2, torch.device("cpu"))
-    sequential = benchmark.named_solvers("sequential", 3)
+    sequential = [benchmark.Sequential()] * 3
     runs = iter([model.decode(z)])  # works for the check and fails when timed
     sides = {
         "sequential": benchmark.solver_side(model, sequential, z),
         "two for three": benchmark.solver_side(model, sequential[:2], z),
         "once": benchmark.plain_side(lambda: next(runs)),
-        "adaptive": benchmark.solver_side(model, benchmark.named_solvers("adaptive", 3), z),
+        "adaptive": benchmark.solver_side(model, [benchmark.Adaptive()] * 3, z),
     }
     rows = benchmark.compare(sides, model.decode(z), pairs=2)
     assert [row["side"] for row in rows] == list(sides)

@@ -12,6 +12,7 @@ from exactflow.models import registry
 from exactflow.models.macow.model import MaCowConfig
 from exactflow.models.tarflow.model import TarFlowConfig
 from exactflow.paths.chain_model import ChainModel
+from exactflow.sampling.solvers import solver_for
 
 SEEDS = 48
 OWN = [name for name in registry.names() if not registry.preset(name).published]
@@ -46,10 +47,10 @@ def train(model: GenerativeModel, images: torch.Tensor, steps: int, rate: float)
 
 def largest(model: GenerativeModel) -> float:
     """Over many seeds, of samples that must all be finite; the solver is the reference inverse."""
-    settings = {"solver": "sequential", "tolerance": 0.0} if isinstance(model, Flow) else {}
+    solver = solver_for(model, "sequential") if isinstance(model, Flow) else "auto"
     if not isinstance(model, Flow | ChainModel):
-        settings["steps"] = 6
-    drawn = exactflow.sample(model, SEEDS, batch_size=SEEDS, **settings)
+        solver = solver_for(model, steps=6)
+    drawn = exactflow.sample(model, SEEDS, solver=solver, batch_size=SEEDS)
     assert len(drawn.seeds) == SEEDS
     return float(drawn.x.detach().abs().max())
 

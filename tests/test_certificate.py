@@ -10,8 +10,9 @@ from exactflow.core.model import Flow
 from exactflow.core.random import generator, normal_rows
 from exactflow.core.transform import AutoregressiveTransform, Decoding
 from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
-from exactflow.sampling.autoregressive import Adaptive, Jacobi, Sequential
+from exactflow.sampling.flow_solvers import Adaptive, Jacobi, Sequential
 from exactflow.sampling.guidance import Guidance, GuidedTransform
+from exactflow.sampling.request import SamplingOptions
 from exactflow.sampling.sample import sample
 from exactflow.sampling.samples import Samples
 from flows import make, perturb
@@ -23,7 +24,7 @@ SOLVERS = {
     "jacobi, two iterations": Jacobi(2),
     "gauss-seidel-jacobi": "gauss-seidel-jacobi",
     "adaptive": "adaptive",
-    "window 3, loose": Adaptive(window=3, tolerance=0.1),
+    "window 3, loose": [Adaptive(window=3, tolerance=0.1)] * 3,
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -85,7 +86,9 @@ def test_the_claim_is_never_below_half_of_what_float64_finds(title: str, dtype: 
     finite = 0
     for seed, log_scale in enumerate((-4.0, -1.0, 0.0, 2.0, 4.0)):
         model = exploding(log_scale, seed, DTYPES[dtype])
-        drawn = sample(model, 3, solver=SOLVERS[title], on_nonfinite="omit")
+        drawn = sample(
+            model, 3, solver=SOLVERS[title], options=SamplingOptions(on_nonfinite="omit")
+        )
         finite += len(drawn.seeds)
         if drawn.seeds:
             assert claims_hold(model, drawn), log_scale
@@ -105,7 +108,7 @@ def test_guided_samples_are_encoded_by_guided_blocks(dtype: str) -> None:
 def test_rounding_of_a_reduced_network_counts() -> None:
     """In its own arithmetic a bfloat16 network agrees with itself; float64 tells the truth."""
     model = exploding(-2.0, 3, torch.bfloat16)
-    drawn = sample(model, 4, on_nonfinite="omit")
+    drawn = sample(model, 4, options=SamplingOptions(on_nonfinite="omit"))
     assert float(drawn.certificate.max()) > 0.1
     assert set(drawn.beyond_tolerance) == {
         seed

@@ -25,14 +25,9 @@ from exactflow.paths.chain import (
 from exactflow.paths.chain_model import ChainModel
 from exactflow.paths.path import DiscreteBetas
 from exactflow.paths.path_model import Prediction
-from exactflow.sampling.reverse import (
-    DDIM,
-    Ancestral,
-    ClassifierGuidance,
-    ReverseRule,
-    classifier_free,
-)
-from exactflow.sampling.sample_chain import sample_chain
+from exactflow.sampling.denoiser import ClassifierGuidance, Denoiser
+from exactflow.sampling.path_solvers import DDIM, Ancestral, ChainSolver
+from exactflow.sampling.sample import sample
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -460,8 +455,8 @@ def test_bound_refuses_what_is_not_finite_or_no_image() -> None:
 @pytest.mark.parametrize("clip", [True, False])
 def test_ddim_with_all_noise_is_ancestral_sampling(clip: bool) -> None:
     model = Oracle(chain(12, fixed_variance="small"), wavy)
-    ancestral = sample_chain(model, 4, rule=Ancestral(clip=clip))
-    implicit = sample_chain(model, 4, rule=DDIM(eta=1.0, clip=clip))
+    ancestral = sample(model, 4, solver=Ancestral(clip=clip))
+    implicit = sample(model, 4, solver=DDIM(eta=1.0, clip=clip))
     torch.testing.assert_close(implicit.x, ancestral.x, rtol=1e-8, atol=1e-9)
 
 
@@ -476,26 +471,26 @@ def test_ddim_without_noise_is_eulers_method() -> None:
         before = c.previous_alpha_bar[step]
         rate = (1 - before).sqrt() / before.sqrt() - sigma[step] / alpha[step]
         expected = before.sqrt() * (expected / alpha[step] + rate * eps)
-        x = DDIM(clip=False).advance(c, wavy, x, step, None, None)
+        x = DDIM(clip=False).advance(c, Denoiser(Oracle(c, wavy)), x, step)
         torch.testing.assert_close(x, expected, **EXACT)
 
 
 def test_ancestral_samples_of_an_ideal_model_follow_the_data() -> None:
     c, mean, std = chain(40), 0.2, 0.3
-    drawn = sample_chain(
-        Oracle(c, ideal_network(c, mean, std)), 400, rule=Ancestral(clip=False), batch_size=400
+    drawn = sample(
+        Oracle(c, ideal_network(c, mean, std)), 400, solver=Ancestral(clip=False), batch_size=400
     )
     left = float(posterior_of_gaussian(c, mean, std)[2][0])  # step 0 takes the mean
     assert float(drawn.x.mean()) == pytest.approx(mean, abs=4 * std / math.sqrt(6400))
     assert float(drawn.x.var()) == pytest.approx(std**2 - left, rel=4 * math.sqrt(2 / 6400))
 
 
-@pytest.mark.parametrize("rule", [Ancestral(), DDIM(), DDIM(eta=0.5)])
-def test_sample_k_belongs_to_seed_k(rule: ReverseRule) -> None:
+@pytest.mark.parametrize("solver", [Ancestral(), DDIM(), DDIM(eta=0.5)])
+def test_sample_k_belongs_to_seed_k(solver: ChainSolver) -> None:
     model, label = Oracle(chain(6), wavy), torch.tensor([0, 1, 2, 1, 0])
-    together = sample_chain(model, 5, label, 7, rule=rule)
-    by_two = sample_chain(model, 5, label, 7, rule=rule, batch_size=2)
-    alone = sample_chain(model, 1, label[3:4], 10, rule=rule)
+    together = sample(model, 5, label, 7, solver=solver)
+    by_two = sample(model, 5, label, 7, solver=solver, batch_size=2)
+    alone = sample(model, 1, label[3:4], 10, solver=solver)
     assert together.seeds == (7, 8, 9, 10, 11)
     torch.testing.assert_close(by_two.x, together.x, **EXACT)
     torch.testing.assert_close(alone.x, together.x[3:4], **EXACT)
@@ -510,9 +505,9 @@ def test_strided_samples_take_fewer_evaluations() -> None:
         asked.append(int(timestep[0]))
         return wavy(x_t, timestep, label)
 
-    drawn = sample_chain(Oracle(chain(100), network), 2, rule=DDIM(), respacing="ddim10")
+    drawn = sample(Oracle(chain(100), network), 2, solver=DDIM(10))
     assert drawn.evaluations == 10
-    assert asked == list(range(90, -1, -10)), "the network is told the original timesteps"
+    assert asked == list(range(99, -1, -11)), "the network is told the original timesteps"
 
 
 def test_samples_that_are_not_finite_are_an_error() -> None:
@@ -520,22 +515,22 @@ def test_samples_that_are_not_finite_are_an_error() -> None:
         return x_t * math.nan, None
 
     with pytest.raises(NonFiniteError, match="seed 5"):
-        sample_chain(Oracle(chain(4), broken), 2, seed=5)
+        sample(Oracle(chain(4), broken), 2, seed=5)
 
 
 def test_bad_requests_for_samples() -> None:
     model = Oracle(chain(4), wavy)
     with pytest.raises(ValueError, match="n >= 1"):
-        sample_chain(model, 0)
+        sample(model, 0)
     with pytest.raises(ValueError, match="eta"):
         DDIM(eta=1.5)
     with pytest.raises(ValueError, match="scale"):
         ClassifierGuidance(lambda x, t: x, -1.0)
     with pytest.raises(ValueError, match="scale"):
-        classifier_free(wavy, wavy, math.nan)
+        sample(model, 1, 0, guidance=math.nan)
     guidance = ClassifierGuidance(lambda x, t: x.flatten(1), 1.0)
     with pytest.raises(ValueError, match="needs labels"):
-        sample_chain(model, 1, guidance=guidance)
+        sample(model, 1, guidance=guidance)
 
 
 # Guidance.
@@ -547,15 +542,13 @@ def logistic(x: Tensor, timestep: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(score), score], dim=1)
 
 
-@pytest.mark.parametrize("rule", [Ancestral(), DDIM(), DDIM(eta=0.5)])
-def test_guidance_of_scale_zero_changes_nothing(rule: ReverseRule) -> None:
+@pytest.mark.parametrize("solver", [Ancestral(), DDIM(), DDIM(eta=0.5)])
+def test_guidance_of_scale_zero_changes_nothing(solver: ChainSolver) -> None:
     model, label = Oracle(chain(6), wavy), torch.tensor([0, 1])
-    plain = sample_chain(model, 2, label, rule=rule)
-    guided = sample_chain(model, 2, label, rule=rule, guidance=ClassifierGuidance(logistic, 0.0))
-    free = sample_chain(model, 2, label, rule=rule, wrap=lambda n: classifier_free(n, n, 0.0))
+    plain = sample(model, 2, label, solver=solver)
+    guided = sample(model, 2, label, solver=solver, guidance=ClassifierGuidance(logistic, 0.0))
     torch.testing.assert_close(guided.x, plain.x, rtol=1e-9, atol=1e-9)
-    assert torch.equal(free.x, plain.x)
-    assert (guided.classifier_evaluations, plain.classifier_evaluations) == (6, 0)
+    assert guided.evaluations == plain.evaluations == 6
 
 
 def gradient_of(x: Tensor, timestep: int, label: int) -> Tensor:
@@ -569,9 +562,9 @@ def test_a_classifier_shifts_the_mean_of_an_ancestral_step() -> None:
     c, x, label = chain(20).respaced("10"), normal(2, 1, 4, 4), torch.tensor([1, 1])
     kernel = c.reverse_kernel(wavy, x, torch.tensor([5, 5]), label, clip=True)
     shift = 3 * kernel.log_variance.exp() * gradient_of(x, int(c.timesteps[5]), 1)
-    guidance = ClassifierGuidance(logistic, 3.0)
+    denoiser = Denoiser(Oracle(c, wavy), label, ClassifierGuidance(logistic, 3.0))
     with torch.no_grad():
-        guided = Ancestral().advance(c, wavy, x, 5, label, None, guidance)
+        guided = Ancestral().advance(c, denoiser, x, 5)
     torch.testing.assert_close(guided, kernel.mean + shift, **EXACT)
 
 
@@ -583,17 +576,18 @@ def test_a_classifier_shifts_the_noise_of_a_ddim_step() -> None:
         sigma = (1 - c.alpha_bar[timestep]).sqrt()[:, None, None, None]
         return eps - 2 * sigma * gradient_of(x_t, int(timestep[0]), 0), None
 
-    rule = DDIM(clip=False)
-    guided = rule.advance(c, wavy, x, 5, label, None, ClassifierGuidance(logistic, 2.0))
-    torch.testing.assert_close(guided, rule.advance(c, shifted, x, 5, label, None), **EXACT)
+    solver, guidance = DDIM(clip=False), ClassifierGuidance(logistic, 2.0)
+    guided = solver.advance(c, Denoiser(Oracle(c, wavy), label, guidance), x, 5)
+    expected = solver.advance(c, Denoiser(Oracle(c, shifted), label), x, 5)
+    torch.testing.assert_close(guided, expected, **EXACT)
 
 
 def test_classifier_free_guidance_extrapolates() -> None:
     model, label = Oracle(chain(6), wavy), torch.tensor([2, 1])
     x, t = normal(2, 1, 4, 4), torch.tensor([3, 3])
-    eps, v = classifier_free(wavy, wavy, 1.5)(x, t, label)
+    eps, v = Denoiser(model, label, 1.5).noise(x, t, label)
     expected = 2.5 * wavy(x, t, label)[0] - 1.5 * wavy(x, t, None)[0]
     assert v is None
     torch.testing.assert_close(eps, expected, **EXACT)
-    drawn = sample_chain(model, 2, label, wrap=lambda n: classifier_free(n, n, 1.5))
+    drawn = sample(model, 2, label, guidance=1.5)
     assert drawn.evaluations == 12

@@ -131,7 +131,7 @@ def test_a_sample_that_fails_does_not_take_the_others(
     cli("sample", run, "--n", 3)
 
     def failing(*args: object, **options: object) -> exactflow.Samples:
-        assert options["on_nonfinite"] == "omit"
+        assert options["options"].on_nonfinite == "omit"
         drawn = exactflow.sample(*args, **options)
         rows = [0, 2]
         return replace(

@@ -19,8 +19,9 @@ from exactflow.core.model import GenerativeModel, NonFiniteError
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.likelihood.bound import chain_bound
 from exactflow.likelihood.log_likelihood import log_likelihood
-from exactflow.likelihood.ode_estimate import Grid, ode_log_likelihood
+from exactflow.likelihood.ode_estimate import ode_log_likelihood
 from exactflow.metrics.extractors import pixels
+from exactflow.paths.ode import Midpoint
 from exactflow.training.fitting import GreyLevelPasses
 from flows import perturb
 from processes import Command, Said, call
@@ -128,7 +129,7 @@ def test_likelihoods_are_those_of_the_verbs(
     assert found["tarflow"]["bits_per_dim"] == pytest.approx(direct, rel=1e-6)
     nats = chain_bound(models["iddpm"], many, evaluations=4).likelihood.nats
     assert found["iddpm"]["bits_per_dim"] == pytest.approx(float(-nats.mean()) / 64 / np.log(2))
-    nats = ode_log_likelihood(models["hdit"], few, solver=Grid("midpoint", 2)).nats
+    nats = ode_log_likelihood(models["hdit"], few, solver=Midpoint(2)).nats
     assert found["hdit"]["bits_per_dim"] == pytest.approx(float(-nats.mean()) / 64 / np.log(2))
     assert found["hdit"]["images"] == 6
     for likelihood in found.values():

@@ -18,6 +18,8 @@ from exactflow.models.diffusion.model import DiscreteDiffusion
 from exactflow.models.diffusion.openai import to_published
 from exactflow.models.hdit.model import HDiT
 from exactflow.models.macow import published as macow_published
+from exactflow.paths.ode import Euler
+from exactflow.sampling.path_solvers import Ancestral
 from processes import call
 
 TOLERANCE = 1e-5  # of the largest output
@@ -120,8 +122,8 @@ def test_original_numbers_through_the_front_door_and_back_from_disk(
     assert again.config == model.config
     check(again, told, expected)
     label = 1 if model.num_classes else None
-    solver = "euler" if name in HDITS else "ancestral"
-    drawn = [exactflow.sample(m, 2, label=label, steps=3, solver=solver).x for m in (model, again)]
+    solver = Euler(3) if name in HDITS else Ancestral(3)
+    drawn = [exactflow.sample(m, 2, label=label, solver=solver).x for m in (model, again)]
     assert torch.equal(*drawn)
 
 

@@ -21,8 +21,10 @@ from exactflow.models.diffusion.openai import unet_of
 from exactflow.models.diffusion.step_importance import HISTORY, UNIFORM_SHARE, StepImportance
 from exactflow.models.registry import FAMILIES
 from exactflow.paths.chain import MarkovChain
-from exactflow.sampling.reverse import DDIM
-from exactflow.sampling.sample_chain import sample_chain
+from exactflow.sampling.denoiser import ClassifierGuidance, Denoiser
+from exactflow.sampling.path_solvers import DDIM
+from exactflow.sampling.request import SamplingOptions
+from exactflow.sampling.sample import sample
 from flows import blueprint
 
 PRESETS = FAMILIES["diffusion"].presets
@@ -175,7 +177,7 @@ def test_published_ddim_sample(name: str) -> None:
     x, label = expected["noise"], expected.get("y")
     with torch.no_grad():
         for step in reversed(range(chain.steps)):
-            x = DDIM().advance(chain, model.predict_noise, x, step, label, None)
+            x = DDIM().advance(chain, Denoiser(model, label), x, step)
     # The same in float64 is 2e-5 away as well: that much is the original's own rounding.
     close(x, expected["ddim_sample"], 3 * TOLERANCE)
 
@@ -267,10 +269,10 @@ def test_hybrid_and_vlb_are_the_bound_in_their_units() -> None:
 def test_a_float64_model_gives_float64() -> None:
     model = tiny().double()
     assert model.loss(some_images(2)).dtype == torch.float64
-    drawn = sample_chain(model, 2)
+    drawn = sample(model, 2)
     assert drawn.x.dtype == torch.float64
     single = copy.deepcopy(model).float()
-    torch.testing.assert_close(sample_chain(single, 2).x.double(), drawn.x, rtol=0, atol=1e-3)
+    torch.testing.assert_close(sample(single, 2).x.double(), drawn.x, rtol=0, atol=1e-3)
 
 
 def test_the_path_asks_the_network_between_steps() -> None:
@@ -321,9 +323,31 @@ def test_an_upsampler_sees_the_small_image() -> None:
         model.predict_noise(x, step)
     with pytest.raises(ValueError, match="small images"):
         tiny().predict_noise(x, step, None, low)
-    together = sample_chain(model, 3, low=torch.linspace(-1, 1, 12).view(3, 1, 2, 2))
-    alone = sample_chain(model, 1, seed=2, low=torch.linspace(-1, 1, 12).view(3, 1, 2, 2)[2:])
+    small = torch.linspace(-1, 1, 12).view(3, 1, 2, 2)
+    together = sample(model, 3, batch_size=2, options=SamplingOptions(low=small))
+    alone = sample(model, 1, seed=2, options=SamplingOptions(low=small[2:]))
     torch.testing.assert_close(alone.x, together.x[2:])
+    with pytest.raises(ValueError, match="expected 2 small images, got 3"):
+        sample(model, 2, options=SamplingOptions(low=small))
+    with pytest.raises(ValueError, match="the solver ancestral or ddim, got Euler"):
+        sample(model, 3, solver="euler", options=SamplingOptions(low=small))
+
+
+def test_an_unconditional_model_is_guided_to_a_class_by_a_classifier() -> None:
+    model = tiny(num_classes=0).double()
+
+    def bright(x: Tensor, timestep: Tensor) -> Tensor:
+        score = x.flatten(1).mean(1)
+        return torch.stack([-score, score], dim=1)
+
+    dark, light = (
+        sample(model, 2, label, guidance=ClassifierGuidance(bright, 200.0)) for label in (0, 1)
+    )
+    assert bool((dark.x.mean((1, 2, 3)) < light.x.mean((1, 2, 3))).all())
+    assert light.label is not None
+    assert light.label.tolist() == [1, 1]
+    with pytest.raises(ValueError, match="unconditional"):
+        sample(model, 2, 1)
 
 
 def test_scoring_and_sampling_do_not_depend_on_the_batch_size() -> None:
@@ -335,7 +359,7 @@ def test_scoring_and_sampling_do_not_depend_on_the_batch_size() -> None:
         atol=1e-5,
     )
     torch.testing.assert_close(
-        sample_chain(model, 5, batch_size=2).x, sample_chain(model, 5).x, rtol=1e-4, atol=1e-4
+        sample(model, 5, batch_size=2).x, sample(model, 5).x, rtol=1e-4, atol=1e-4
     )
 
 

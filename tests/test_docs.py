@@ -21,8 +21,8 @@ from PIL import Image
 import exactflow
 from exactflow.cli import arguments, early, main, running
 from exactflow.likelihood import log_likelihood as scoring
-from exactflow.likelihood.ode_estimate import Grid
 from exactflow.models import registry
+from exactflow.paths.ode import Midpoint
 from exactflow.sampling import planner
 from flows import blueprint
 from processes import run
@@ -118,7 +118,7 @@ def test_examples_run(newcomer: Newcomer, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(newcomer.folder)
     monkeypatch.setenv("PWD", str(newcomer.folder))
     monkeypatch.setattr(planner, "ENOUGH", 0.01)  # seconds of timing: the choice is not tested
-    coarse = scoring.Effort(solver=Grid("midpoint", 4))  # nor is the number
+    coarse = scoring.Effort(solver=Midpoint(4))  # nor is the number
     monkeypatch.setattr(scoring, "FULL", coarse)
     for page, name in zip(PAGES, NAMES, strict=True):
         try:

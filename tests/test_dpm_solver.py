@@ -20,7 +20,8 @@ from exactflow.paths.path import (
     VariancePreserving,
 )
 from exactflow.paths.path_model import PathModel, Prediction
-from exactflow.sampling.dpm_solver import dpm_solver, log_snr_times
+from exactflow.sampling.denoiser import Denoiser
+from exactflow.sampling.path_solvers import DPMSolver, log_snr_times
 
 MEAN, STD = 0.3, torch.tensor([0.05, 0.5, 1.5], dtype=torch.float64).view(3, 1, 1)
 PATHS: dict[str, Path] = {
@@ -87,6 +88,11 @@ class Oracle(PathModel):
         return c * MEAN + ratio * (x - a * MEAN)
 
 
+def follow(model: PathModel, x: Tensor, times: Sequence[float]) -> Tensor:
+    """Along these times."""
+    return DPMSolver(len(times) - 1).solve(Denoiser(model), x, times)
+
+
 def start(samples: int) -> Tensor:
     return torch.randn(samples, 3, 1, 1, generator=torch.Generator().manual_seed(0)).double()
 
@@ -106,9 +112,8 @@ def test_order_two(name: str) -> None:
     span = (0.02, 0.98)
     errors, counts = [], [40, 80, 160, 320]
     for steps in counts:
-        solved = dpm_solver(model, x, log_snr_times(model.path, steps, span))
-        errors.append(float((solved.x - model.flow(x, *span)).abs().max()))
-        assert solved.evaluations == steps
+        solved = follow(model, x, log_snr_times(model.path, steps, span))
+        errors.append(float((solved - model.flow(x, *span)).abs().max()))
     logs = [[math.log(v) for v in values] for values in (counts, errors)]
     pairs = [itertools.pairwise(values) for values in logs]
     slopes = [(d - c) / (b - a) for (a, b), (c, d) in zip(*pairs, strict=True)]
@@ -117,8 +122,9 @@ def test_order_two(name: str) -> None:
 
 def test_evaluations_are_counted() -> None:
     model = Oracle(Cosine())
-    solved = dpm_solver(model, start(5), log_snr_times(model.path, 7, (0.1, 0.9)))
-    assert model.batches == [5] * solved.evaluations == [5] * 7
+    denoiser = Denoiser(model)
+    DPMSolver(7).solve(denoiser, start(5), log_snr_times(model.path, 7, (0.1, 0.9)))
+    assert model.batches == [5] * denoiser.evaluations == [5] * 7
 
 
 @pytest.mark.parametrize("name", ["straight", "interpolated"])
@@ -126,21 +132,21 @@ def test_from_noise_to_data(name: str) -> None:
     """To the path's very end, where the straight path has no noise and infinite log-SNR."""
     model, x = Oracle(PATHS[name]), start(16)
     first, last = model.path.span
-    solved = dpm_solver(model, x, [first, *edm_times(model.path, 200, 80.0, 0.002)])
-    torch.testing.assert_close(solved.x, model.flow(x, first, last), rtol=0, atol=3e-3)
+    solved = follow(model, x, [first, *edm_times(model.path, 200, 80.0, 0.002)])
+    torch.testing.assert_close(solved, model.flow(x, first, last), rtol=0, atol=3e-3)
 
 
 def test_one_step_takes_the_posterior_mean() -> None:
     model, x = Oracle(Straight()), start(4)
-    solved = dpm_solver(model, x, [0.0, 1.0])
-    torch.testing.assert_close(solved.x, torch.full_like(x, MEAN))
+    solved = follow(model, x, [0.0, 1.0])
+    torch.testing.assert_close(solved, torch.full_like(x, MEAN))
 
 
 def test_samples_are_independent_of_their_batch() -> None:
     model, x = Oracle(VariancePreserving()), start(6)
     times = log_snr_times(model.path, 12)
-    together = dpm_solver(model, x, times).x
-    alone = torch.cat([dpm_solver(model, row[None], times).x for row in x])
+    together = follow(model, x, times)
+    alone = torch.cat([follow(model, row[None], times) for row in x])
     assert torch.equal(together, alone)
 
 
@@ -157,7 +163,7 @@ def test_bad_input() -> None:
     model = Oracle(Straight())
     for times in ([0.5], [0.5, 0.4], [0.5, 1.5]):
         with pytest.raises(ValueError, match="rising in"):
-            dpm_solver(model, start(1), times)
+            DPMSolver(1).solve(Denoiser(model), start(1), times)
     with pytest.raises(ValueError, match="finite log-SNR"):
         log_snr_times(Straight(), 10)
     with pytest.raises(ValueError, match="at least one step"):

@@ -7,9 +7,10 @@ import torch
 
 import exactflow
 from exactflow.comparison.report import Report
-from exactflow.likelihood.ode_estimate import Grid, ode_log_likelihood
+from exactflow.likelihood.ode_estimate import ode_log_likelihood
 from exactflow.likelihood.value import LogLikelihood
 from exactflow.metrics.bits_per_dim import Evaluation
+from exactflow.paths.ode import Euler
 from exactflow.paths.path_model import PathModel
 
 
@@ -18,7 +19,7 @@ def scored(name: str, **fields: Any) -> LogLikelihood:
     model = exactflow.build(name, **fields)
     assert isinstance(model, PathModel)
     images = torch.zeros(2, *model.event_shape, dtype=torch.int64)
-    return ode_log_likelihood(model, images, solver=Grid("euler", 1))
+    return ode_log_likelihood(model, images, solver=Euler(1))
 
 
 @pytest.mark.parametrize(

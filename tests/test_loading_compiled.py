@@ -8,9 +8,9 @@ import pytest
 import exactflow
 from exactflow.core.model import Flow
 from exactflow.nn import compiled
-from exactflow.sampling.autoregressive import Sequential
+from exactflow.sampling.flow_solvers import Sequential
 from exactflow.sampling.plan import BlockPlan, Candidate, InversionPlan, keep_plans
-from exactflow.sampling.planner import machine, planned_solvers
+from exactflow.sampling.planner import Planned, machine
 from flows import make
 
 pytestmark = pytest.mark.skipif(not compiled.available(), reason="the extra `fast` is not here")
@@ -32,7 +32,7 @@ def saved(tmp_path: Path) -> Flow:
 
 
 def steps(model: Flow, batches: int) -> set[str]:
-    solvers = planned_solvers(model, 4, 1.0, batches)
+    solvers = Planned(1.0).of_blocks(model, 4, batches)
     return {solver.decoding.step for solver in solvers if isinstance(solver, Sequential)}
 
 
@@ -62,10 +62,10 @@ def test_loading_is_no_part_of_the_seconds(saved: Flow, monkeypatch: pytest.Monk
     keep_plans(saved.home, [plan_of(saved, 9.0, 0.1, COMPILED)])
     monkeypatch.setattr(compiled._Clock, "seconds", 0.0)
     monkeypatch.setattr(compiled._Clock, "known", set())
-    first = exactflow.sample(saved, 4, tolerance=1.0)
+    first = exactflow.sample(saved, 4, solver=Planned(1.0))
     assert first.loading == compiled.seconds_loading() > 0
     assert first.seconds > 0
-    again = exactflow.sample(saved, 4, tolerance=1.0)
+    again = exactflow.sample(saved, 4, solver=Planned(1.0))
     assert again.loading == 0
     assert again.x.equal(first.x)
     assert replace(again, loading=1.0).loading == 1.0

@@ -11,9 +11,15 @@ import torch
 import exactflow
 from exactflow.core.model import GenerativeModel, NonFiniteError
 from exactflow.likelihood.draws import Draws
-from exactflow.likelihood.ode_estimate import Dopri5, Grid, Hutchinson, ode_log_likelihood
+from exactflow.likelihood.ode_estimate import Hutchinson, ode_log_likelihood
+from exactflow.paths.ode import Dopri5, Euler, Heun
 from exactflow.paths.path_model import PathModel
+from exactflow.sampling.denoiser import ClassifierGuidance
+from exactflow.sampling.flow_solvers import Sequential
 from exactflow.sampling.guidance import Guidance
+from exactflow.sampling.path_solvers import DDIM, Ancestral
+from exactflow.sampling.request import SamplingOptions
+from exactflow.sampling.solvers import solver_for
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +33,7 @@ def models() -> dict[str, GenerativeModel]:
     }
 
 
+LOW, BY_CLASSIFIER = torch.zeros(1, 1, 2, 2), ClassifierGuidance(lambda x, t: x.flatten(1), 1.0)
 NO_MEANING: list[tuple[str, dict[str, Any], str]] = [
     ("chain", {"steps": 21}, r"expected 2 \.\. 20 steps of this chain, got 21"),
     ("chain", {"solver": "ddim", "steps": 21}, r"expected 2 \.\. 20 steps of this chain, got 21"),
@@ -40,7 +47,11 @@ NO_MEANING: list[tuple[str, dict[str, Any], str]] = [
     ("path", {"solver": "dopri5", "steps": 9}, "steps has no meaning for the solver 'dopri5'"),
     ("path", {"guidance": -1.0, "label": 0}, "expected a finite guidance scale >= 0, got -1"),
     ("path", {"guidance": math.inf, "label": 0}, "expected a finite guidance scale >= 0, got inf"),
-    ("path", {"temperature": 0.5}, "temperature has no meaning for this model"),
+    (
+        "path",
+        {"options": SamplingOptions(temperature=0.5)},
+        "temperature has no meaning for this model",
+    ),
     ("path", {"guidance": Guidance(1.0, rule="gaussian-score")}, "guidance rule 'gaussian-score'"),
     ("path", {"guidance": Guidance(1.0, schedule="constant")}, "guidance schedule 'constant'"),
     ("chain", {"guidance": Guidance(0.0, temperature=0.3)}, "guidance temperature 0.3 has no"),
@@ -48,6 +59,16 @@ NO_MEANING: list[tuple[str, dict[str, Any], str]] = [
     ("flow", {"steps": 0}, "steps has no meaning for this model"),
     ("flow", {"tolerance": -1.0}, "expected a finite tolerance >= 0, got -1"),
     ("flow", {"tolerance": math.nan}, "expected a finite tolerance >= 0, got nan"),
+    ("flow", {"eta": 0.5}, "eta has no meaning for this model"),
+    ("chain", {"eta": 0.5}, "eta has no meaning for the solver 'ancestral'"),
+    ("path", {"eta": 0.5}, "eta has no meaning for this model"),
+    ("flow", {"solver": "sequential", "tolerance": 0.1}, "tolerance has no .* 'sequential'"),
+    ("path", {"solver": DDIM(5)}, r"expected solver auto \| euler .*, got DDIM\(steps=5"),
+    ("flow", {"solver": Heun(5)}, r"expected solver auto \| sequential .*, got Heun\(steps=5\)"),
+    ("path", {"solver": Sequential()}, r"expected solver auto \| euler .*, got Sequential"),
+    ("flow", {"options": SamplingOptions(low=LOW)}, "low has no meaning for this model"),
+    ("flow", {"guidance": BY_CLASSIFIER, "label": 0}, "a flow is not guided by a classifier"),
+    ("path", {"guidance": BY_CLASSIFIER, "label": 0}, "the solver ancestral or ddim, got Heun"),
     ("flow", {"guidance": math.inf, "label": 0}, "expected a finite guidance scale >= 0"),
 ]
 
@@ -56,24 +77,32 @@ NO_MEANING: list[tuple[str, dict[str, Any], str]] = [
 def test_what_has_no_meaning_is_refused(
     kind: str, options: dict[str, Any], message: str, models: dict[str, GenerativeModel]
 ) -> None:
+    owned = {k: v for k, v in options.items() if k in ("steps", "tolerance", "eta")}
+    others = {k: v for k, v in options.items() if k not in ("solver", *owned)}
+
+    def draw() -> None:
+        solver = options.get("solver", "auto")
+        if isinstance(solver, str):
+            solver = solver_for(models[kind], solver, **owned)
+        exactflow.sample(models[kind], 1, solver=solver, **others)
+
     with pytest.raises(ValueError, match=message):
-        exactflow.sample(models[kind], 1, **options)
+        draw()
 
 
 def test_what_has_one_meaning_may_be_said_in_both_ways(models: dict[str, GenerativeModel]) -> None:
     """A scale, or a rule that is nothing but its scale."""
-    plain = exactflow.sample(models["path"], 1, 0, guidance=1.5, solver="euler", steps=2)
-    ruled = exactflow.sample(models["path"], 1, 0, guidance=Guidance(1.5), solver="euler", steps=2)
+    plain = exactflow.sample(models["path"], 1, 0, guidance=1.5, solver=Euler(2))
+    ruled = exactflow.sample(models["path"], 1, 0, guidance=Guidance(1.5), solver=Euler(2))
     assert torch.equal(plain.x, ruled.x)
     whole = exactflow.sample(models["chain"], 1, 0)
-    assert torch.equal(exactflow.sample(models["chain"], 1, 0, steps=20).x, whole.x)
+    assert torch.equal(exactflow.sample(models["chain"], 1, 0, solver=Ancestral(20)).x, whole.x)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (lambda: {"solver": Grid("dopri5", 5)}, "euler | midpoint | heun"),
-        (lambda: {"solver": Grid("heun", 0)}, "steps of at least 1"),
+        (lambda: {"solver": Heun(0)}, "expected steps >= 1, got 0"),
         (lambda: {"solver": Dopri5(0.0)}, "expected tolerance > 0, got 0"),
         (lambda: {"trace": Hutchinson(probes=0)}, "probes of at least 1"),
         (lambda: {"draws": Draws(k=0)}, "k >= 1"),
@@ -98,8 +127,9 @@ def test_a_sample_that_fails_is_left_out_where_that_is_asked_for(
 ) -> None:
     """`on_nonfinite` was without effect on paths: a training's grid of samples ended the run."""
     model = models[kind]
-    settings: dict[str, Any] = {"solver": solver, "seed": 5, "batch_size": 2}
-    settings |= {"tolerance": 1e-2} if solver == "dopri5" else {"steps": 3}
+    owned: dict[str, Any] = {"tolerance": 1e-2} if solver == "dopri5" else {"steps": 3}
+    settings: dict[str, Any] = {"seed": 5, "batch_size": 2}
+    settings["solver"] = solver_for(model, solver, **owned)
     labels = torch.tensor([0, 1, 0])
     whole = exactflow.sample(model, 3, labels, **settings)
 
@@ -113,7 +143,9 @@ def test_a_sample_that_fails_is_left_out_where_that_is_asked_for(
     try:
         with pytest.raises(NonFiniteError, match="sample of seed 6"):
             exactflow.sample(model, 3, labels, **settings)
-        drawn = exactflow.sample(model, 3, labels, **settings, on_nonfinite="omit")
+        drawn = exactflow.sample(
+            model, 3, labels, **settings, options=SamplingOptions(on_nonfinite="omit")
+        )
     finally:
         handle.remove()
     assert drawn.seeds == (5, 7)

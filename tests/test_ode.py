@@ -18,19 +18,31 @@ from exactflow.core.random import generator
 from exactflow.likelihood import ode_estimate
 from exactflow.likelihood.draws import Draws
 from exactflow.likelihood.ode_estimate import (
-    Dopri5,
     ExactTrace,
-    Grid,
     Hutchinson,
     ode_log_likelihood,
     with_divergence,
 )
-from exactflow.paths.ode import OdeSolver, State, edm_times, solve, uniform_times
+from exactflow.paths.ode import (
+    ODE_SOLVERS,
+    Dopri5,
+    Euler,
+    Field,
+    FixedSteps,
+    Heun,
+    Midpoint,
+    OdeMethod,
+    OdeSolver,
+    Solution,
+    State,
+    edm_times,
+    uniform_times,
+)
 from exactflow.paths.path import Path, Polynomial, Straight, VariancePreserving
 from exactflow.paths.path_model import PathModel, Prediction
 from test_paths import DIMS, PATHS, SHAPE, GaussianModel, covariance
 
-FIXED: dict[OdeSolver, int] = {"euler": 1, "midpoint": 2, "heun": 2}  # their orders
+FIXED: dict[OdeMethod, int] = {"euler": 1, "midpoint": 2, "heun": 2}  # their orders
 
 
 @final
@@ -99,11 +111,16 @@ def velocity(model: PathModel) -> ode_estimate.Field:
     return field
 
 
+def solve(field: Field, state: State, times: Sequence[float], solver: OdeMethod) -> Solution:
+    """By a solver of fixed steps, between these times."""
+    return ODE_SOLVERS[solver](len(times) - 1).solve(field, state, times)
+
+
 def log_density(x: Tensor) -> Tensor:
     return torch.distributions.Normal(0.0, 1.0).log_prob(x).flatten(1).sum(1)
 
 
-GRIDS: list[tuple[OdeSolver, float]] = [
+GRIDS: list[tuple[OdeMethod, float]] = [
     ("euler", 0.1),
     ("euler", 0.3),
     ("midpoint", 0.1),
@@ -112,7 +129,7 @@ GRIDS: list[tuple[OdeSolver, float]] = [
 
 
 @pytest.mark.parametrize(("solver", "step"), GRIDS)
-def test_golden_fixed_steps(solver: OdeSolver, step: float, published: dict[str, Tensor]) -> None:
+def test_golden_fixed_steps(solver: OdeMethod, step: float, published: dict[str, Tensor]) -> None:
     model, times = LinearField(published["M"], (3, 2, 2)), stepped(step)
     name = f"{solver}.step_{step}"
     forward = solve(velocity(model), (published["x_0"],), times, solver)
@@ -127,7 +144,7 @@ def test_golden_fixed_steps(solver: OdeSolver, step: float, published: dict[str,
 
 
 @pytest.mark.parametrize("solver", ["euler", "midpoint"])
-def test_golden_time_grid(solver: OdeSolver, published: dict[str, Tensor]) -> None:
+def test_golden_time_grid(solver: OdeMethod, published: dict[str, Tensor]) -> None:
     model, grid = LinearField(published["M"], (3, 2, 2)), published["time_grid"].tolist()
     for stop in range(2, len(grid) + 1):
         got = solve(velocity(model), (published["x_0"],), grid[:stop], solver).state[0]
@@ -154,12 +171,12 @@ def test_golden_dopri5(tolerance: float, published: dict[str, Tensor]) -> None:
     """Against the closed form: an adaptive solver's digits are its own."""
     model = LinearField(published["M"], (3, 2, 2))
     start = (published["x_0"],)
-    got = solve(velocity(model), start, [0.0, 1.0], "dopri5", tolerance).state[0]
+    got = Dopri5(tolerance).solve(velocity(model), start, [0.0, 1.0]).state[0]
     slack = 100 * tolerance
     torch.testing.assert_close(got, published["exact.x_1_from_x_0"], rtol=slack, atol=slack)
     state = (published["x_1"], torch.zeros(4, 1, dtype=torch.float64))
     field = with_divergence(model, None, None)
-    x, log_det = solve(field, state, [1.0, 0.0], "dopri5", tolerance).state
+    x, log_det = Dopri5(tolerance).solve(field, state, [1.0, 0.0]).state
     torch.testing.assert_close(x, published["exact.x_0_from_x_1"], rtol=slack, atol=slack)
     torch.testing.assert_close(
         log_density(x) + log_det[:, 0], published["exact.log_prob"], rtol=slack, atol=slack
@@ -167,7 +184,7 @@ def test_golden_dopri5(tolerance: float, published: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("solver", FIXED)
-def test_solver_order(solver: OdeSolver, published: dict[str, Tensor]) -> None:
+def test_solver_order(solver: OdeMethod, published: dict[str, Tensor]) -> None:
     """The slope of log error over log step is the order, of point and of log-density alike."""
     model = LinearField(published["M"], (3, 2, 2))
     steps = [20, 40, 80, 160]
@@ -187,7 +204,7 @@ def test_solver_order(solver: OdeSolver, published: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("solver", FIXED)
-def test_samples_do_not_depend_on_their_batch(solver: OdeSolver) -> None:
+def test_samples_do_not_depend_on_their_batch(solver: OdeMethod) -> None:
     model, x = GaussianModel(Straight()), torch.randn(5, *SHAPE, dtype=torch.float64)
     times = uniform_times(7)
     together = solve(velocity(model), (x,), times, solver).state[0]
@@ -203,7 +220,7 @@ def test_dopri5_stays_within_its_times_and_counts(ends: tuple[float, float]) -> 
         asked.append(t)
         return (torch.sin(5 * state[0]) + t,)
 
-    solution = solve(field, (torch.ones(3, dtype=torch.float64),), ends, "dopri5", 1e-6)
+    solution = Dopri5(1e-6).solve(field, (torch.ones(3, dtype=torch.float64),), ends)
     assert float(torch.cat(asked).min()) >= min(ends)
     assert float(torch.cat(asked).max()) <= max(ends)
     assert solution.evaluations == len(asked) > 6
@@ -211,7 +228,7 @@ def test_dopri5_stays_within_its_times_and_counts(ends: tuple[float, float]) -> 
 
 def test_dopri5_fails_with_words() -> None:
     with pytest.raises(NonFiniteError, match=r"from t = 0\.0 to 1\.0 with tolerance 1e-05"):
-        solve(lambda t, state: (state[0] ** 2,), (torch.full((1,), 2.0),), [0.0, 1.0], "dopri5")
+        Dopri5().solve(lambda t, state: (state[0] ** 2,), (torch.full((1,), 2.0),), [0.0, 1.0])
 
 
 def test_time_grids() -> None:
@@ -235,10 +252,13 @@ def test_time_grids() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: solve(lambda t, s: s, (torch.ones(1),), [0.0, 1.0, 0.5]), "rising or falling"),
-        (lambda: solve(lambda t, s: s, (torch.ones(1),), [0.0]), "at least two times"),
         (
-            lambda: solve(lambda t, s: s, (torch.ones(1),), [0.0, 1.0], "dopri5", 0.0),
+            lambda: Euler(2).solve(lambda t, s: s, (torch.ones(1),), [0.0, 1.0, 0.5]),
+            "rising or falling",
+        ),
+        (lambda: Euler(1).solve(lambda t, s: s, (torch.ones(1),), [0.0]), "expected 2 times"),
+        (
+            lambda: Dopri5(0.0).solve(lambda t, s: s, (torch.ones(1),), [0.0, 1.0]),
             "tolerance > 0, got 0.0",
         ),
         (lambda: uniform_times(0), "at least one step, got 0"),
@@ -258,7 +278,7 @@ def test_sampler_reproduces_the_gaussian(name: str, prediction: Prediction) -> N
     model = GaussianModel(PATHS[name], prediction)
     first, last = model.span
     basis = torch.cat([torch.zeros(1, DIMS), torch.eye(DIMS)]).double().view(-1, *SHAPE)
-    ends = solve(velocity(model), (basis,), [first, last], "dopri5", 1e-9).state[0].flatten(1)
+    ends = Dopri5(1e-9).solve(velocity(model), (basis,), [first, last]).state[0].flatten(1)
     offset, linear = ends[0], (ends[1:] - ends[0]).T
     torch.testing.assert_close(offset, model.mean.detach(), rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(linear @ linear.T, model.cov.detach(), rtol=2e-3, atol=2e-3)
@@ -278,7 +298,7 @@ def test_estimate_meets_the_density(name: str) -> None:
     ]
     x = grey.dequantize(images, torch.stack(noise), 16)
     first, last = model.span
-    z = solve(velocity(model), (x,), [last, first], "dopri5", 1e-9).state[0]
+    z = Dopri5(1e-9).solve(velocity(model), (x,), [last, first]).state[0]
     gap = model.law(first).log_prob(z.flatten(1)) - log_density(z)
     expected = (model.law(last).log_prob(x.flatten(1)) - gap - DIMS * math.log(8)).detach()
     torch.testing.assert_close(result.nats, expected, rtol=0, atol=2e-5)
@@ -310,7 +330,7 @@ def test_sign_of_the_divergence() -> None:
 def test_hutchinson_is_exact_for_a_diagonal_jacobian() -> None:
     model = GaussianModel(Straight(), cov=torch.diag(torch.tensor([0.1, 0.2, 0.3, 0.4])).double())
     images = torch.randint(16, (4, *SHAPE), generator=torch.Generator().manual_seed(0))
-    grid = Grid("midpoint", 20)
+    grid = Midpoint(20)
     exact = ode_log_likelihood(model, images, solver=grid, trace=ExactTrace())
     probed = ode_log_likelihood(model, images, solver=grid, trace=Hutchinson(probes=2))
     torch.testing.assert_close(probed.nats, exact.nats, rtol=0, atol=1e-10)
@@ -324,7 +344,7 @@ def test_hutchinson_is_exact_for_a_diagonal_jacobian() -> None:
 def test_hutchinson_is_unbiased_and_knows_its_error(probe: ode_estimate.Probe) -> None:
     model = GaussianModel(Polynomial(2.0))
     images = torch.randint(16, (8, *SHAPE), generator=torch.Generator().manual_seed(0))
-    grid = Grid("heun", 8)
+    grid = Heun(8)
     exact = ode_log_likelihood(model, images, solver=grid, trace=ExactTrace())
 
     def errors(probes: int) -> tuple[Tensor, Tensor]:
@@ -354,7 +374,7 @@ def test_estimate_rises_with_k_on_average() -> None:
     nats = [
         float(
             ode_log_likelihood(
-                model, images, None, Draws(k), solver=Grid("heun", 10), trace=ExactTrace()
+                model, images, None, Draws(k), solver=Heun(10), trace=ExactTrace()
             ).nats.mean()
         )
         for k in (1, 4, 16)
@@ -363,8 +383,8 @@ def test_estimate_rises_with_k_on_average() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", [Grid("heun", 10), Dopri5(1e-7)])
-def test_estimate_is_a_function_of_seed_and_index(solver: Grid | Dopri5) -> None:
+@pytest.mark.parametrize("solver", [Heun(10), Dopri5(1e-7)])
+def test_estimate_is_a_function_of_seed_and_index(solver: OdeSolver) -> None:
     model = GaussianModel(Straight())
     images = torch.randint(16, (7, *SHAPE), generator=torch.Generator().manual_seed(0))
     draws, how = Draws(k=2), {"solver": solver, "trace": Hutchinson(probes=3)}
@@ -374,7 +394,7 @@ def test_estimate_is_a_function_of_seed_and_index(solver: Grid | Dopri5) -> None
     torch.testing.assert_close(whole.nats, parts.nats, rtol=0, atol=1e-10)
     assert float((whole.nats - other.nats).abs().min()) > 1e-3
     facts = whole.details
-    if isinstance(solver, Grid):
+    if isinstance(solver, FixedSteps):
         evaluations = facts["evaluations"], parts.details["evaluations"]
         assert evaluations == pytest.approx((2 * 2 * 10, 2 * 2 * 10))
     assert (facts["steps"], facts["tolerance"]) == (solver.steps, solver.tolerance)
@@ -382,17 +402,13 @@ def test_estimate_is_a_function_of_seed_and_index(solver: Grid | Dopri5) -> None
 
 def test_estimate_names_its_ends() -> None:
     images = torch.full((2, *SHAPE), 15)
-    vp = ode_log_likelihood(
-        GaussianModel(VariancePreserving()), images, solver=Grid("euler", 2)
-    ).details
+    vp = ode_log_likelihood(GaussianModel(VariancePreserving()), images, solver=Euler(2)).details
     ends = VariancePreserving().at(torch.tensor([0.0, 1 - 1e-5], dtype=torch.float64))
     assert vp["blur"] == pytest.approx(float(ends.sigma[1] / ends.alpha[1]))
     alpha, variance = float(ends.alpha[0]), float(ends.sigma[0]) ** 2
     kl = 0.5 * DIMS * ((alpha * 15 / 16) ** 2 + variance - 1 - math.log(variance))
     assert vp["prior_gap"] == pytest.approx(kl, rel=1e-6)
-    blurred = ode_log_likelihood(
-        GaussianModel(Straight(0.01)), images, solver=Grid("euler", 2)
-    ).details
+    blurred = ode_log_likelihood(GaussianModel(Straight(0.01)), images, solver=Euler(2)).details
     assert (blurred["prior_gap"], blurred["blur"]) == (0.0, pytest.approx(0.01))
 
 
@@ -400,7 +416,7 @@ def test_estimate_of_a_uniform_model_is_what_the_prior_says() -> None:
     """The velocity 0: the density is the prior's, and a grey level's volume enters once."""
     model = LinearField(torch.zeros(4, 4, dtype=torch.float64), SHAPE, one_rate=True)
     images = torch.randint(16, (2, *SHAPE), generator=torch.Generator().manual_seed(0))
-    result = ode_log_likelihood(model, images, None, Draws(k=200), solver=Grid("euler", 1))
+    result = ode_log_likelihood(model, images, None, Draws(k=200), solver=Euler(1))
     edges = torch.linspace(-1, 1, 17, dtype=torch.float64)
     mass = torch.distributions.Normal(0.0, 1.0).cdf(edges).diff().log()
     expected = mass[images].flatten(1).sum(1)
@@ -411,5 +427,5 @@ def test_scoring_restores_the_mode_and_names_what_is_not_finite() -> None:
     model = GaussianModel(Straight(), cov=covariance() * math.nan).train()
     images = torch.zeros(2, *SHAPE, dtype=torch.int64)
     with pytest.raises(NonFiniteError, match="image 0 is nan"):
-        ode_log_likelihood(model, images, solver=Grid("euler", 2))
+        ode_log_likelihood(model, images, solver=Euler(2))
     assert model.training

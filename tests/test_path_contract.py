@@ -12,7 +12,10 @@ from exactflow.core.model import NonFiniteError
 from exactflow.data.datasets import ImageDataset
 from exactflow.models import registry
 from exactflow.paths.chain_model import ChainModel
+from exactflow.paths.ode import Dopri5, Euler, Heun
 from exactflow.paths.path_model import PathModel
+from exactflow.sampling.request import SamplingOptions
+from exactflow.sampling.solvers import solver_for
 from exactflow.training import TrainConfig, fit
 
 TINY = {"flow-matching-tiny": {}, "iddpm-tiny": {"diffusion_steps": 20}, "hdit-tiny": {}}
@@ -50,14 +53,15 @@ def test_every_family_on_a_path_is_here() -> None:
 def test_sample_k_belongs_to_seed_k_whatever_the_solver(name: str) -> None:
     model = make(name)
     for solver in solvers(model):
-        drawn = exactflow.sample(model, 3, seed=4, solver=solver, steps=6, batch_size=2)
+        chosen = solver_for(model, solver, steps=6)
+        drawn = exactflow.sample(model, 3, seed=4, solver=chosen, batch_size=2)
         assert drawn.x.shape == (3, *SHAPE)
         assert int(drawn.images.max()) < LEVELS
         passes = {"midpoint": 2, "heun": 2}.get(solver, 1) * 6 * 2  # two batches
         if solver != "auto":
             assert drawn.evaluations == passes
         assert bool(drawn.certificate.isnan().all())
-        alone = exactflow.sample(model, 1, seed=6, solver=solver, steps=6)
+        alone = exactflow.sample(model, 1, seed=6, solver=chosen)
         torch.testing.assert_close(alone.x[0], drawn.x[2], rtol=0, atol=1e-9)
 
 
@@ -65,8 +69,8 @@ def test_sample_k_belongs_to_seed_k_whatever_the_solver(name: str) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_an_adaptive_solver_agrees_with_fine_steps(name: str) -> None:
     model = make(name)
-    fine = exactflow.sample(model, 2, solver="heun", steps=60)
-    adaptive = exactflow.sample(model, 2, solver="dopri5", tolerance=1e-4)
+    fine = exactflow.sample(model, 2, solver=Heun(60))
+    adaptive = exactflow.sample(model, 2, solver=Dopri5(1e-4))
     difference = (fine.x - adaptive.x).abs().max()
     assert float(difference) < 0.1 * float(adaptive.x.abs().max())
 
@@ -76,9 +80,9 @@ def test_guidance_of_zero_changes_nothing_and_more_does(name: str) -> None:
     fields = {"num_classes": 3, "label_dropout": 0.1}
     model = make(name, **fields)
     labels = torch.tensor([0, 2])
-    plain = exactflow.sample(model, 2, labels, solver="euler", steps=5)
-    zero = exactflow.sample(model, 2, labels, solver="euler", steps=5, guidance=0.0)
-    more = exactflow.sample(model, 2, labels, solver="euler", steps=5, guidance=2.0)
+    plain = exactflow.sample(model, 2, labels, solver=Euler(5))
+    zero = exactflow.sample(model, 2, labels, solver=Euler(5), guidance=0.0)
+    more = exactflow.sample(model, 2, labels, solver=Euler(5), guidance=2.0)
     assert torch.equal(plain.x, zero.x)
     assert not torch.allclose(plain.x, more.x)
     assert more.evaluations == 2 * plain.evaluations
@@ -112,8 +116,8 @@ def test_a_saved_model_samples_alike(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = exactflow.from_pretrained(tmp_path)
     assert again.config == model.config
-    expected = exactflow.sample(model, 2, steps=4, solver="euler").x
-    assert torch.equal(exactflow.sample(again, 2, steps=4, solver="euler").x, expected)
+    expected = exactflow.sample(model, 2, solver=Euler(4)).x
+    assert torch.equal(exactflow.sample(again, 2, solver=Euler(4)).x, expected)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -152,15 +156,15 @@ def test_what_a_model_cannot_do_is_said(name: str) -> None:
     with pytest.raises(ValueError, match="expected solver auto"):
         exactflow.sample(model, 1, solver="jacobi")
     with pytest.raises(ValueError, match="trace has no meaning"):
-        exactflow.sample(model, 1, trace=True)
+        exactflow.sample(model, 1, options=SamplingOptions(trace=True))
     flow = registry.build("tarflow-tiny")
     with pytest.raises(ValueError, match="steps has no meaning"):
-        exactflow.sample(flow, 1, steps=3)
+        solver_for(flow, steps=3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="seed 7"):
-        exactflow.sample(model, 1, seed=7, steps=2, solver="euler")
+        exactflow.sample(model, 1, seed=7, solver=Euler(2))
 
 
 def test_parameter_rules_decide_rate_and_decay() -> None:

@@ -13,9 +13,9 @@ from exactflow.core.serialization import PLAN_FILE
 from exactflow.core.transform import Solver
 from exactflow.models.tarflow.model import TarFlow
 from exactflow.sampling import planner
-from exactflow.sampling.autoregressive import Adaptive, Sequential
+from exactflow.sampling.flow_solvers import Adaptive, Sequential
 from exactflow.sampling.plan import Candidate, InversionPlan, keep_plans, read_plans
-from exactflow.sampling.planner import make_plan, planned_solvers
+from exactflow.sampling.planner import Planned, make_plan
 from exactflow.sampling.sample import sample
 from flows import CONFIGS, make, perturb
 
@@ -109,11 +109,11 @@ def test_a_plan_survives_its_file_and_is_used_by_default(
     plan = make_plan(saved, 2)
     keep_plans(saved.home, [plan])
     assert read_plans(saved.home) == [plan]
-    assert all(isinstance(solver, Adaptive) for solver in planned_solvers(saved, 2, None))
-    assert all(isinstance(solver, Adaptive) for solver in planned_solvers(saved, 1, None))
+    assert all(isinstance(solver, Adaptive) for solver in Planned().of_blocks(saved, 2, 1))
+    assert all(isinstance(solver, Adaptive) for solver in Planned().of_blocks(saved, 1, 1))
     # more samples than were measured, or less error than was allowed: no
-    assert all(isinstance(solver, Sequential) for solver in planned_solvers(saved, 3, None))
-    assert all(isinstance(solver, Sequential) for solver in planned_solvers(saved, 2, 1e-6))
+    assert all(isinstance(solver, Sequential) for solver in Planned().of_blocks(saved, 3, 1))
+    assert all(isinstance(solver, Sequential) for solver in Planned(1e-6).of_blocks(saved, 2, 1))
     drawn = sample(saved, 2, 1)
     torch.testing.assert_close(drawn.x, expected.x, rtol=0, atol=1e-4)
     assert drawn.repairs == (0, 0)

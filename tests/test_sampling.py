@@ -12,10 +12,11 @@ from exactflow.core.random import normal_rows
 from exactflow.core.transform import AutoregressiveTransform
 from exactflow.latent.interpolation import interpolate, reconstruct
 from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
-from exactflow.sampling.autoregressive import Sequential
 from exactflow.sampling.denoise import score_denoise
+from exactflow.sampling.flow_solvers import Sequential
 from exactflow.sampling.guidance import Guidance, GuidedTransform
 from exactflow.sampling.inversion import Inversion
+from exactflow.sampling.request import SamplingOptions
 from exactflow.sampling.sample import sample
 from flows import CONFIGS, NAMES, make, perturb, some_grey_levels, some_labels
 
@@ -50,7 +51,7 @@ def test_default_and_named_solvers_agree_and_unknown_ones_are_refused() -> None:
 def test_samples_encode_to_the_latents_drawn(name: str) -> None:
     model = make(name)
     labels = some_labels(model, 4)
-    drawn = sample(model, 4, labels, denoise=False, trace=True)
+    drawn = sample(model, 4, labels, options=SamplingOptions(denoise=False, trace=True))
     assert drawn.trace is not None
     assert drawn.trace.shape == (len(model.stages) + 1, 4, *model.event_shape)
     z, _ = model.encode(drawn.x, labels)
@@ -164,10 +165,10 @@ def test_score_denoising_of_a_gaussian_is_its_closed_form() -> None:
 
 def test_noise_trained_models_denoise_by_default() -> None:
     model = make("gaussian noise")
-    noisy = sample(model, 2, denoise=False)
+    noisy = sample(model, 2, options=SamplingOptions(denoise=False))
     clean = sample(model, 2)
     torch.testing.assert_close(clean.x, score_denoise(model, noisy.x))
-    traced = sample(model, 2, trace=True)
+    traced = sample(model, 2, options=SamplingOptions(trace=True))
     assert traced.trace is not None
     assert len(traced.trace) == len(model.stages) + 2
     torch.testing.assert_close(traced.trace[-1], clean.x)
@@ -188,7 +189,7 @@ def test_a_non_finite_sample_is_an_error_that_names_block_token_and_seed() -> No
 
 
 def test_non_finite_samples_are_left_out_and_counted_on_request() -> None:
-    drawn = sample(exploding(), 3, on_nonfinite="omit")
+    drawn = sample(exploding(), 3, options=SamplingOptions(on_nonfinite="omit"))
     assert drawn.seeds == ()
     assert drawn.failures.keys() == {0, 1, 2}
     assert drawn.x.shape == (0, 3, 4, 4)
@@ -207,8 +208,8 @@ def test_a_failing_sample_does_not_disturb_the_others(
         rows[1, 2] = float("nan")
         return rows
 
-    monkeypatch.setattr("exactflow.sampling.sample.normal_rows", broken)
-    drawn = sample(model, 3, solver=solver, on_nonfinite="omit")
+    monkeypatch.setattr("exactflow.sampling.flow_sampler.normal_rows", broken)
+    drawn = sample(model, 3, solver=solver, options=SamplingOptions(on_nonfinite="omit"))
     assert drawn.seeds == (0, 2)
     assert drawn.failures == {1: "block 1 in generation order, token 1"}
     torch.testing.assert_close(drawn.x, good.x[[0, 2]], rtol=0, atol=1e-10)

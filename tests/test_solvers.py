@@ -15,24 +15,18 @@ from exactflow.core.model import Flow, NonFiniteError
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.data import DataConfig, load
 from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
-from exactflow.sampling.autoregressive import (
-    NAMES as SOLVER_NAMES,
-)
-from exactflow.sampling.autoregressive import (
-    Adaptive,
-    GaussSeidelJacobi,
-    Jacobi,
-    Sequential,
-    named_solvers,
-)
 from exactflow.sampling.certificate import backward_error, solved
+from exactflow.sampling.flow_solvers import Adaptive, GaussSeidelJacobi, Jacobi, Sequential
 from exactflow.sampling.guidance import Guidance, GuidedTransform
 from exactflow.sampling.inversion import CountedTransform, Inversion
+from exactflow.sampling.request import SamplingOptions
 from exactflow.sampling.sample import sample
+from exactflow.sampling.solvers import sampling_of, solver_for
 from exactflow.training.optim import TrainConfig, make_optimizer
 from flows import CONFIGS, NAMES, make, perturb, some_labels
 from test_convergence import golden_jacobi
 
+OMIT = SamplingOptions(on_nonfinite="omit")
 SOLVERS: dict[str, Solver] = {
     "jacobi": Jacobi(),
     "jacobi from zeros": Jacobi(start="zeros"),
@@ -131,7 +125,7 @@ def test_every_solver_inverts_trained_weights(
         tokens = block.arrange(expected)
 
 
-@pytest.mark.parametrize("name", [name for name in SOLVER_NAMES if name != "auto"])
+@pytest.mark.parametrize("name", list(sampling_of(make("rgb")).names))
 def test_named_solvers_sample_the_same_images(trained: TarFlow, name: str) -> None:
     model = trained.double()
     expected = sample(model, 3, [1, 2, 3], seed=4, solver="sequential")
@@ -269,14 +263,14 @@ def test_true_values_are_never_clamped(title: str, log_scale: float) -> None:
     torch.testing.assert_close(u, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in SOLVER_NAMES if name != "auto"])
+@pytest.mark.parametrize("name", list(sampling_of(make("rgb")).names))
 def test_a_model_that_overflows_ends_in_the_diagnosis(name: str) -> None:
     model = perturb(TarFlow(CONFIGS["rgb"]))
     with torch.no_grad():
         model.blocks[0].output.bias[: model.prior.shape[1]] = 1000.0
     with pytest.raises(NonFiniteError, match=r"seed 5 .*block 2 in generation order, token 1"):
         sample(model, 2, seed=5, solver=name)
-    drawn = sample(model, 2, solver=name, on_nonfinite="omit")
+    drawn = sample(model, 2, solver=name, options=OMIT)
     assert drawn.seeds == ()
     assert drawn.failures.keys() == {0, 1}
 
@@ -295,16 +289,18 @@ def test_trained_scales_that_explode_are_diagnosed_or_honest() -> None:
         model.loss(images, generator=generator).mean().backward()
         optimizer.step()
     model.eval()
-    expected = sample(model, 8, solver="sequential", on_nonfinite="omit")
+    expected = sample(model, 8, solver="sequential", options=OMIT)
     for name in ("jacobi", "gauss-seidel-jacobi", "adaptive"):
-        drawn = sample(model, 8, solver=name, on_nonfinite="omit")
+        drawn = sample(model, 8, solver=name, options=OMIT)
         assert drawn.failures == expected.failures
         for row, seed in enumerate(drawn.seeds):
             own = expected.certificate[expected.seeds.index(seed)]
             worse = float(drawn.certificate[row]) > max(10 * float(own), 1e-2)
             assert not worse, (name, seed)
         if drawn.seeds:  # the certificate is what an independent encoding finds
-            again = sample(model, 8, solver=name, on_nonfinite="omit", trace=True)
+            again = sample(
+                model, 8, solver=name, options=SamplingOptions(on_nonfinite="omit", trace=True)
+            )
             assert torch.equal(again.certificate, drawn.certificate)
 
 
@@ -331,9 +327,15 @@ def test_repair_is_per_sample() -> None:
     drawn = sample(model, 3, solver=careless)
     assert drawn.repairs == (1, 1)
     assert float(drawn.certificate.max()) < 1e-9
-    tolerant = sample(model, 3, solver=careless, tolerance=1.0)
-    assert tolerant.repairs == (0, 0)
-    assert float(tolerant.certificate[1]) > 1e-3
+    tolerant = Inversion(careless, range(3), tolerance=1.0)
+    z = torch.randn(3, *model.prior.shape, dtype=torch.float64)
+    with torch.no_grad():
+        found, _ = model.encode(model.decode(z, solver=tolerant))
+    assert float((found - z)[1].abs().max()) > 1e-3
+    assert not any(bool(record.repaired.any()) for record in tolerant.records)
+    loose = sample(model, 3, solver=Jacobi(1, tolerance=100.0))
+    assert loose.repairs == (0, 0)
+    assert loose.beyond_tolerance == ()
 
 
 def test_certificate_is_the_identity_of_backward_and_forward() -> None:
@@ -434,13 +436,13 @@ def test_large_batches_and_reused_memory(trained: TarFlow) -> None:
         (lambda: GaussSeidelJacobi(()), "segments of at least one token"),
         (lambda: Adaptive(0), "lookahead and window of at least 1, got 0"),
         (lambda: Adaptive(window=0), "lookahead and window of at least 1"),
-        (lambda: named_solvers("magic", 2), "auto | sequential | jacobi"),
+        (lambda: solver_for(make("rgb"), "magic"), "auto | sequential | jacobi"),
         (
             lambda: GaussSeidelJacobi((2, 3))(*one_block(), None),
             r"sum to 4 tokens, got \(2, 3\)",
         ),
         (
-            lambda: Jacobi(tolerance=-1.0)(*one_block(), None),
+            lambda: Jacobi(tolerance=-1.0),
             "tolerance >= 0, got -1.0",
         ),
         (

@@ -9,8 +9,8 @@ from torch import Tensor
 import exactflow
 from exactflow.core.model import NonFiniteError
 from exactflow.likelihood.draws import Draws
-from exactflow.likelihood.ode_estimate import Dopri5, Grid, ode_log_likelihood
-from exactflow.paths.ode import State, solve
+from exactflow.likelihood.ode_estimate import ode_log_likelihood
+from exactflow.paths.ode import Dopri5, Euler, State
 from exactflow.paths.path import (
     Cosine,
     DiscreteBetas,
@@ -44,15 +44,13 @@ def stiff(t: Tensor, state: State) -> State:
 
 def test_rows_of_unlike_difficulty_are_solved_alike_alone() -> None:
     start = (torch.linspace(-1, 1, 3, dtype=torch.float64),)
-    together = solve(stiff, start, [0.0, 1.0], "dopri5", 1e-8)
+    together = Dopri5(1e-8).solve(stiff, start, [0.0, 1.0])
     rates, passes = torch.logspace(0, 1.5, 3, dtype=torch.float64), []
     for row, rate in enumerate(rates):
-        alone = solve(
+        alone = Dopri5(1e-8).solve(
             lambda t, s, rate=rate: (rate * (torch.cos(rate * t) - s[0]),),
             (start[0][row : row + 1],),
             [0.0, 1.0],
-            "dopri5",
-            1e-8,
         )
         torch.testing.assert_close(alone.state[0][0], together.state[0][row], rtol=0, atol=1e-13)
         passes.append(alone.evaluations)
@@ -80,8 +78,8 @@ def test_an_image_has_one_likelihood_whatever_its_batch(dtype: torch.dtype, clos
 @pytest.mark.parametrize("name", ["flow-matching-tiny", "hdit-tiny", "iddpm-tiny"])
 def test_a_sample_is_its_seeds_with_adaptive_steps(name: str) -> None:
     model = model_of(name, torch.float64)
-    drawn = exactflow.sample(model, 3, solver="dopri5", tolerance=1e-2)
-    alone = exactflow.sample(model, 1, seed=2, solver="dopri5", tolerance=1e-2)
+    drawn = exactflow.sample(model, 3, solver=Dopri5(1e-2))
+    alone = exactflow.sample(model, 1, seed=2, solver=Dopri5(1e-2))
     torch.testing.assert_close(alone.x[0], drawn.x[2], rtol=0, atol=1e-10)
 
 
@@ -89,7 +87,7 @@ def test_a_sample_is_its_seeds_with_adaptive_steps(name: str) -> None:
 def test_an_adaptive_solver_names_what_it_cannot_solve(name: str) -> None:
     model = model_of(name)
     with pytest.raises(NonFiniteError, match=r"tolerance 1e-30 for the sample of seed 7: at t = "):
-        exactflow.sample(model, 2, seed=7, solver="dopri5", tolerance=1e-30)
+        exactflow.sample(model, 2, seed=7, solver=Dopri5(1e-30))
     with torch.no_grad():
         next(model.parameters()).fill_(math.nan)
     with pytest.raises(NonFiniteError, match=r"for the sample of seed 7: .*not finite or too"):
@@ -103,9 +101,9 @@ def test_one_row_that_blows_up_is_named() -> None:
         return (state[0] ** 2,)
 
     with pytest.raises(NonFiniteError, match=r"from t = 0\.0 to 1\.0 with tolerance 1e-05 for c"):
-        solve(field, start, [0.0, 1.0], "dopri5", names="abc")
+        Dopri5().solve(field, start, [0.0, 1.0], names="abc")
     with pytest.raises(NonFiniteError, match=r"at t = 0\.5 its step"):
-        solve(field, start, [0.0, 1.0], "dopri5")
+        Dopri5().solve(field, start, [0.0, 1.0])
 
 
 @pytest.mark.parametrize(
@@ -144,4 +142,4 @@ def test_an_image_without_a_likelihood_has_the_number_of_its_set(name: str, word
         exactflow.log_likelihood(model, images, first=5000)
     if isinstance(model, PathModel) and name != "iddpm-tiny":
         with pytest.raises(NonFiniteError, match=word):
-            ode_log_likelihood(model, images, None, Draws(first=5000), solver=Grid("euler", 2))
+            ode_log_likelihood(model, images, None, Draws(first=5000), solver=Euler(2))

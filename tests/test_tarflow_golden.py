@@ -9,7 +9,7 @@ import torch
 import exactflow
 from exactflow.models import registry
 from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
-from exactflow.sampling.autoregressive import Sequential
+from exactflow.sampling.flow_solvers import Sequential
 from exactflow.sampling.guidance import Guidance
 from exactflow.sampling.inversion import Inversion
 

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from exactflow.models.convert import convert as convert
     from exactflow.models.pretrained import from_pretrained as from_pretrained
     from exactflow.models.registry import build as build
+    from exactflow.sampling import solvers
+    from exactflow.sampling.denoiser import ClassifierGuidance as ClassifierGuidance
     from exactflow.sampling.guidance import Guidance as Guidance
+    from exactflow.sampling.request import SamplingOptions as SamplingOptions
     from exactflow.sampling.sample import sample as sample
     from exactflow.sampling.samples import Samples as Samples
 
@@ -22,11 +25,13 @@ __version__ = "0.1.0"
 
 # public name -> module; imported on first use, so that `exactflow --help` needs no torch
 _HOMES = {
+    "ClassifierGuidance": "exactflow.sampling.denoiser",
     "Flow": "exactflow.core.model",
     "GenerativeModel": "exactflow.core.model",
     "Guidance": "exactflow.sampling.guidance",
     "LogLikelihood": "exactflow.likelihood.value",
     "Samples": "exactflow.sampling.samples",
+    "SamplingOptions": "exactflow.sampling.request",
     "build": "exactflow.models.registry",
     "compare": "exactflow.comparison.compare",
     "convert": "exactflow.models.convert",
@@ -37,12 +42,16 @@ _HOMES = {
     "sample": "exactflow.sampling.sample",
 }
 
+_MODULES = {"registry": "exactflow.models.registry", "solvers": "exactflow.sampling.solvers"}
+
 __all__ = [
+    "ClassifierGuidance",
     "Flow",
     "GenerativeModel",
     "Guidance",
     "LogLikelihood",
     "Samples",
+    "SamplingOptions",
     "__version__",
     "build",
     "compare",
@@ -53,14 +62,15 @@ __all__ = [
     "reconstruct",
     "registry",
     "sample",
+    "solvers",
 ]
 
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name == "registry":
-        return import_module("exactflow.models.registry")
+    if name in _MODULES:
+        return import_module(_MODULES[name])
     if name not in _HOMES:
         raise AttributeError(f"module 'exactflow' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -20,6 +20,7 @@ from exactflow.data.datasets import ImageDataset, load
 from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.metrics.bits_per_dim import Evaluation, evaluate, with_labels
 from exactflow.pictures import grids as pictures
+from exactflow.sampling.request import SamplingOptions
 from exactflow.sampling.sample import sample
 from exactflow.training.compatible import check_compatible
 from exactflow.training.fitting import fit_closed_form
@@ -212,7 +213,7 @@ class _Watch:
             self.samples,
             label,
             solver=model.quick_solver,
-            on_nonfinite="omit",
+            options=SamplingOptions(on_nonfinite="omit"),
         )
         if drawn.failures:
             log.warning(

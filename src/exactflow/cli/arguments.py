@@ -73,6 +73,8 @@ class Sample:
     tolerance: float | None = None
     """Flows: backward error that counts as exact; by default what rounding leaves; 0 for exact
     tokens. Else of dopri5."""
+    eta: float | None = None
+    """Of ddim: 0 for none of the chain's noise, the default, to 1 for all of it."""
     guidance: float = 0.0
     """Guidance scale w; 0 samples the model itself."""
     guidance_rule: Literal["extrapolate", "gaussian-score"] = "extrapolate"

@@ -20,7 +20,9 @@ from exactflow.pictures import grids as pictures
 from exactflow.pictures import report
 from exactflow.pictures.figures import curves
 from exactflow.runs import Trained
-from exactflow.sampling.sample import Samples, sample
+from exactflow.sampling.request import SamplingOptions
+from exactflow.sampling.sample import sample
+from exactflow.sampling.samples import Samples
 
 PRESET = "tarflow-digits"
 PACE = ("run.evaluate_every=100", "run.sample_every=400")
@@ -38,7 +40,8 @@ def run(command: Demo) -> None:
     trained = train(settings, command.out, "cpu")
     scored = evaluate(trained.model, held_out)
     floor = baselines(trained.training, held_out)
-    drawn = sample(trained.model, 64, trace=True, progress=sys.stderr.isatty())
+    shown = SamplingOptions(trace=True, progress=sys.stderr.isatty())
+    drawn = sample(trained.model, 64, options=shown)
     rows = _rows(scored, floor)
     _write(trained, scored, floor, drawn, rows, time.perf_counter() - began)
     table = Table(title=f"bits/dim of {len(held_out)} held-out images ({held_out.id})")

@@ -19,7 +19,10 @@ from exactflow.data.classes import numbered
 from exactflow.pictures import grids as pictures
 from exactflow.pictures.profiles import inversion_plot
 from exactflow.sampling.guidance import Guidance
-from exactflow.sampling.sample import Samples, sample
+from exactflow.sampling.request import SamplingOptions
+from exactflow.sampling.sample import sample
+from exactflow.sampling.samples import Samples
+from exactflow.sampling.solvers import solver_for
 
 
 def run(command: Sample) -> None:
@@ -33,23 +36,25 @@ def run(command: Sample) -> None:
         raise ValueError(
             f"expected no label, one, or {command.n} (one per sample), got {len(label)}"
         )
+    solver = solver_for(
+        model, command.solver, steps=command.steps, tolerance=command.tolerance, eta=command.eta
+    )
     drawn = sample(
         model,
         command.n,
         label[0] if len(label) == 1 else label or None,
         command.seed,
-        command.solver,
+        solver,
         _guidance(command),
-        steps=command.steps,
-        tolerance=command.tolerance,
-        denoise=command.denoise,
-        temperature=command.temperature,
         batch_size=command.batch_size,
-        trace=command.trace,
-        profile=command.profile,
-        # One of many that fails does not take the others with it.
-        on_nonfinite="omit",
-        progress=True,
+        options=SamplingOptions(
+            temperature=command.temperature,
+            denoise=command.denoise,
+            trace=command.trace,
+            profile=command.profile,
+            on_nonfinite="omit",  # one of many that fails does not take the others with it
+            progress=True,
+        ),
     )
     for seed, where in drawn.failures.items():
         say(f"left out: the sample with seed {seed} became non-finite in {where}")
@@ -96,6 +101,7 @@ def _record(command: Sample, model: GenerativeModel, drawn: Samples) -> dict[str
         "steps": command.steps,
         "tolerance": command.tolerance,
         "guidance": command.guidance if model.iterative else asdict(_guidance(command)),
+        "eta": command.eta,
         "denoise": command.denoise,
         "temperature": command.temperature,
         "evaluations": drawn.evaluations,

@@ -12,12 +12,13 @@ from exactflow.core.model import GenerativeModel
 from exactflow.data.datasets import ImageDataset
 from exactflow.likelihood.draws import Draws
 from exactflow.likelihood.log_likelihood import Effort, score
-from exactflow.likelihood.ode_estimate import Grid
 from exactflow.likelihood.value import LogLikelihood
 from exactflow.metrics.bits_per_dim import with_labels
-from exactflow.paths.ode import OdeSolver
+from exactflow.paths.ode import ODE_SOLVERS, OdeMethod
+from exactflow.sampling.request import SamplingOptions
 from exactflow.sampling.sample import sample
 from exactflow.sampling.samples import Samples
+from exactflow.sampling.solvers import solver_for
 
 CHUNK = 64  # images scored or drawn together
 
@@ -43,7 +44,7 @@ class Protocol:
     images: int = 2000
     estimate_images: int = 500
     bound_evaluations: int = 50
-    ode_solver: OdeSolver = "midpoint"
+    ode_solver: OdeMethod = "midpoint"
     ode_steps: int = 50
     samples: int = 2000
     evaluations: tuple[int, ...] = (50, 10, 250)
@@ -66,7 +67,7 @@ class Protocol:
     @property
     def effort(self) -> Effort:
         """Of scores that take more than a pass."""
-        return Effort(self.bound_evaluations, Grid(self.ode_solver, self.ode_steps))
+        return Effort(self.bound_evaluations, ODE_SOLVERS[self.ode_solver](self.ode_steps))
 
     @property
     def few_samples(self) -> int:
@@ -175,9 +176,8 @@ def draw(
         len(rows),
         torch.tensor(rows) % model.num_classes if model.num_classes else None,
         seed + rows.start,
-        solver=solver,
-        guidance=guidance,
-        steps=steps,
+        solver_for(model, solver, steps=steps),
+        guidance,
         batch_size=len(rows),
-        on_nonfinite="raise" if model.iterative else "omit",
+        options=SamplingOptions(on_nonfinite="raise" if model.iterative else "omit"),
     )

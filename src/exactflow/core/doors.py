@@ -27,8 +27,16 @@ def require_model(model: object) -> None:
     raise ValueError(f"expected a model of exactflow, got {got}")
 
 
-def as_labels(model: GenerativeModel, label: object, n: int) -> Int[Tensor, " n"] | None:
+def as_labels(
+    model: GenerativeModel, label: object, n: int, *, checked: bool = True
+) -> Int[Tensor, " n"] | None:
     """Labels of n images on the model's device: of one class for all, or of n classes.
+
+    Args:
+        model: where they are to go.
+        label: one class, or n of them.
+        n: number of images.
+        checked: whether they are classes of the model; else of a classifier beside it.
 
     Raises:
         ValueError: for what is no class of the model.
@@ -43,7 +51,8 @@ def as_labels(model: GenerativeModel, label: object, n: int) -> Int[Tensor, " n"
         raise ValueError(f"expected integer classes, got {labels.dtype}")
     labels = labels.to(torch.int64)
     labels = labels.expand(n).contiguous() if labels.dim() == 0 else labels
-    model.check_label(labels, n)
+    if checked:
+        model.check_label(labels, n)
     return labels.to(model.device)
 
 

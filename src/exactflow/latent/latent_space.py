@@ -12,8 +12,9 @@ from exactflow.core.model import Flow, NonFiniteError, autoregressive_parts, eva
 from exactflow.data.batches import batches
 from exactflow.latent.interpolation import reconstruct
 from exactflow.sampling.certificate import Certificate
+from exactflow.sampling.flow_solvers import per_block
 from exactflow.sampling.inversion import Inversion
-from exactflow.sampling.planner import planned_solvers
+from exactflow.sampling.planner import Planned
 
 
 @final
@@ -144,17 +145,18 @@ def move(
         )
     images, certificates = [], []
     with evaluating(model):
-        solvers = planned_solvers(model, len(latents), None)
+        solvers = per_block(Planned(), model, len(latents))
         certificate = Certificate(model) if autoregressive_parts(model) else None
         for strength in strengths:
             inversion = Inversion(solvers, range(len(latents)), on_nonfinite="omit")
             z = (latents + strength * direction).to(model.device)
             x = model.decode(z, solver=inversion)
             inversion.watch(x, "the image")
-            for index, place in inversion.failures.items():
+            failures = inversion.watch.failures
+            for index, place in failures.items():
                 raise NonFiniteError(
                     f"image {index} moved by strength {strength:g} became non-finite in {place} "
-                    f"({len(inversion.failures)} of {len(latents)} images did): the model's scales "
+                    f"({len(failures)} of {len(latents)} images did): the model's scales "
                     "overflow there; smaller strengths stay closer to its images"
                 )
             images.append(x.cpu())

@@ -14,9 +14,10 @@ from exactflow.core.doors import LabelsLike, as_labels, require_model
 from exactflow.core.model import Flow, GenerativeModel
 from exactflow.likelihood.bound import chain_bound
 from exactflow.likelihood.draws import Draws
-from exactflow.likelihood.ode_estimate import ADAPTIVE, Dopri5, Grid, ode_log_likelihood
+from exactflow.likelihood.ode_estimate import ADAPTIVE, ode_log_likelihood
 from exactflow.likelihood.value import LogLikelihood, check_finite
 from exactflow.paths.chain_model import ChainModel
+from exactflow.paths.ode import OdeSolver
 from exactflow.paths.path_model import PathModel
 
 
@@ -31,7 +32,7 @@ class Effort:
     """
 
     bound_evaluations: int | None = None
-    solver: Grid | Dopri5 = ADAPTIVE
+    solver: OdeSolver = ADAPTIVE
 
 
 FULL = Effort()

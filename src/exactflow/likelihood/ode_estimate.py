@@ -6,7 +6,7 @@ dx/dt = v solved from the image back to noise (arXiv 1806.07366, eq. 3; arXiv 22
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final, get_args
+from typing import Literal, final, get_args
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -17,54 +17,10 @@ from exactflow.core.prior import DiagonalGaussian
 from exactflow.core.random import generator, normal_rows, uniform_rows
 from exactflow.likelihood.draws import ONE_DRAW, Draws
 from exactflow.likelihood.value import LogLikelihood, check_finite
-from exactflow.paths.ode import (
-    EVALUATIONS_PER_STEP,
-    Field,
-    OdeSolver,
-    State,
-    solve,
-    uniform_times,
-)
+from exactflow.paths.ode import Dopri5, Field, OdeSolver, State, uniform_times
 from exactflow.paths.path_model import PathModel
 
 Probe = Literal["rademacher", "gaussian"]
-
-
-@final
-@dataclass(frozen=True)
-class Grid:
-    """Steps of equal length.
-
-    Attributes:
-        solver: "euler", "midpoint" or "heun", see `paths.ode.solve`.
-        steps: how many.
-    """
-
-    solver: OdeSolver = "midpoint"
-    steps: int = 100
-    tolerance: ClassVar[None] = None
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for another solver, or no step."""
-        if self.solver not in EVALUATIONS_PER_STEP or self.steps < 1:
-            raise ValueError(
-                f"expected solver {' | '.join(EVALUATIONS_PER_STEP)} with steps of at least 1, "
-                f"got {self.solver!r} with {self.steps}"
-            )
-
-
-@final
-@dataclass(frozen=True)
-class Dopri5:
-    """Steps that every image chooses by itself.
-
-    Attributes:
-        tolerance: relative and absolute, the log-determinant included in the norm.
-    """
-
-    tolerance: float = 1e-5
-    solver: ClassVar[OdeSolver] = "dopri5"
-    steps: ClassVar[None] = None
 
 
 @final
@@ -105,7 +61,7 @@ def ode_log_likelihood(
     label: Int[Tensor, " n"] | None = None,
     draws: Draws = ONE_DRAW,
     *,
-    solver: Grid | Dopri5 = ADAPTIVE,
+    solver: OdeSolver = ADAPTIVE,
     trace: Hutchinson | ExactTrace = ONE_PROBE,
 ) -> LogLikelihood:
     """Score integer images; noise and probes of image i are functions of (seed, i).
@@ -130,7 +86,7 @@ def ode_log_likelihood(
         images: grey levels 0 .. levels-1, on any device.
         label: class of each image; None scores without labels.
         draws: noise and batches.
-        solver: of the differential equation.
+        solver: of the differential equation, over equal steps.
         trace: how the divergence is computed.
 
     Raises:
@@ -139,7 +95,7 @@ def ode_log_likelihood(
     """
     start, end = model.span
     times = uniform_times(solver.steps or 1, end, start)
-    trajectory = _Trajectory(model, solver.solver, times, solver.tolerance or 0.0)
+    trajectory = _Trajectory(model, solver, times)
     random = trace if isinstance(trace, Hutchinson) else None
 
     def score(some: Tensor, chunk: Tensor | None, numbers: range) -> tuple[Tensor, Tensor, int]:
@@ -159,7 +115,7 @@ def ode_log_likelihood(
     nats = torch.cat([mean for mean, _, _ in results])
     check_finite(nats, draws.first, "the model's velocity overflows on it")
     details = {
-        "solver": solver.solver,
+        "solver": solver.name,
         "steps": solver.steps,
         "tolerance": solver.tolerance,
         "evaluations": sum(count for _, _, count in results) / len(images),
@@ -184,7 +140,6 @@ class _Trajectory:
     model: PathModel
     solver: OdeSolver
     times: list[float]
-    tolerance: float
 
     def score(
         self,
@@ -198,7 +153,7 @@ class _Trajectory:
         log_abs_det = x.new_zeros(len(x), count)
         field = with_divergence(self.model, label, vectors)
         names = [f"image {number}" for number in numbers]
-        solved = solve(field, (x, log_abs_det), self.times, self.solver, self.tolerance, names)
+        solved = self.solver.solve(field, (x, log_abs_det), self.times, names)
         z, log_abs_det = solved.state
         prior = DiagonalGaussian(torch.ones_like(z[0])).log_prob(z)
         return (prior[:, None] + log_abs_det).double().cpu(), solved.evaluations

@@ -6,9 +6,10 @@ itself, the steps of the adaptive solver included: its result does not depend on
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, final, get_args
+from typing import ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float
@@ -20,9 +21,9 @@ from exactflow.paths.path import Path
 State = tuple[Tensor, ...]
 Field = Callable[[Tensor, State], State]  # time of each row, state -> rate of the state
 _Field = Callable[[float, State], State]  # one time for all rows
-OdeSolver = Literal["euler", "midpoint", "heun", "dopri5"]
+Lost = Literal["raise", "nan"]
+OdeMethod = Literal["euler", "midpoint", "heun", "dopri5"]
 
-EVALUATIONS_PER_STEP = {"euler": 1, "midpoint": 2, "heun": 2}
 # Dormand and Prince, A family of embedded Runge-Kutta formulae, 1980: the last stage is the result,
 # and its slope the first of the next step.
 NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
@@ -49,47 +50,164 @@ class Solution:
     evaluations: int
 
 
-def solve(
-    field: Field,
-    state: State,
-    times: Sequence[float],
-    solver: OdeSolver = "heun",
-    tolerance: float = 1e-5,
-    names: Sequence[object] | None = None,
-    lost: Literal["raise", "nan"] = "raise",
-) -> Solution:
-    """Follow d state / dt = field(t, state) from the first of `times` to the last.
+class OdeSolver(ABC):
+    """How a differential equation is solved: a value, with options of its own.
 
-    Args:
-        field: rate of every tensor of the state.
-        state: where to start; all tensors floating, of one row per sample.
-        times: rising or falling. Fixed solvers take one step between neighbours; "dopri5" (Dormand
-            & Prince, order 5) chooses its own steps between the first and the last.
-        solver: "euler" (order 1), "midpoint", "heun" (order 2), "dopri5".
-        tolerance: relative and absolute error of a step of "dopri5": in each row, the largest over
-            the state's tensors, the log-determinant included, of the root mean square over values.
-        names: of the rows, for an error.
-        lost: what a row does in which "dopri5" cannot meet its tolerance: an error, or NaN.
-
-    Raises:
-        ValueError: for an unknown solver, times that do not rise or fall, no tolerance.
-        NonFiniteError: "dopri5" cannot meet its tolerance, and in which row.
+    Attributes:
+        name: in `ODE_SOLVERS`.
+        steps: between the times that `solve` is given; None: it chooses its own, between two.
+        tolerance: of a step; None of fixed ones.
     """
-    if solver not in get_args(OdeSolver):
-        raise ValueError(f"expected solver {' | '.join(get_args(OdeSolver))}, got {solver!r}")
+
+    name: ClassVar[OdeMethod]
+    steps: int | None
+    tolerance: float | None
+
+    @abstractmethod
+    def solve(
+        self,
+        field: Field,
+        state: State,
+        times: Sequence[float],
+        names: Sequence[object] | None = None,
+        lost: Lost = "raise",
+    ) -> Solution:
+        """Follow d state / dt = field(t, state) from the first of `times` to the last.
+
+        Args:
+            field: rate of every tensor of the state.
+            state: where to start; all tensors floating, of one row per sample.
+            times: rising or falling, one more than there are steps; two where they are chosen.
+            names: of the rows, for an error.
+            lost: what a row does whose tolerance cannot be met: an error, or NaN.
+
+        Raises:
+            ValueError: times that do not rise or fall, or another number of them.
+            NonFiniteError: a tolerance cannot be met, and in which row.
+        """
+
+
+@dataclass(frozen=True)
+class FixedSteps(OdeSolver):
+    """One step between neighbouring times.
+
+    Attributes:
+        steps: how many.
+    """
+
+    steps: int = 50  # pyright: ignore[reportIncompatibleVariableOverride]
+    tolerance: ClassVar[None] = None
+    evaluations_per_step: ClassVar[int]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for no step."""
+        if self.steps < 1:
+            raise ValueError(f"expected steps >= 1, got {self.steps}")
+
+    def solve(
+        self,
+        field: Field,
+        state: State,
+        times: Sequence[float],
+        names: Sequence[object] | None = None,
+        lost: Lost = "raise",
+    ) -> Solution:
+        """See `OdeSolver.solve`."""
+
+        def at(t: float, here: State) -> State:
+            return field(here[0].new_full((len(here[0]),), t), here)
+
+        for t, step in zip(times, _checked(times, self.steps), strict=False):
+            state = self.advance(at, t, step, state)
+        return Solution(state, self.evaluations_per_step * self.steps)
+
+    @abstractmethod
+    def advance(self, field: _Field, t: float, step: float, state: State) -> State:
+        """The state at t + step."""
+
+
+@final
+class Euler(FixedSteps):
+    """Of order 1."""
+
+    name = "euler"
+    evaluations_per_step = 1
+
+    def advance(self, field: _Field, t: float, step: float, state: State) -> State:
+        """See `FixedSteps.advance`."""
+        return _moved(state, step, field(t, state))
+
+
+@final
+class Midpoint(FixedSteps):
+    """Of order 2, by the rate in the middle of the step."""
+
+    name = "midpoint"
+    evaluations_per_step = 2
+
+    def advance(self, field: _Field, t: float, step: float, state: State) -> State:
+        """See `FixedSteps.advance`."""
+        half = _moved(state, step / 2, field(t, state))
+        return _moved(state, step, field(t + step / 2, half))
+
+
+@final
+class Heun(FixedSteps):
+    """Of order 2, by the mean rate of both ends."""
+
+    name = "heun"
+    evaluations_per_step = 2
+
+    def advance(self, field: _Field, t: float, step: float, state: State) -> State:
+        """See `FixedSteps.advance`."""
+        here = field(t, state)
+        there = field(t + step, _moved(state, step, here))
+        return _moved(_moved(state, step / 2, here), step / 2, there)
+
+
+@final
+@dataclass(frozen=True)
+class Dopri5(OdeSolver):
+    """Dormand & Prince, of order 5; every row has a time and a step of its own.
+
+    Attributes:
+        tolerance: relative and absolute error of a step: in each row, the largest over the state's
+            tensors, the log-determinant included, of the root mean square over values.
+    """
+
+    tolerance: float = 1e-5
+    name = "dopri5"
+    steps: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for no tolerance."""
+        if not 0 < self.tolerance < math.inf:
+            raise ValueError(f"expected tolerance > 0, got {self.tolerance}")
+
+    def solve(
+        self,
+        field: Field,
+        state: State,
+        times: Sequence[float],
+        names: Sequence[object] | None = None,
+        lost: Lost = "raise",
+    ) -> Solution:
+        """See `OdeSolver.solve`."""
+        _checked(times, 1)
+        return _dopri5(field, state, (times[0], times[1]), self.tolerance, names, lost)
+
+
+ODE_SOLVERS: dict[str, type[FixedSteps] | type[Dopri5]] = {
+    kind.name: kind for kind in (Euler, Midpoint, Heun, Dopri5)
+}
+
+
+def _checked(times: Sequence[float], intervals: int) -> list[float]:
+    """From each of the times to the next."""
     steps = [b - a for a, b in itertools.pairwise(times)]
-    if not steps or not (min(steps) > 0 or max(steps) < 0):
-        raise ValueError(f"expected at least two times, rising or falling, got {list(times)}")
-    if solver == "dopri5":
-        return _dopri5(field, state, (times[0], times[-1]), tolerance, names, lost)
-
-    def at(t: float, here: State) -> State:
-        return field(here[0].new_full((len(here[0]),), t), here)
-
-    advance = {"euler": _euler, "midpoint": _midpoint, "heun": _heun}[solver]
-    for t, step in zip(times, steps, strict=False):
-        state = advance(at, t, step, state)
-    return Solution(state, EVALUATIONS_PER_STEP[solver] * len(steps))
+    if len(steps) != intervals or not (min(steps) > 0 or max(steps) < 0):
+        raise ValueError(f"expected {intervals + 1} times, rising or falling, got {list(times)}")
+    return steps
 
 
 def uniform_times(steps: int, first: float = 0.0, last: float = 1.0) -> list[float]:
@@ -132,28 +250,13 @@ def _moved(state: State, step: float, rate: State) -> State:
     return tuple(y + step * dy for y, dy in zip(state, rate, strict=True))
 
 
-def _euler(field: _Field, t: float, step: float, state: State) -> State:
-    return _moved(state, step, field(t, state))
-
-
-def _midpoint(field: _Field, t: float, step: float, state: State) -> State:
-    half = _moved(state, step / 2, field(t, state))
-    return _moved(state, step, field(t + step / 2, half))
-
-
-def _heun(field: _Field, t: float, step: float, state: State) -> State:
-    here = field(t, state)
-    there = field(t + step, _moved(state, step, here))
-    return _moved(_moved(state, step / 2, here), step / 2, there)
-
-
 def _dopri5(
     field: Field,
     state: State,
     ends: tuple[float, float],
     tolerance: float,
     names: Sequence[object] | None,
-    lost: Literal["raise", "nan"],
+    lost: Lost,
 ) -> Solution:
     """Every row has a time and a step of its own; all rows are evaluated until the last is done.
 
@@ -161,8 +264,6 @@ def _dopri5(
     rounding of a row does not change its steps, unless an error lies on a threshold itself. The
     field is never asked for beyond the last time, where a path may be singular.
     """
-    if not 0 < tolerance < math.inf:
-        raise ValueError(f"expected tolerance > 0, got {tolerance}")
     evaluations, like = 0, state[0]
     first, last = torch.tensor(ends, dtype=torch.float64, device=like.device)
 

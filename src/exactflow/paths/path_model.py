@@ -122,6 +122,7 @@ class PathModel(GenerativeModel):
         usual_solver: what samples are drawn with where nothing else is asked for.
         dequantized: whether the model is one of uniformly dequantised images; otherwise of
             centred grey levels.
+        usual_solver: name of the solver that it is usually sampled with.
     """
 
     iterative: ClassVar[bool] = True

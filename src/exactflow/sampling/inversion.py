@@ -3,17 +3,17 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from exactflow.core.model import NonFiniteError
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
-from exactflow.sampling.autoregressive import Sequential
 from exactflow.sampling.certificate import WHILE_SOLVING, backward_error, solved, tolerance_of
+from exactflow.sampling.flow_solvers import Sequential
 from exactflow.sampling.guidance import Guidance, GuidedTransform
+from exactflow.sampling.nonfinite import OnNonFinite, Watch
 
 
 @final
@@ -130,7 +130,7 @@ class Inversion:
         seeds: the samples' names in error messages.
         guidance: None for none.
         null_label: see `GuidedTransform`.
-        on_nonfinite: "raise" NonFiniteError, or "omit": mark the sample in `failures` and go on.
+        on_nonfinite: see `Watch`.
         tolerance: backward error of a block above which a sample is inverted again, token by
             token; None: by the network's dtype. Of solvers that are not exact by construction.
         observe: keep a record of every pass.
@@ -143,19 +143,17 @@ class Inversion:
         *,
         guidance: Guidance | None = None,
         null_label: int | None = None,
-        on_nonfinite: Literal["raise", "omit"] = "raise",
+        on_nonfinite: OnNonFinite = "raise",
         tolerance: float | None = None,
         observe: bool = False,
     ) -> None:
         self.solvers = solvers
-        self.seeds = list(seeds)
         self.guidance = guidance
         self.null_label = null_label
-        self.on_nonfinite = on_nonfinite
         self.tolerance = tolerance
         self.observe = observe
+        self.watch = Watch(seeds, on_nonfinite)
         self.records: list[BlockRecord] = []
-        self.failures: dict[int, str] = {}
 
     @torch.no_grad()
     def __call__(
@@ -195,26 +193,6 @@ class Inversion:
             )
         )
         return u
-
-    def watch(self, result: Float[Tensor, "batch *shape"], place: str) -> None:
-        """Record or raise the first non-finite entry of every sample that has one.
-
-        The first axis of a sample's result is what the message calls a token.
-        """
-        finite = result.isfinite().flatten(2).all(-1)
-        if bool(finite.all()):
-            return
-        for row in (~finite).any(1).nonzero()[:, 0].tolist():
-            token = int((~finite[row]).nonzero()[0, 0])
-            self.failures.setdefault(self.seeds[row], f"{place}, token {token}")
-        if self.on_nonfinite == "raise":
-            seed, where = next(iter(self.failures.items()))
-            raise NonFiniteError(
-                f"sample with seed {seed} became non-finite in {where} "
-                f"({len(self.failures)} of {len(self.seeds)} samples of this batch did): "
-                "the model's scales overflow there; on_nonfinite='omit' reports such samples "
-                "and leaves them out"
-            )
 
 
 def _is_exact(solver: Solver) -> bool:

@@ -13,7 +13,7 @@ import torch
 from exactflow.core.config import made
 from exactflow.core.serialization import PLAN_FILE, write_atomically
 from exactflow.core.transform import Decoding, Solver
-from exactflow.sampling.autoregressive import Adaptive, Sequential
+from exactflow.sampling.flow_solvers import Adaptive, Sequential
 
 FORMAT_VERSION = 1
 

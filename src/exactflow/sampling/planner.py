@@ -19,8 +19,8 @@ from exactflow.core.random import generator, normal_rows
 from exactflow.core.serialization import PLAN_FILE
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.nn import compiled
-from exactflow.sampling.autoregressive import Adaptive, Sequential
 from exactflow.sampling.certificate import WHILE_SOLVING, backward_error, tolerance_of
+from exactflow.sampling.flow_solvers import Adaptive, BlockSolvers, Sequential
 from exactflow.sampling.inversion import CountedTransform
 from exactflow.sampling.plan import (
     BlockPlan,
@@ -229,36 +229,38 @@ class _Probe:
         return tuple(step.least for step in observed.passes if step.least is not None)
 
 
-def planned_solvers(
-    model: Flow, rows: int, tolerance: float | None, batches: int = 1
-) -> Sequence[Solver]:
-    """What the plan beside the model says for `rows` samples at once; sequential without a plan.
+@final
+class Planned(BlockSolvers):
+    """What the plan beside the model says for so many samples at once; sequential without a plan.
 
     A plan of another machine or dtype does not count, and a warning says so. One for fewer samples
     does not either, since more samples leave parallel passes less to win; nor one that allows for
-    more error than `tolerance`. Nothing is measured or written here: `make_plan` is asked for.
+    more error than the tolerance. Nothing is measured or written here: `make_plan` is asked for.
     A process that has no compiled step yet loads it only where so many batches earn it.
     """
-    sequential = [Sequential(Decoding())] * number_of_blocks(model)
-    if model.home is None or not (model.home / PLAN_FILE).is_file():
-        return sequential
-    plans = read_plans(model.home)
-    here = [p for p in plans if (p.machine, p.dtype) == _identity(model)]
-    if plans and not here:
-        warnings.warn(
-            f"{model.home / PLAN_FILE} is not used: it was measured on {plans[0].machine}, "
-            f"{plans[0].dtype}, and this is {', '.join(_identity(model))}; "
-            "`exactflow plan` measures here",
-            stacklevel=3,
-        )
-    limit = tolerance_of(autoregressive_parts(model)[0], tolerance) if here else 0.0
-    fitting = [p for p in here if p.batch_size >= rows and p.tolerance <= limit]
-    if not fitting:
-        return sequential
-    plan = min(fitting, key=lambda p: p.batch_size)
-    if not compiled.loaded() and batches < plan.batches_to_earn(compiled.LOADING):
-        return sequential
-    return plan.solvers()
+
+    def of_blocks(self, flow: Flow, rows: int, batches: int) -> Sequence[Solver]:
+        """See `BlockSolvers.of_blocks`."""
+        sequential = [Sequential()] * number_of_blocks(flow)
+        if flow.home is None or not (flow.home / PLAN_FILE).is_file():
+            return sequential
+        plans = read_plans(flow.home)
+        here = [p for p in plans if (p.machine, p.dtype) == _identity(flow)]
+        if plans and not here:
+            warnings.warn(
+                f"{flow.home / PLAN_FILE} is not used: it was measured on {plans[0].machine}, "
+                f"{plans[0].dtype}, and this is {', '.join(_identity(flow))}; "
+                "`exactflow plan` measures here",
+                stacklevel=3,
+            )
+        limit = tolerance_of(autoregressive_parts(flow)[0], self.tolerance or None) if here else 0.0
+        fitting = [p for p in here if p.batch_size >= rows and p.tolerance <= limit]
+        if not fitting:
+            return sequential
+        plan = min(fitting, key=lambda p: p.batch_size)
+        if not compiled.loaded() and batches < plan.batches_to_earn(compiled.LOADING):
+            return sequential
+        return plan.solvers()
 
 
 def machine(device: torch.device) -> str:

@@ -4,6 +4,8 @@ A block is u = F(u) with F strictly triangular (fixed-point form of MAF's eq. 4,
 Every solver here sees the conditioner and the conditional and nothing else of the model.
 """
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -13,11 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from exactflow.core.model import Flow, autoregressive_parts
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.sampling.certificate import WHILE_SOLVING, solved, tolerance_of
 
 Start = Literal["latent", "zeros"]
-NAMES = ("auto", "sequential", "jacobi", "gauss-seidel-jacobi", "selective", "adaptive")
 WILD = 1e3  # guesses that far beyond the latents are taken back: they could overflow the network
 
 
@@ -58,7 +60,7 @@ class Jacobi:
 
     def __post_init__(self) -> None:
         """Raise ValueError for what cannot be done."""
-        _check(self.iterations, self.start)
+        _check(self.tolerance, self.iterations, self.start)
 
     @torch.no_grad()
     def __call__(
@@ -105,7 +107,7 @@ class GaussSeidelJacobi:
 
     def __post_init__(self) -> None:
         """Raise ValueError for what cannot be done."""
-        _check(self.iterations, self.start)
+        _check(self.tolerance, self.iterations, self.start)
         lengths = (self.segments,) if isinstance(self.segments, int) else self.segments
         if not lengths or min(lengths) < 1:
             raise ValueError(f"expected segments of at least one token, got {self.segments}")
@@ -171,6 +173,7 @@ class Adaptive:
 
     def __post_init__(self) -> None:
         """Raise ValueError for what cannot be done."""
+        _check(self.tolerance)
         if self.lookahead < 1 or (self.window is not None and self.window < 1):
             raise ValueError(
                 f"expected lookahead and window of at least 1, got {self.lookahead}, {self.window}"
@@ -212,6 +215,57 @@ class Adaptive:
         return u
 
 
+@dataclass(frozen=True)
+class BlockSolvers(ABC):
+    """A solver for each block of a flow.
+
+    Attributes:
+        tolerance: backward error to stop at; None: by the network's dtype.
+    """
+
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a tolerance that is none."""
+        _check(self.tolerance)
+
+    @abstractmethod
+    def of_blocks(self, flow: Flow, rows: int, batches: int) -> Sequence[Solver]:
+        """Solvers of the blocks in generation order, for batches of so many samples."""
+
+
+@final
+class Selective(BlockSolvers):
+    """The first generated block token by token, the others by Jacobi (arXiv 2505.24791)."""
+
+    def of_blocks(self, flow: Flow, rows: int, batches: int) -> Sequence[Solver]:
+        """See `BlockSolvers.of_blocks`."""
+        others = len(autoregressive_parts(flow)) - 1
+        return [Sequential(), *[Jacobi(tolerance=self.tolerance)] * others]
+
+
+def per_block(
+    solver: Solver | Sequence[Solver] | BlockSolvers, flow: Flow, rows: int = 1, batches: int = 1
+) -> Sequence[Solver]:
+    """One solver for each block of `flow` in generation order."""
+    if isinstance(solver, BlockSolvers):
+        return solver.of_blocks(flow, rows, batches)
+    if isinstance(solver, Sequence):
+        return solver
+    return [solver] * len(autoregressive_parts(flow))
+
+
+def own_tolerance(solver: object) -> float | None:
+    """Backward error up to which a solver's result counts as exact; None: by the dtype.
+
+    With a tolerance of 0 a solver computes every token from its final prefix; what counts as
+    exact is then what rounding leaves.
+    """
+    if isinstance(solver, Jacobi | GaussSeidelJacobi | Adaptive | BlockSolvers):
+        return solver.tolerance or None
+    return None
+
+
 def first_guess(
     z: Float[Tensor, "batch tokens dim"], start: Start
 ) -> Float[Tensor, "batch tokens dim"]:
@@ -220,25 +274,6 @@ def first_guess(
     if start == "zeros":
         u[:, 1:] = 0
     return u
-
-
-def named_solvers(name: str, blocks: int, tolerance: float | None = None) -> Sequence[Solver]:
-    """One solver for each block in generation order. Raises ValueError naming the known ones.
-
-    "selective": the first generated block sequential, the others Jacobi (arXiv 2505.24791).
-    """
-    decoding = Decoding()
-    every: dict[str, Solver] = {
-        "sequential": Sequential(decoding),
-        "jacobi": Jacobi(tolerance=tolerance),
-        "gauss-seidel-jacobi": GaussSeidelJacobi(tolerance=tolerance),
-        "adaptive": Adaptive(tolerance=tolerance, decoding=decoding),
-    }
-    if name == "selective":
-        return [every["sequential"], *[every["jacobi"]] * (blocks - 1)]
-    if name not in every:
-        raise ValueError(f"expected solver {' | '.join(NAMES)}, got {name!r}")
-    return [every[name]] * blocks
 
 
 def _image(
@@ -265,7 +300,9 @@ def _tame(guess: Tensor, v: Tensor, known: int = 0) -> Tensor:
     return tamed
 
 
-def _check(iterations: int | None, start: str) -> None:
+def _check(tolerance: float | None, iterations: int | None = None, start: str = "latent") -> None:
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise ValueError(f"expected a finite tolerance >= 0, got {tolerance}")
     if iterations is not None and iterations < 1:
         raise ValueError(f"expected at least one iteration, got {iterations}")
     if start not in ("latent", "zeros"):

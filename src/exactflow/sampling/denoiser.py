@@ -1,0 +1,129 @@
+"""What a solver asks of a model on a path: its predictions, guided, and counted."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from exactflow.paths.chain_model import ChainModel
+from exactflow.paths.path_model import PathModel, Prediction, convert
+
+Classifier = Callable[[Tensor, Tensor], Tensor]  # (x_t, original timestep) -> logits of classes
+
+
+@final
+@dataclass(frozen=True)
+class ClassifierGuidance:
+    """Guidance by a classifier of noisy images (Dhariwal and Nichol, arXiv 2105.05233, section 4).
+
+    Attributes:
+        classifier: (x_t, original timestep of each image) -> logits.
+        scale: s; 0 leaves the model as it is.
+    """
+
+    classifier: Classifier
+    scale: float
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a negative scale."""
+        if not 0 <= self.scale < math.inf:
+            raise ValueError(f"expected a finite guidance scale >= 0, got {self.scale}")
+
+    def gradient(
+        self,
+        x_t: Float[Tensor, "batch channels height width"],
+        timestep: Int[Tensor, " batch"],
+        label: Int[Tensor, " batch"],
+    ) -> Float[Tensor, "batch channels height width"]:
+        """s times the gradient of ln p(label | x_t) by x_t."""
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_()
+            log_p = self.classifier(x, timestep).log_softmax(dim=1)
+            (gradient,) = torch.autograd.grad(log_p.gather(1, label[:, None]).sum(), x)
+        return self.scale * gradient
+
+
+@final
+class Denoiser:
+    """A model for one batch: its labels, its guidance, and how often it was evaluated.
+
+    Args:
+        model: any model on a path.
+        label: class of each sample; None for a dropped label.
+        guidance: w of classifier-free guidance, (1 + w) conditional - w unconditional (Ho and
+            Salimans, arXiv 2207.12598, eq. 6), or by a classifier.
+        low: small images in [-1, 1] that an upsampler enlarges.
+    """
+
+    def __init__(
+        self,
+        model: PathModel,
+        label: Int[Tensor, " batch"] | None = None,
+        guidance: float | ClassifierGuidance = 0.0,
+        low: Float[Tensor, "batch channels low_height low_width"] | None = None,
+    ) -> None:
+        self.model, self.label, self.low = model, label, low
+        self.classifier = guidance if isinstance(guidance, ClassifierGuidance) else None
+        self.scale = 0.0 if isinstance(guidance, ClassifierGuidance) else guidance
+        self.evaluations = 0
+
+    def denoise(
+        self, x_t: Float[Tensor, "batch channels height width"], t: Float[Tensor, " batch"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """The data expected behind x_t at library times t."""
+        return self._predicted(x_t, t, "x0")
+
+    def velocity(
+        self, x_t: Float[Tensor, "batch channels height width"], t: Float[Tensor, " batch"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Rate of x_t of the probability flow in library time."""
+        return self._predicted(x_t, t, "velocity")
+
+    def noise(
+        self,
+        x_t: Float[Tensor, "batch channels height width"],
+        timestep: Int[Tensor, " batch"],
+        label: Int[Tensor, " batch"] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Noise and place of the log-variance that a chain model predicts: a `chain.Network`.
+
+        The variance is the conditional's; an unconditional model is not told where a classifier
+        guides.
+        """
+        model = chain_model(self.model)
+        self.evaluations += 1
+        label = label if model.num_classes else None
+        eps, v = model.predict_noise(x_t, timestep, label, self.low)
+        if self.scale:
+            self.evaluations += 1
+            other, _ = model.predict_noise(x_t, timestep, None, self.low)
+            eps = eps + self.scale * (eps - other)
+        return eps, v
+
+    def gradient(
+        self, x_t: Float[Tensor, "batch channels height width"], timestep: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch channels height width"] | None:
+        """Where the classifier guides to; None without one."""
+        if self.classifier is None or self.label is None:
+            return None
+        return self.classifier.gradient(x_t, timestep, self.label)
+
+    def _predicted(self, x_t: Tensor, t: Tensor, target: Prediction) -> Tensor:
+        model = self.model
+        self.evaluations += 1
+        said = model.predict(x_t, t, self.label)
+        if self.scale:
+            self.evaluations += 1
+            said = said + self.scale * (said - model.predict(x_t, t, None))
+        return convert(said, x_t, model.path.at(t), model.prediction, target)
+
+
+def chain_model(model: PathModel) -> ChainModel:
+    """The model, of a chain. Raises ValueError for one without."""
+    if not isinstance(model, ChainModel):
+        raise ValueError(f"expected a model with a chain, got {model.kind!r}")
+    return model

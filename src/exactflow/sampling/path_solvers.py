@@ -1,0 +1,322 @@
+"""Solvers of models on a path: by its differential equation, or step by step back along its chain.
+
+A solver is a value with its own options, and a generator of states from noise to images.
+"""
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from exactflow.core.random import generator, normal_rows
+from exactflow.paths.chain import MarkovChain
+from exactflow.paths.ode import OdeSolver, State, edm_times, uniform_times
+from exactflow.paths.path import InterpolatedCosine, Path
+from exactflow.paths.path_model import PathModel
+from exactflow.sampling.denoiser import Denoiser, chain_model
+from exactflow.sampling.nonfinite import OnNonFinite
+
+SIGMA_MAX, SIGMA_MIN = 160.0, 1e-2  # noise levels that HDiT is sampled between
+
+
+@final
+@dataclass(frozen=True)
+class DPMSolver:
+    """DPM-Solver++(2M): a multistep solver of the probability flow in log-SNR.
+
+    Lu et al., arXiv 2211.01095, algorithm 2. With l = ln(alpha / sigma) and D the data expected
+    behind x, the flow is exactly
+
+        x_t = sigma_t / sigma_s x_s + sigma_t * (integral from l_s to l_t of e^l D dl),
+
+    and a step takes D as what the last two evaluations say of the middle of the step. The first and
+    the last step are of first order: before the first nothing is known, and the last may end
+    without noise, infinitely far in log-SNR.
+
+    Attributes:
+        steps: how many, of one evaluation each.
+    """
+
+    steps: int = 50
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for no step."""
+        if self.steps < 1:
+            raise ValueError(f"expected steps >= 1, got {self.steps}")
+
+    @torch.no_grad()
+    def solve(
+        self,
+        denoiser: Denoiser,
+        x: Float[Tensor, "batch channels height width"],
+        times: Sequence[float],
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Follow the probability flow along `times`; every sample is computed by itself.
+
+        Args:
+            denoiser: says what is expected behind x.
+            x: points at the first of `times`.
+            times: steps + 1 rising library times, from noise to data; see `log_snr_times` and
+                `edm_times`.
+
+        Raises:
+            ValueError: another number of times, or times that do not rise within [0, 1].
+        """
+        pairs = list(itertools.pairwise(times))
+        if len(pairs) != self.steps or not all(0 <= s < t <= 1 for s, t in pairs):
+            raise ValueError(
+                f"expected {self.steps + 1} times, rising in [0, 1], got {list(times)}"
+            )
+        places = denoiser.model.path.at(torch.tensor(times, dtype=torch.float64))
+        alpha, sigma = places.alpha.tolist(), places.sigma.tolist()
+        half_log_snr = (places.log_snr / 2).tolist()
+        before: Tensor | None = None  # the previous evaluation
+        for i, t in enumerate(times[:-1]):
+            data = denoiser.denoise(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device))
+            step = half_log_snr[i + 1] - half_log_snr[i]
+            middle = data
+            if before is not None and i < len(pairs) - 1:
+                reach = step / (2 * (half_log_snr[i] - half_log_snr[i - 1]))
+                middle = torch.lerp(before, data, 1 + reach)
+            x = (sigma[i + 1] / sigma[i]) * x - alpha[i + 1] * math.expm1(-step) * middle
+            before = data
+        return x
+
+
+@dataclass(frozen=True)
+class ChainSolver(ABC):
+    """How x_{t-1} is made from x_t, and for which of a chain's steps.
+
+    Attributes:
+        steps: taken, at equal distances; None: the usual number, or all of a shorter chain.
+        clip: confine each predicted image to [-1, 1], as the published samplers do.
+    """
+
+    steps: int | None = None
+    clip: bool = True
+    usual: ClassVar[int]
+
+    @property
+    @abstractmethod
+    def stochastic(self) -> bool:
+        """Whether steps take noise."""
+
+    @abstractmethod
+    def advance(
+        self,
+        chain: MarkovChain,
+        denoiser: Denoiser,
+        x_t: Float[Tensor, "batch channels height width"],
+        step: int,
+        noise: Float[Tensor, "batch channels height width"] | None = None,
+    ) -> Float[Tensor, "batch channels height width"]:
+        """x_{t-1}.
+
+        Args:
+            chain: perhaps respaced.
+            denoiser: of a chain model.
+            x_t: where the samples are.
+            step: index in `chain`, the same for all; the result of step 0 is the image.
+            noise: standard normal; None at step 0 and for a solver that is not stochastic.
+        """
+
+    def kept(self, chain: MarkovChain) -> MarkovChain:
+        """The chain of the steps taken. Raises ValueError for more steps than it has."""
+        least = min(2, chain.steps)
+        if self.steps is not None and not least <= self.steps <= chain.steps:
+            raise ValueError(
+                f"expected {least} .. {chain.steps} steps of this chain, got {self.steps}"
+            )
+        steps = min(self.usual, chain.steps) if self.steps is None else self.steps
+        return chain if steps == chain.steps else chain.respaced(str(steps))
+
+
+@final
+@dataclass(frozen=True)
+class Ancestral(ChainSolver):
+    """x_{t-1} drawn from the reverse kernel (Ho et al., arXiv 2006.11239, algorithm 2).
+
+    A classifier shifts the mean by the variance times its gradient (arXiv 2105.05233, algorithm 1).
+    """
+
+    usual: ClassVar[int] = 250
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def advance(
+        self,
+        chain: MarkovChain,
+        denoiser: Denoiser,
+        x_t: Float[Tensor, "batch channels height width"],
+        step: int,
+        noise: Float[Tensor, "batch channels height width"] | None = None,
+    ) -> Float[Tensor, "batch channels height width"]:
+        """See `ChainSolver.advance`."""
+        steps = torch.full((len(x_t),), step, device=x_t.device)
+        kernel = chain.reverse_kernel(denoiser.noise, x_t, steps, denoiser.label, clip=self.clip)
+        x, shift = kernel.mean, denoiser.gradient(x_t, chain.timesteps.to(steps.device)[steps])
+        if shift is not None:
+            x = x + kernel.log_variance.exp() * shift
+        return x if noise is None else x + torch.exp(0.5 * kernel.log_variance) * noise
+
+
+@final
+@dataclass(frozen=True)
+class DDIM(ChainSolver):
+    """Song et al., Denoising Diffusion Implicit Models, arXiv 2010.02502, eq. 12 and 16.
+
+    Where images are clipped, the noise is what then leads to x_t. A classifier shifts the noise
+    against its gradient (arXiv 2105.05233, algorithm 2); the image that follows from it is not
+    clipped again.
+
+    Attributes:
+        eta: 0 is deterministic; 1, over all steps, ancestral sampling with the posterior's
+            variance.
+    """
+
+    eta: float = 0.0
+    usual: ClassVar[int] = 50
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless eta lies in [0, 1]."""
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"expected eta in [0, 1], got {self.eta}")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.eta > 0
+
+    def advance(
+        self,
+        chain: MarkovChain,
+        denoiser: Denoiser,
+        x_t: Float[Tensor, "batch channels height width"],
+        step: int,
+        noise: Float[Tensor, "batch channels height width"] | None = None,
+    ) -> Float[Tensor, "batch channels height width"]:
+        """See `ChainSolver.advance`."""
+        steps = torch.full((len(x_t),), step, device=x_t.device)
+        x0 = chain.reverse_kernel(denoiser.noise, x_t, steps, denoiser.label, clip=self.clip).x0
+        eps = chain.eps_from_x0(x0, x_t, steps)
+        here, before = float(chain.alpha_bar[step]), float(chain.previous_alpha_bar[step])
+        shift = denoiser.gradient(x_t, chain.timesteps.to(steps.device)[steps])
+        if shift is not None:
+            eps = eps - math.sqrt(1 - here) * shift
+            x0 = chain.x0_from_eps(eps, x_t, steps)
+        sigma = self.eta * math.sqrt((1 - before) / (1 - here) * (1 - here / before))
+        x = math.sqrt(before) * x0 + math.sqrt(1 - before - sigma**2) * eps
+        return x if noise is None else x + sigma * noise
+
+
+PathSolver = OdeSolver | DPMSolver | ChainSolver
+
+
+@final
+class Noise:
+    """Standard normal noise of a batch, from one stream for every seed."""
+
+    def __init__(self, model: PathModel, seeds: Sequence[int]) -> None:
+        self.seeds, self._model = seeds, model
+        self._sources = [generator(seed, "sample") for seed in seeds]
+
+    def __call__(self) -> Float[Tensor, "batch channels height width"]:
+        """The next noise."""
+        model = self._model
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        return normal_rows(model.event_shape, self._sources).to(dtype).to(model.device)
+
+
+@singledispatch
+def states(
+    solver: object, denoiser: Denoiser, noise: Noise, on_nonfinite: OnNonFinite
+) -> Iterator[Tensor]:
+    """What a solver reaches on its way from noise, the images last; see `PathSolver`."""
+    raise ValueError(f"expected a solver of models on a path, got {solver!r}")
+
+
+@states.register(OdeSolver)
+def _(
+    solver: OdeSolver, denoiser: Denoiser, noise: Noise, on_nonfinite: OnNonFinite
+) -> Iterator[Tensor]:
+    def field(t: Tensor, state: State) -> State:
+        return (denoiser.velocity(state[0], t),)
+
+    model = denoiser.model
+    times = _published_times(model, solver.steps or 1)
+    times = times or uniform_times(solver.steps or 1, *model.span)
+    names = [f"the sample of seed {seed}" for seed in noise.seeds]
+    lost = "raise" if on_nonfinite == "raise" else "nan"
+    yield solver.solve(field, (_start(model, times, noise),), times, names, lost).state[0]
+
+
+@states.register(DPMSolver)
+def _(
+    solver: DPMSolver, denoiser: Denoiser, noise: Noise, on_nonfinite: OnNonFinite
+) -> Iterator[Tensor]:
+    model = denoiser.model
+    times = _published_times(model, solver.steps)
+    if times is None:  # the log-SNR is infinite at the ends
+        ends = model.path.at(torch.tensor(model.span, dtype=torch.float64))
+        most, least = (ends.sigma / ends.alpha).tolist()
+        levels = min(80.0, 0.99 * most), max(0.002, 1.01 * least)
+        times = edm_times(model.path, solver.steps, *levels)
+    yield solver.solve(denoiser, _start(model, times, noise), times)
+
+
+@states.register(ChainSolver)
+def _(
+    solver: ChainSolver, denoiser: Denoiser, noise: Noise, on_nonfinite: OnNonFinite
+) -> Iterator[Tensor]:
+    chain, x = solver.kept(chain_model(denoiser.model).chain), noise()
+    for step in reversed(range(chain.steps)):
+        fresh = noise() if solver.stochastic and step > 0 else None
+        x = solver.advance(chain, denoiser, x, step, fresh)
+        yield x
+
+
+def steps_of(solver: PathSolver, model: PathModel) -> int:
+    """How many states it gives. Raises ValueError for steps that the chain does not have."""
+    return solver.kept(chain_model(model).chain).steps if isinstance(solver, ChainSolver) else 1
+
+
+def _published_times(model: PathModel, steps: int) -> list[float] | None:
+    """Noise levels that models of this path are sampled at; None: even steps do."""
+    if isinstance(model.path, InterpolatedCosine):
+        return edm_times(model.path, steps, SIGMA_MAX, SIGMA_MIN)
+    return None
+
+
+def _start(model: PathModel, times: Sequence[float], noise: Noise) -> Tensor:
+    """Points at the first of the times."""
+    return float(model.path.at(torch.tensor(times[0], dtype=torch.float64)).sigma) * noise()
+
+
+def log_snr_times(path: Path, steps: int, span: tuple[float, float] | None = None) -> list[float]:
+    """steps + 1 library times at equal distances in log-SNR.
+
+    Args:
+        path: where the times are on.
+        steps: at least 1.
+        span: first and last time, where the log-SNR is finite; None: the path's own span.
+
+    Raises:
+        ValueError: no step, or an end of infinite log-SNR.
+    """
+    first, last = path.span if span is None else span
+    ends = path.at(torch.tensor([first, last], dtype=torch.float64)).log_snr
+    if steps < 1 or not bool(ends.isfinite().all()):
+        raise ValueError(
+            "expected at least one step between times of finite log-SNR, "
+            f"got {steps} steps from {first} to {last} with log-SNR {ends.tolist()}"
+        )
+    inner = torch.linspace(float(ends[0]), float(ends[1]), steps + 1, dtype=torch.float64)[1:-1]
+    return [first, *path.time_of(inner).tolist(), last]

@@ -1,0 +1,116 @@
+"""Every solver by its name, and which of them a model has."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import singledispatch
+from typing import Any, final
+
+from exactflow.core.model import Flow, GenerativeModel
+from exactflow.core.transform import Solver
+from exactflow.paths.chain_model import ChainModel
+from exactflow.paths.ode import ODE_SOLVERS, OdeSolver
+from exactflow.paths.path_model import PathModel
+from exactflow.sampling.flow_sampler import FlowSampler
+from exactflow.sampling.flow_solvers import (
+    Adaptive,
+    BlockSolvers,
+    GaussSeidelJacobi,
+    Jacobi,
+    Selective,
+    Sequential,
+)
+from exactflow.sampling.path_sampler import PathSampler
+from exactflow.sampling.path_solvers import DDIM, Ancestral, ChainSolver, DPMSolver, PathSolver
+from exactflow.sampling.planner import Planned
+from exactflow.sampling.request import Request, Sampler
+
+AnySolver = Solver | Sequence[Solver] | BlockSolvers | PathSolver
+
+SOLVERS: dict[str, type] = {
+    "sequential": Sequential,
+    "jacobi": Jacobi,
+    "gauss-seidel-jacobi": GaussSeidelJacobi,
+    "selective": Selective,
+    "adaptive": Adaptive,
+    "ancestral": Ancestral,
+    "ddim": DDIM,
+    **ODE_SOLVERS,
+    "dpm++": DPMSolver,
+}
+
+
+@final
+@dataclass(frozen=True)
+class Sampling:
+    """How one kind of model is sampled.
+
+    Attributes:
+        solvers: types of the solvers that it takes.
+        usual: type of the solver that "auto" stands for.
+        sampler: draws a request's batches.
+    """
+
+    solvers: tuple[type, ...]
+    usual: type
+    sampler: Callable[[Any, Request], Sampler]
+
+    @property
+    def names(self) -> dict[str, type]:
+        """The solvers that it takes by name."""
+        return {name: kind for name, kind in SOLVERS.items() if issubclass(kind, self.solvers)}
+
+
+@singledispatch
+def sampling_of(model: GenerativeModel) -> Sampling:
+    """How a model is sampled. Raises ValueError for one that is neither flow nor on a path."""
+    raise ValueError(f"expected a flow or a model on a path, got {model.kind!r}")
+
+
+@sampling_of.register(Flow)
+def _(model: Flow) -> Sampling:
+    return Sampling((Solver, BlockSolvers, Sequence), Planned, FlowSampler)
+
+
+@sampling_of.register(PathModel)
+def _(model: PathModel) -> Sampling:
+    return Sampling((OdeSolver, DPMSolver), SOLVERS[model.usual_solver], PathSampler)
+
+
+@sampling_of.register(ChainModel)
+def _(model: ChainModel) -> Sampling:
+    kinds = (ChainSolver, OdeSolver, DPMSolver)
+    return Sampling(kinds, SOLVERS[model.usual_solver], PathSampler)
+
+
+def solver_for(model: GenerativeModel, name: str = "auto", **options: Any) -> AnySolver:
+    """The solver of that name with options of its own; None leaves one as it is.
+
+    Args:
+        model: what is to be sampled.
+        name: one of `SOLVERS` that this kind of model takes, or "auto": what it is usually sampled
+            with; of a flow, what the plan says.
+        options: fields of the solver, such as steps, tolerance, eta.
+
+    Raises:
+        ValueError: for another name, and for an option that this solver does not have.
+    """
+    sampling = sampling_of(model)
+    names, given = sampling.names, {k: v for k, v in options.items() if v is not None}
+    for option in given:
+        if not any(option in _options(kind) for kind in names.values()):
+            raise ValueError(f"{option} has no meaning for this model")
+    if name != "auto" and name not in names:
+        raise ValueError(f"expected solver auto | {' | '.join(names)}, got {name!r}")
+    kind = sampling.usual if name == "auto" else names[name]
+    for option in given:
+        if option not in _options(kind):
+            called = next((name for name, each in SOLVERS.items() if each is kind), name)
+            raise ValueError(
+                f"{option} has no meaning for the solver {called!r}, which has "
+                f"{', '.join(_options(kind)) or 'no options'}"
+            )
+    return kind(**given)
+
+
+def _options(kind: type) -> list[str]:
+    return [field.name for field in fields(kind)]
