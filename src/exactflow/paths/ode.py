@@ -50,52 +50,16 @@ class Solution:
     evaluations: int
 
 
-class OdeSolver(ABC):
-    """How a differential equation is solved: a value, with options of its own.
-
-    Attributes:
-        name: in `ODE_SOLVERS`.
-        steps: between the times that `solve` is given; None: it chooses its own, between two.
-        tolerance: of a step; None of fixed ones.
-    """
-
-    name: ClassVar[OdeMethod]
-    steps: int | None
-    tolerance: float | None
-
-    @abstractmethod
-    def solve(
-        self,
-        field: Field,
-        state: State,
-        times: Sequence[float],
-        names: Sequence[object] | None = None,
-        lost: Lost = "raise",
-    ) -> Solution:
-        """Follow d state / dt = field(t, state) from the first of `times` to the last.
-
-        Args:
-            field: rate of every tensor of the state.
-            state: where to start; all tensors floating, of one row per sample.
-            times: rising or falling, one more than there are steps; two where they are chosen.
-            names: of the rows, for an error.
-            lost: what a row does whose tolerance cannot be met: an error, or NaN.
-
-        Raises:
-            ValueError: times that do not rise or fall, or another number of them.
-            NonFiniteError: a tolerance cannot be met, and in which row.
-        """
-
-
 @dataclass(frozen=True)
-class FixedSteps(OdeSolver):
+class FixedSteps(ABC):
     """One step between neighbouring times.
 
     Attributes:
         steps: how many.
     """
 
-    steps: int = 50  # pyright: ignore[reportIncompatibleVariableOverride]
+    steps: int = 50
+    name: ClassVar[OdeMethod]
     tolerance: ClassVar[None] = None
     evaluations_per_step: ClassVar[int]
 
@@ -112,7 +76,19 @@ class FixedSteps(OdeSolver):
         names: Sequence[object] | None = None,
         lost: Lost = "raise",
     ) -> Solution:
-        """See `OdeSolver.solve`."""
+        """Follow d state / dt = field(t, state) from the first of `times` to the last.
+
+        Args:
+            field: rate of every tensor of the state.
+            state: where to start; all tensors floating, of one row per sample.
+            times: rising or falling, one more than there are steps.
+            names: of the rows, for an error.
+            lost: what a row does whose tolerance cannot be met: an error, or NaN.
+
+        Raises:
+            ValueError: times that do not rise or fall, or another number of them.
+            NonFiniteError: a tolerance cannot be met, and in which row.
+        """
 
         def at(t: float, here: State) -> State:
             return field(here[0].new_full((len(here[0]),), t), here)
@@ -167,7 +143,7 @@ class Heun(FixedSteps):
 
 @final
 @dataclass(frozen=True)
-class Dopri5(OdeSolver):
+class Dopri5:
     """Dormand & Prince, of order 5; every row has a time and a step of its own.
 
     Attributes:
@@ -176,7 +152,7 @@ class Dopri5(OdeSolver):
     """
 
     tolerance: float = 1e-5
-    name = "dopri5"
+    name: ClassVar[OdeMethod] = "dopri5"
     steps: ClassVar[None] = None
 
     def __post_init__(self) -> None:
@@ -192,11 +168,12 @@ class Dopri5(OdeSolver):
         names: Sequence[object] | None = None,
         lost: Lost = "raise",
     ) -> Solution:
-        """See `OdeSolver.solve`."""
+        """See `FixedSteps.solve`; two times, between which the steps are chosen."""
         _checked(times, 1)
         return _dopri5(field, state, (times[0], times[1]), self.tolerance, names, lost)
 
 
+OdeSolver = FixedSteps | Dopri5
 ODE_SOLVERS: dict[str, type[FixedSteps] | type[Dopri5]] = {
     kind.name: kind for kind in (Euler, Midpoint, Heun, Dopri5)
 }

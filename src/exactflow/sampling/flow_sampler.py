@@ -25,7 +25,7 @@ class FlowSampler(Sampler):
     steps = 1
 
     def __init__(self, model: Flow, request: Request) -> None:
-        self.model, self.request = model, request
+        self.model, self.request, self.grey_levels = model, request, model.to_grey_levels
         options = request.options
         options.refuse("low")
         self.guidance = _guidance(request)

@@ -24,6 +24,7 @@ class PathSampler(Sampler):
 
     def __init__(self, model: PathModel, request: Request) -> None:
         self.model, self.request, self.solver = model, request, request.solver
+        self.grey_levels = model.to_grey_levels
         request.options.refuse("denoise", "trace", "profile", "temperature")
         self.guidance = _guidance(request)
         self.steps = steps_of(self.solver, model)

@@ -121,10 +121,12 @@ class Sampler(ABC):
     """Draws the batches of a request in the way of one kind of model.
 
     Attributes:
+        grey_levels: of images, as the model has them.
         steps: of which a batch consists, for people who wait.
         limit: certificate above which a sample is beyond its tolerance.
     """
 
+    grey_levels: Callable[[Tensor], Tensor]
     steps: int
     limit: float
 

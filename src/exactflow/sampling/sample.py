@@ -14,7 +14,7 @@ from exactflow.core.progress import shown_progress
 from exactflow.nn import compiled
 from exactflow.sampling.denoiser import ClassifierGuidance
 from exactflow.sampling.guidance import Guidance
-from exactflow.sampling.request import DrawnBatch, Request, SamplingOptions
+from exactflow.sampling.request import DrawnBatch, Request, Sampler, SamplingOptions
 from exactflow.sampling.samples import Samples, together
 from exactflow.sampling.solvers import AnySolver, sampling_of, solver_for
 
@@ -85,14 +85,14 @@ def _drawn(request: Request) -> Samples:
         with shown_progress(total, "sampling", unit="steps", quiet=quiet) as advance:
             batches = [sampler.draw(rows, advance) for rows in parts]
     loading = compiled.seconds_loading() - loading
-    return _gathered(request, batches, sampler.limit, began + loading, loading)
+    return _gathered(request, sampler, batches, began + loading, loading)
 
 
 def _gathered(
-    request: Request, batches: Sequence[DrawnBatch], limit: float, began: float, loading: float
+    request: Request, sampler: Sampler, batches: Sequence[DrawnBatch], began: float, loading: float
 ) -> Samples:
     """The batches together, without the samples that failed."""
-    options, model, seeds = request.options, request.model, request.seeds(range(request.n))
+    options, seeds = request.options, request.seeds(range(request.n))
     failures = {seed: where for batch in batches for seed, where in batch.failures.items()}
     kept = [row for row, seed in enumerate(seeds) if seed not in failures]
     steps = torch.cat([batch.images for batch in batches], dim=1)[:, kept]
@@ -100,7 +100,7 @@ def _gathered(
     blocks = list(zip(*(batch.records for batch in batches), strict=True))
     return Samples(
         x=steps[-1],
-        images=model.to_grey_levels(steps[-1]),
+        images=sampler.grey_levels(steps[-1]),
         seeds=tuple(seeds[row] for row in kept),
         label=None if request.label is None else request.label[kept],
         evaluations=sum(batch.evaluations for batch in batches),
@@ -108,7 +108,7 @@ def _gathered(
         seconds=time.perf_counter() - began,
         certificate=certificate,
         repairs=tuple(sum(int(r.repaired.sum()) for r in block) for block in blocks),
-        beyond_tolerance=_beyond([seeds[row] for row in kept], certificate, limit),
+        beyond_tolerance=_beyond([seeds[row] for row in kept], certificate, sampler.limit),
         failures=failures,
         trace=steps if options.trace else None,
         passes=tuple(r.passes for r in batches[0].records) if options.profile else None,

@@ -8,7 +8,7 @@ from typing import Any, final
 from exactflow.core.model import Flow, GenerativeModel
 from exactflow.core.transform import Solver
 from exactflow.paths.chain_model import ChainModel
-from exactflow.paths.ode import ODE_SOLVERS, OdeSolver
+from exactflow.paths.ode import ODE_SOLVERS, Dopri5, Euler, FixedSteps, Heun, Midpoint
 from exactflow.paths.path_model import PathModel
 from exactflow.sampling.flow_sampler import FlowSampler
 from exactflow.sampling.flow_solvers import (
@@ -23,6 +23,27 @@ from exactflow.sampling.path_sampler import PathSampler
 from exactflow.sampling.path_solvers import DDIM, Ancestral, ChainSolver, DPMSolver, PathSolver
 from exactflow.sampling.planner import Planned
 from exactflow.sampling.request import Request, Sampler
+
+__all__ = [
+    "DDIM",
+    "SOLVERS",
+    "Adaptive",
+    "Ancestral",
+    "AnySolver",
+    "DPMSolver",
+    "Dopri5",
+    "Euler",
+    "GaussSeidelJacobi",
+    "Heun",
+    "Jacobi",
+    "Midpoint",
+    "Planned",
+    "Sampling",
+    "Selective",
+    "Sequential",
+    "sampling_of",
+    "solver_for",
+]
 
 AnySolver = Solver | Sequence[Solver] | BlockSolvers | PathSolver
 
@@ -73,12 +94,12 @@ def _(model: Flow) -> Sampling:
 
 @sampling_of.register(PathModel)
 def _(model: PathModel) -> Sampling:
-    return Sampling((OdeSolver, DPMSolver), SOLVERS[model.usual_solver], PathSampler)
+    return Sampling((FixedSteps, Dopri5, DPMSolver), SOLVERS[model.usual_solver], PathSampler)
 
 
 @sampling_of.register(ChainModel)
 def _(model: ChainModel) -> Sampling:
-    kinds = (ChainSolver, OdeSolver, DPMSolver)
+    kinds = (ChainSolver, FixedSteps, Dopri5, DPMSolver)
     return Sampling(kinds, SOLVERS[model.usual_solver], PathSampler)
 
 
