@@ -11,7 +11,14 @@ from exactflow.cli.opened import opened
 from exactflow.cli.settings import first_images
 from exactflow.cli.terminal import say
 from exactflow.core.model import Flow
-from exactflow.latent.restoration import PEAK, Inpainting, exact_flow, inpaint, missing_region
+from exactflow.latent.restoration import (
+    PEAK,
+    Inpainting,
+    Langevin,
+    exact_flow,
+    inpaint,
+    missing_region,
+)
 from exactflow.pictures.figures import image_table
 
 
@@ -29,7 +36,7 @@ def run(command: Inpaint) -> None:
         missing,
         label,
         draws=command.draws,
-        steps=command.steps,
+        langevin=Langevin(command.steps),
         seed=command.seed,
         progress=True,
     )

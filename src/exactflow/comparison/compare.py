@@ -63,10 +63,25 @@ def compare(
         named = cast("Mapping[str, GenerativeModel]", models)
         models = (Contender(name, model.eval()) for name, model in named.items())
     bench = Bench(training, held_out, extractor, protocol, folder / "models", progress)
+    results, failures, devices = _measured(bench, models)
+    setting = {**(setting or {}), **_machine(devices)}
+
+    def write() -> Report:
+        report = report_of(bench, list(results.values()), setting, failures)
+        report.save(folder)
+        return report
+
+    return group.on_main(write)
+
+
+def _measured(
+    bench: Bench, contenders: Iterable[Contender | Failure]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str], set[str]]:
+    """Results and reasons of failures by name, and the devices; errors as of `compare`."""
     results: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
     devices: set[str] = set()
-    for contender in models:
+    for contender in contenders:
         name = contender.name
         if name in results or name in failures:
             raise ValueError(f"expected a name for each model, got {name!r} twice")
@@ -78,18 +93,11 @@ def compare(
             results[name] = bench.measure(contender)
         except NonFiniteError as error:
             failures[name] = str(error)
+    if failures and not results:
+        raise NonFiniteError("; ".join(f"{n}: {why}" for n, why in failures.items()))
     if not results:
-        if failures:
-            raise NonFiniteError("; ".join(f"{n}: {why}" for n, why in failures.items()))
         raise ValueError("expected models to compare, got none")
-    setting = {**(setting or {}), **_machine(devices)}
-
-    def write() -> Report:
-        report = report_of(bench, list(results.values()), setting, failures)
-        report.save(folder)
-        return report
-
-    return group.on_main(write)
+    return results, failures, devices
 
 
 def _splits(

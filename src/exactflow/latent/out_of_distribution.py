@@ -163,14 +163,8 @@ def foreign_set(
         raise ValueError(f"expected square images to resize others to, got {height} x {width}")
     if not 0 <= 2 * border < height:
         raise ValueError(f"expected a border of 0 .. {(height - 1) // 2} pixels, got {border}")
-    config = DataConfig(
-        source,
-        image_size=height - 2 * border,
-        channels=channels,
-        test_fraction=0.0,
-        validation_fraction=0.0,
-        limit=limit,
-    )
+    whole = {"test_fraction": 0.0, "validation_fraction": 0.0, "limit": limit}
+    config = DataConfig(source, image_size=height - 2 * border, channels=channels, **whole)
     dataset = load(config, "train")
     notes = []
     images = np.array(dataset.images[:])

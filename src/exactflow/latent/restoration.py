@@ -131,6 +131,42 @@ def missing_region(
     return missing.expand(shape).contiguous()
 
 
+@final
+@dataclass(frozen=True)
+class Langevin:
+    """A schedule of adjusted Langevin steps on p^(1/T).
+
+    Attributes:
+        steps: each one evaluation of the gradient. In the first half T falls geometrically to 1
+            while the step size follows its acceptance; in the second half both are constant.
+        first_temperature: T at the beginning; above 1 chains cross between modes, and need many
+            more steps to settle again.
+    """
+
+    steps: int = 1000
+    first_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for steps or a temperature that are too low."""
+        if self.steps < 2 or not 1 <= self.first_temperature < math.inf:
+            raise ValueError(
+                "expected steps >= 2 and first_temperature >= 1, "
+                f"got {self.steps}, {self.first_temperature}"
+            )
+
+    @property
+    def half(self) -> int:
+        """Steps in which anything changes."""
+        return self.steps // 2
+
+    def temperature(self, step: int) -> float:
+        """T of a step."""
+        return self.first_temperature ** (1 - min(step / self.half, 1.0))
+
+
+LANGEVIN = Langevin()
+
+
 def inpaint(
     model: GenerativeModel,
     images: Integer[Tensor, "n channels height width"],
@@ -138,19 +174,16 @@ def inpaint(
     label: Int[Tensor, " n"] | None = None,
     *,
     draws: int = 1,
-    steps: int = 1000,
-    first_temperature: float = 1.0,
+    langevin: Langevin = LANGEVIN,
     seed: int = 0,
     progress: bool = False,
 ) -> Inpainting:
     """Draw missing pixels from p(missing | known) by adjusted Langevin steps.
 
     Known pixels get uniform or Gaussian noise as in training, once, and stay fixed. Missing ones
-    begin as those of a sample from shrunken latents, and the chain runs on p^(1/T): in the first
-    half of the steps T falls geometrically to 1 while the step size of each image follows its
-    acceptance; in the second half both are constant, and the conditional density is the chain's own
-    stationary law. A proposal without a finite density is never accepted. Images of a model trained
-    with Gaussian noise are denoised at the end.
+    begin as those of a sample from shrunken latents; in the second half of the steps the
+    conditional density is the chain's own stationary law. A proposal without a finite density is
+    never accepted. Images of a model trained with Gaussian noise are denoised at the end.
 
     Args:
         model: an exact flow.
@@ -158,23 +191,17 @@ def inpaint(
         missing: which pixels to draw, the same ones of every image.
         label: class of each image; None for a dropped label.
         draws: completions of every image, each a chain of its own.
-        steps: Langevin steps, each one evaluation of the gradient.
-        first_temperature: T at the beginning; above 1 chains cross between modes, and need many
-            more steps to settle again.
+        langevin: steps and temperatures.
         seed: the noise of a draw is a function of (seed, image, draw), whatever the others are.
         progress: show a bar over steps.
 
     Raises:
-        ValueError: no exact flow, nothing or everything missing, or draws, steps or temperature too
-            low.
+        ValueError: no exact flow, nothing or everything missing, or no draw.
         NonFiniteError: names an image whose first state has no finite density or gradient.
     """
     flow = exact_flow(model)
-    if draws < 1 or steps < 2 or not 1 <= first_temperature < math.inf:
-        raise ValueError(
-            f"expected draws >= 1, steps >= 2 and first_temperature >= 1, "
-            f"got {draws}, {steps}, {first_temperature}"
-        )
+    if draws < 1:
+        raise ValueError(f"expected draws >= 1, got {draws}")
     if tuple(missing.shape) != flow.event_shape or not bool(missing.any()) or bool(missing.all()):
         raise ValueError(
             f"expected a mask {flow.event_shape} with missing and known pixels, "
@@ -188,17 +215,15 @@ def inpaint(
     with evaluating(flow):
         first = _begin(flow, images, missing, label, sources)
         chain = _Chain(flow, first, missing, label, sources)
-        trace = []
-        half = steps // 2
+        trace, steps = [], langevin.steps
         for step in tracked(range(steps), steps, "inpainting", shown=progress, unit="steps"):
-            part = min(step / half, 1.0)
-            trace.append(chain.step(first_temperature ** (1 - part), adapt=step < half))
+            trace.append(chain.step(langevin.temperature(step), adapt=step < langevin.half))
         x = chain.x
         if flow.noise_std > 0:
             x = score_denoise(flow, x, label)
     given = images.to(flow.device, torch.uint8)
     drawn = torch.where(missing, flow.to_grey_levels(x), given)
-    accepted = chain.accepted / (steps - half)
+    accepted = chain.accepted / (steps - langevin.half)
     return Inpainting(
         drawn.cpu(), torch.stack(trace).cpu(), accepted.cpu(), chain.log_step.exp().cpu()
     )

@@ -102,24 +102,22 @@ def chain_bound(
 
         batches = replace(draws, progress=False).by_batch(model, images, label, score)
     terms = torch.cat(batches)
-    if not bool(terms.isfinite().all()):
-        image, step = (~terms.isfinite()).nonzero()[0].tolist()
-        raise NonFiniteError(
-            f"term {step} of the bound of image {draws.first + image} is "
-            f"{float(terms[image, step])} "
-            f"({int((~terms.isfinite()).sum())} of {terms.numel()} terms are not finite)"
-        )
+    _check_terms(terms, draws.first)
     details = {"steps": chain.steps, "evaluations": len(strata)}
-    found = LogLikelihood(
-        -terms.sum(1),
-        "bound",
-        model.dims,
-        model.levels,
-        1,
-        dequantization="none",
-        details=details,
-    )
+    facts = model.dims, model.levels, draws.k
+    found = LogLikelihood(-terms.sum(1), "bound", *facts, None, "none", details)
     return ChainBound(found, terms, tuple(chain.timesteps.tolist()), strata)
+
+
+def _check_terms(terms: Tensor, first: int) -> None:
+    """Raise NonFiniteError that names the first image and step whose term is not finite."""
+    failed = (~terms.isfinite()).nonzero()
+    if len(failed):
+        image, step = failed[0].tolist()
+        raise NonFiniteError(
+            f"term {step} of the bound of image {first + image} is {float(terms[image, step])} "
+            f"({len(failed)} of {terms.numel()} terms are not finite)"
+        )
 
 
 def strata_of(steps: int, count: int) -> tuple[int, ...]:

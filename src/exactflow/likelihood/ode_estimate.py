@@ -6,7 +6,7 @@ dx/dt = v solved from the image back to noise (arXiv 1806.07366, eq. 3; arXiv 22
 
 import math
 from dataclasses import dataclass
-from typing import Literal, final, get_args
+from typing import Any, Literal, final, get_args
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -44,11 +44,46 @@ class Hutchinson:
                 f"got {self.probe!r} and {self.probes}"
             )
 
+    def vectors(
+        self, model: PathModel, seed: int, numbers: range, draw: int
+    ) -> Float[Tensor, "probes batch channels height width"]:
+        """The probes of a draw of these images; each is its own stream, whatever their number."""
+        rows = []
+        for j in range(self.probes):
+            sources = [generator(seed, "probe", number, draw, j) for number in numbers]
+            if self.probe == "gaussian":
+                rows.append(normal_rows(model.event_shape, sources))
+            else:
+                rows.append(torch.where(uniform_rows(model.event_shape, sources) < 0.5, -1.0, 1.0))
+        return torch.stack(rows).to(model.wide_dtype).to(model.device)
+
+    def facts(self, dims: int) -> dict[str, Any]:
+        """What it adds to the details of an estimate."""
+        return {"trace": "hutchinson", "probe": self.probe, "probes": self.probes}
+
+    def error(self, each: Float[Tensor, "n probes"], dims: int) -> float | None:
+        """Standard error in bits/dim that the probes leave on the mean over images, by probe."""
+        if self.probes == 1:
+            return None
+        error = each.std(1) / math.sqrt(self.probes)
+        return -grey.bits_per_dim(float(error.square().sum().sqrt()) / len(each), dims)
+
 
 @final
 @dataclass(frozen=True)
 class ExactTrace:
     """The divergence by all basis vectors: exact up to the solver's error."""
+
+    def vectors(self, model: PathModel, seed: int, numbers: range, draw: int) -> None:
+        """See `Hutchinson.vectors`: none, which stands for the basis."""
+
+    def facts(self, dims: int) -> dict[str, Any]:
+        """What it adds to the details of an estimate."""
+        return {"trace": "exact", "probe": None, "probes": dims}
+
+    def error(self, each: Float[Tensor, "n one"], dims: int) -> float:
+        """See `Hutchinson.error`."""
+        return 0.0
 
 
 ADAPTIVE, ONE_PROBE = Dopri5(), Hutchinson()
@@ -93,25 +128,8 @@ def ode_log_likelihood(
         ValueError: for images that are not such integers, or labels the model cannot take.
         NonFiniteError: names the first image whose likelihood is not finite.
     """
-    start, end = model.span
-    times = uniform_times(solver.steps or 1, end, start)
-    trajectory = _Trajectory(model, solver, times)
-    random = trace if isinstance(trace, Hutchinson) else None
-
-    def score(some: Tensor, chunk: Tensor | None, numbers: range) -> tuple[Tensor, Tensor, int]:
-        densities, evaluations = [], 0
-        for draw in range(draws.k):
-            vectors = None
-            if random is not None:
-                vectors = _probes(model, [(draws.seed, n, draw) for n in numbers], random)
-            noise = draws.noise(model, model.event_shape, numbers, draw, uniform=True)
-            x = grey.dequantize(some, noise, model.levels)
-            found, count = trajectory.score(x, chunk, vectors, numbers)
-            densities.append(found)
-            evaluations += count * len(numbers)
-        return *_averaged(torch.stack(densities)), evaluations
-
-    results = draws.by_batch(model, images, label, score)
+    trajectory = _Trajectory(model, draws, solver, trace)
+    results = draws.by_batch(model, images, label, trajectory.score)
     nats = torch.cat([mean for mean, _, _ in results])
     check_finite(nats, draws.first, "the model's velocity overflows on it")
     details = {
@@ -119,17 +137,14 @@ def ode_log_likelihood(
         "steps": solver.steps,
         "tolerance": solver.tolerance,
         "evaluations": sum(count for _, _, count in results) / len(images),
-        "trace": "exact" if random is None else "hutchinson",
-        "probe": None if random is None else random.probe,
-        "probes": model.dims if random is None else random.probes,
-        "probe_standard_error": _probe_error(model, random, [each for _, each, _ in results]),
+        **trace.facts(model.dims),
+        "probe_standard_error": trace.error(torch.cat([by for _, by, _ in results]), model.dims),
         "prior_gap": _prior_gap(model, images),
         "blur": _blur(model),
         "trained_on": "dequantised images" if model.dequantized else "centred images",
     }
-    nats = nats - model.level_nats
     facts = model.dims, model.levels, draws.k
-    return LogLikelihood(nats, "estimate", *facts, details=details)
+    return LogLikelihood(nats - model.level_nats, "estimate", *facts, details=details)
 
 
 @final
@@ -138,22 +153,40 @@ class _Trajectory:
     """How to get from images to noise, and ln p along it."""
 
     model: PathModel
+    draws: Draws
     solver: OdeSolver
-    times: list[float]
+    trace: Hutchinson | ExactTrace
 
     def score(
         self,
-        x: Float[Tensor, "batch channels height width"],
+        images: Integer[Tensor, "batch channels height width"],
         label: Int[Tensor, " batch"] | None,
-        vectors: Float[Tensor, "probes batch channels height width"] | None,
         numbers: range,
+    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch probes"], int]:
+        """ln of the mean density over draws, the same by each probe alone, and evaluations."""
+        densities, evaluations, model = [], 0, self.model
+        for draw in range(self.draws.k):
+            noise = self.draws.noise(model, model.event_shape, numbers, draw, uniform=True)
+            x = grey.dequantize(images, noise, model.levels)
+            vectors = self.trace.vectors(model, self.draws.seed, numbers, draw)
+            found, count = self._density(x, label, vectors, numbers)
+            densities.append(found)
+            evaluations += count * len(numbers)
+        each = torch.stack(densities)
+        k = math.log(len(each))
+        return each.mean(2).logsumexp(0) - k, each.logsumexp(0) - k, evaluations
+
+    def _density(
+        self, x: Tensor, label: Tensor | None, vectors: Tensor | None, numbers: range
     ) -> tuple[Float[Tensor, "batch probes"], int]:
         """ln p(x) in nats by each probe, one column if exact, float64 on the CPU; evaluations."""
         count = 1 if vectors is None else len(vectors)
-        log_abs_det = x.new_zeros(len(x), count)
+        state = x, x.new_zeros(len(x), count)
         field = with_divergence(self.model, label, vectors)
+        start, end = self.model.span
+        times = uniform_times(self.solver.steps or 1, end, start)
         names = [f"image {number}" for number in numbers]
-        solved = self.solver.solve(field, (x, log_abs_det), self.times, names)
+        solved = self.solver.solve(field, state, times, names)
         z, log_abs_det = solved.state
         prior = DiagonalGaussian(torch.ones_like(z[0])).log_prob(z)
         return (prior[:, None] + log_abs_det).double().cpu(), solved.evaluations
@@ -194,41 +227,6 @@ def with_divergence(
 def _basis(x: Tensor) -> Float[Tensor, "dims 1 channels height width"]:
     dims = x[0].numel()
     return torch.eye(dims, dtype=x.dtype, device=x.device).view(dims, 1, *x.shape[1:])
-
-
-def _probes(
-    model: PathModel, names: list[tuple[int, int, int]], random: Hutchinson
-) -> Float[Tensor, "probes batch channels height width"]:
-    """Probe j of a draw of an image is its own stream, whatever their number."""
-    rows = []
-    for j in range(random.probes):
-        sources = [generator(seed, "probe", image, draw, j) for seed, image, draw in names]
-        if random.probe == "gaussian":
-            rows.append(normal_rows(model.event_shape, sources))
-        else:
-            rows.append(torch.where(uniform_rows(model.event_shape, sources) < 0.5, -1.0, 1.0))
-    dtype = model.wide_dtype
-    return torch.stack(rows).to(dtype).to(model.device)
-
-
-def _averaged(draws: Float[Tensor, "k batch probes"]) -> tuple[Tensor, Tensor]:
-    """ln of the mean density over draws: of the probes' mean, (batch,), and of each probe alone."""
-    k = len(draws)
-    mean = draws.mean(2).logsumexp(0) - math.log(k)
-    return mean, draws.logsumexp(0) - math.log(k)
-
-
-def _probe_error(
-    model: PathModel, random: Hutchinson | None, parts: list[Float[Tensor, "_ probes"]]
-) -> float | None:
-    """Standard error in bits/dim that the probes leave on the mean over images."""
-    if random is None:
-        return 0.0
-    if random.probes == 1:
-        return None
-    each = torch.cat(parts)
-    error = each.std(1) / math.sqrt(random.probes)
-    return -grey.bits_per_dim(float(error.square().sum().sqrt()) / len(each), model.dims)
 
 
 def _prior_gap(model: PathModel, images: Tensor) -> float:
