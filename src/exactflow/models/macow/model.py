@@ -286,9 +286,9 @@ class MaCow(Flow, DataInitialized):
         if bool(self.get_buffer("initialized")):
             return
         grey.check_images(images, self.event_shape, self.levels)
-        uniform = _noise_like(images, torch.rand, self.dtype, generator)
+        uniform = self._noise(torch.rand, images, generator)
         if self.dequantizer is not None:
-            normal = _noise_like(images, torch.randn, self.dtype, generator)
+            normal = self._noise(torch.randn, images, generator)
             with initializing(self.dequantizer):
                 self.dequantizer(self._noiseless(images, normal.dtype), normal)
         with initializing(self.flow):
@@ -298,18 +298,14 @@ class MaCow(Flow, DataInitialized):
     def _draw(self, images: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         grey.check_images(images, self.event_shape, self.levels)
         draw = batch.rand if self.dequantizer is None else batch.randn
-        return self.dequantize(images, _noise_like(images, draw, self.dtype, generator))
+        return self.dequantize(images, self._noise(draw, images, generator))
 
     def _noiseless(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         """The lower ends of the grey levels' intervals, as published."""
         return grey.dequantize(images, torch.zeros_like(images, dtype=dtype), self.levels)
 
-
-def _noise_like(
-    images: Tensor,
-    draw: Callable[..., Tensor],
-    dtype: torch.dtype,
-    generator: torch.Generator | None,
-) -> Tensor:
-    dtype = torch.promote_types(dtype, torch.float32)
-    return draw(images.shape, generator=generator, dtype=dtype, device=images.device)
+    def _noise(
+        self, draw: Callable[..., Tensor], images: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        options = {"dtype": self.wide_dtype, "device": images.device}
+        return draw(images.shape, generator=generator, **options)
