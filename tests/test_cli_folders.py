@@ -219,5 +219,5 @@ def test_the_early_look_refuses_what_loading_refuses(tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError) as late:
             exactflow.from_pretrained(place)
         with pytest.raises(FileNotFoundError) as soon:
-            early.answered(parsed(["sample", place])[0])
+            early.answered(parsed(["sample", place]))
         assert str(soon.value) == str(late.value)

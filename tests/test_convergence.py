@@ -308,7 +308,9 @@ def test_command_writes_null_for_infinity(digits: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         model.blocks[-1].output.bias[:4] = 200.0
     model.save_pretrained(tmp_path / "model")
-    command = Convergence(str(tmp_path / "model"), ("data.source=digits",), n=3, out=tmp_path)
+    command = Convergence(
+        model=str(tmp_path / "model"), settings=("data.source=digits",), n=3, out=tmp_path
+    )
     convergence_command.run(command)
     first, second = json.loads((tmp_path / "convergence.json").read_text())["blocks"]
     assert first["igm_latent"] is None

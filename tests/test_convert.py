@@ -333,7 +333,7 @@ def test_incomplete_and_corrupt_files(golden: Path, tmp_path: Path) -> None:
 
 
 def command(file: Path, out: Path, *words: str, **options: Any) -> None:
-    run_convert(Convert(file, out, words, **options))
+    run_convert(Convert(checkpoint=file, out=out, settings=words, **options))
 
 
 def test_command_line(golden: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from test_prepare import samples, tar
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-VERBS = set(arguments._VERBS)
+VERBS = set(arguments.VERBS)
 BLOCK = re.compile(r"^```(bash|python)( parse-only)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 TRAINING = ["training.steps=12", "training.warmup_steps=4", "training.batch_size=16"]
@@ -160,7 +160,7 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(early, "answered", lambda _: False)  # files that are not there
         patch.setattr(sys, "argv", ["exactflow", *words])
         main()
-    assert [type(command) for command in taken] == [arguments._VERBS[words[0]][0]]
+    assert [type(command) for command in taken] == [arguments.VERBS[words[0]]]
 
 
 def test_the_two_commands_of_the_readme() -> None:

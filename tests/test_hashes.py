@@ -167,17 +167,17 @@ def test_the_command(
     tmp_path: Path, source: DataConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    command.run(Prepare(source.source, out, verify=True))
+    command.run(Prepare(source=source.source, out=out, verify=True))
     assert "all 30 images are those that were prepared" in capsys.readouterr().out
-    command.run(Prepare(str(out), verify=True))
+    command.run(Prepare(source=str(out), verify=True))
     assert "all 30 images are those that were prepared" in capsys.readouterr().out
     flip(out / "test.bin", 3)
     with pytest.raises(DataError, match=r"test\.bin\[0\]"):
-        command.run(Prepare(str(out), verify=True))
+        command.run(Prepare(source=str(out), verify=True))
     with pytest.raises(DataError, match="expected a set that `prepare` wrote, found none"):
-        command.run(Prepare(source.source, verify=True))
+        command.run(Prepare(source=source.source, verify=True))
     with pytest.raises(ValueError, match="expected a folder to write beside the source"):
-        command.run(Prepare(source.source))
+        command.run(Prepare(source=source.source))
 
 
 def test_the_lock_stays_where_others_may_have_opened_it(out: Path, source: DataConfig) -> None:

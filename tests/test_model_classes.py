@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 
 import exactflow
 from exactflow.cli import attributes, evaluate, sample
-from exactflow.cli.arguments import Evaluate, Sample
+from exactflow.cli.arguments import Attributes, Evaluate, Sample
 from exactflow.cli.contenders import Contenders
-from exactflow.cli.latent_arguments import Attributes
 from exactflow.cli.settings import first_images, labels_named, resolve
 from exactflow.core.model import GenerativeModel
 from exactflow.data import DataConfig, ImageDataset, load
@@ -93,7 +92,7 @@ def test_labels_find_their_class_by_name(run: Path, tmp_path: Path) -> None:
             with_labels(model, other)
     three = f"data.source={photos(tmp_path / 'three', 'cat', 'dog', 'emu')}"
     with pytest.raises(ValueError, match="three also has emu"):
-        evaluate.run(Evaluate(str(run), (three,), device="cpu"))
+        evaluate.run(Evaluate(model=str(run), settings=(three,), device="cpu"))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +159,7 @@ def test_a_word_is_a_class_by_name_then_by_number(
 def test_samples_are_drawn_of_named_classes(run: Path, tmp_path: Path) -> None:
     def drawn(*label: str) -> tuple[list[int] | None, bytes]:
         out = tmp_path / "-".join(label or ("none",))
-        sample.run(Sample(str(run), n=2, label=label, out=out, device="cpu"))
+        sample.run(Sample(model=str(run), n=2, label=label, out=out, device="cpu"))
         found = json.loads((out / "samples.json").read_text())["label"]
         return found, (out / "seed_000000.png").read_bytes()
 
@@ -180,10 +179,10 @@ def test_samples_are_drawn_of_named_classes(run: Path, tmp_path: Path) -> None:
 
 def test_an_attribute_is_a_class_by_the_same_rule(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    attributes.run(Attributes(str(run), "dog", n=1, strengths=(0.0,), out=out, device="cpu"))
+    attributes.run(Attributes(model=str(run), attribute="dog", n=1, strengths=(0.0,), out=out))
     assert json.loads((out / "attributes.json").read_text())["attribute"] == "dog"
     with pytest.raises(ValueError, match="pets has no class 'dgo': did you mean 'dog'"):
-        attributes.run(Attributes(str(run), "dgo", out=out, device="cpu"))
+        attributes.run(Attributes(model=str(run), attribute="dgo", out=out))
 
 
 def test_training_goes_on_with_the_same_classes_only(tmp_path: Path) -> None:

@@ -458,7 +458,7 @@ def test_evaluation_refuses_another_version_unless_it_is_named(tmp_path: Path) -
 @pytest.mark.parametrize("word", ["data.source=x", "data.flip=true", "data.translate=2"])
 def test_words_of_training_are_refused(tmp_path: Path, word: str) -> None:
     with pytest.raises(ValueError, match=r"expected no data\.source|is a word of training"):
-        command.run(Prepare("digits", tmp_path / "out", (word,)))
+        command.run(Prepare(source="digits", out=tmp_path / "out", settings=(word,)))
     assert not (tmp_path / "out").exists()
 
 

@@ -303,8 +303,8 @@ def test_folders_are_searched_and_no_result_counts_twice(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("dataset", COUNTS)
 def test_marks(dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results.run(Results(dataset, out=tmp_path / "t.json"))
-    results.run(Results(dataset, out=tmp_path / "t.md"))
+    results.run(Results(dataset=dataset, out=tmp_path / "t.json"))
+    results.run(Results(dataset=dataset, out=tmp_path / "t.md"))
     printed = capsys.readouterr().out
     assert "† not comparable" in printed
     listed = json.loads((tmp_path / "t.json").read_text())["rows"]
@@ -324,7 +324,9 @@ def test_marks(dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_the_main_group_can_be_chosen(tmp_path: Path) -> None:
     file = tmp_path / "t.json"
-    results.run(Results("imagenet64", "bits/dim", group="old, dequantised", out=file))
+    results.run(
+        Results(dataset="imagenet64", metric="bits/dim", group="old, dequantised", out=file)
+    )
     main = [row["model"] for row in json.loads(file.read_text())["rows"] if row["main"]]
     assert "Glow" in main
     assert "VDM" not in main
@@ -334,7 +336,7 @@ def test_ones_own_run_is_shown_and_chooses_the_main_group(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = written(tmp_path, kind="estimate")
-    results.run(Results("cifar10", runs=(file,)))
+    results.run(Results(dataset="cifar10", runs=(file,)))
     printed = capsys.readouterr().out
     assert "runs/mine (yours)" in printed
     assert "3.3000" in printed

@@ -12,8 +12,7 @@ import yaml
 from PIL import Image
 
 from exactflow.cli import classify, evaluate, outliers
-from exactflow.cli.arguments import Evaluate
-from exactflow.cli.latent_arguments import Classify, Outliers
+from exactflow.cli.arguments import Classify, Evaluate, Outliers
 from exactflow.cli.settings import data_of, resolve
 from exactflow.cli.trained_on import trained_on
 from exactflow.data import DataConfig, ImageDataset, load, prepare
@@ -143,7 +142,7 @@ def test_images_that_were_trained_on_do_not_pass_for_held_out_ones(album: Path) 
 def test_evaluate_says_so(album: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     def result(*words: str) -> dict:
         out = tmp_path / "e.json"
-        evaluate.run(Evaluate(str(album / "run"), words, out=out, device="cpu"))
+        evaluate.run(Evaluate(model=str(album / "run"), settings=words, out=out, device="cpu"))
         return json.loads(out.read_text())
 
     plain = result()
@@ -174,8 +173,9 @@ def test_the_other_verbs_that_measure_held_out_images_say_so_too(
     labelled = resolve("tarflow-tiny", (*SHORT, "model.num_classes=10", "data.source=digits"), None)
     execute(labelled, tmp_path / "run", "cpu")
     run, words, outside = str(tmp_path / "run"), ("data.split_seed=6",), str(photos(tmp_path / "p"))
-    classify.run(Classify(run, words, n=2, calibrate_on=2, out=tmp_path / "c", device="cpu"))
-    outliers.run(Outliers(run, words, outside, n=2, training=2, out=tmp_path / "o", device="cpu"))
+    given = {"model": run, "settings": words, "n": 2, "device": "cpu"}
+    classify.run(Classify(**given, calibrate_on=2, out=tmp_path / "c"))
+    outliers.run(Outliers(**given, outside=outside, training=2, out=tmp_path / "o"))
     for file in (tmp_path / "c" / "classify.json", tmp_path / "o" / "outliers.json"):
         assert "may be among" in json.loads(file.read_text())["trained on"]
     told = " ".join(capsys.readouterr().out.split())

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import shard_server
 from exactflow.cli import index as command
-from exactflow.cli.data_arguments import Index
+from exactflow.cli.arguments import Index
 from exactflow.data import (
     DataConfig,
     DataError,
@@ -879,4 +879,4 @@ def test_the_commands(tmp_path: Path) -> None:
     card = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["card"]
     assert card["training data"]["count"] == 40
     with pytest.raises(ValueError, match=r"data\.bits: expected data\.cache_dir"):
-        command.run(Index(source, ("data.bits=5",)))
+        command.run(Index(source=source, settings=("data.bits=5",)))

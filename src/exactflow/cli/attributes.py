@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exactflow.cli.latent_arguments import Attributes
+from exactflow.cli.arguments import Attributes
 from exactflow.cli.opened import opened
 from exactflow.cli.terminal import say
 from exactflow.core.doors import as_flow

@@ -5,7 +5,7 @@ import time
 from rich.table import Table
 from torch import Tensor
 
-from exactflow.cli.latent_arguments import Classify
+from exactflow.cli.arguments import Classify
 from exactflow.cli.opened import opened
 from exactflow.cli.terminal import say
 from exactflow.cli.trained_on import trained_on

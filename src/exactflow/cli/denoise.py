@@ -2,7 +2,7 @@
 
 import torch
 
-from exactflow.cli.latent_arguments import Denoise
+from exactflow.cli.arguments import Denoise
 from exactflow.cli.opened import opened
 from exactflow.cli.settings import first_images
 from exactflow.cli.terminal import say

@@ -6,19 +6,12 @@ from typing import Any
 
 from rich.table import Table
 
-from exactflow.cli.arguments import Compare, Convert, Cost, Demo, Info, Train
+from exactflow.cli.arguments import Compare, Cost, Info, Train
+from exactflow.cli.arguments.shared import TakesSettings
 from exactflow.cli.preset_table import check_preset, listed
 from exactflow.cli.terminal import say
 from exactflow.cli.words import parse_words, read_file
-from exactflow.core.config import SECTIONS
 from exactflow.models import shipped
-
-# the sections of settings that a command takes; others that take any take those of the data
-_TAKEN = {
-    **dict.fromkeys((Train, Info, Cost, Demo), SECTIONS),
-    Compare: ("data", "protocol"),
-    Convert: ("model",),
-}
 
 
 def answered(command: Any) -> bool:
@@ -29,7 +22,8 @@ def answered(command: Any) -> bool:
         FileNotFoundError: no such model or settings file.
     """
     given = vars(command)
-    parse_words(given.get("settings", ()), _TAKEN.get(type(command), ("data",)))
+    if isinstance(command, TakesSettings):
+        parse_words(command.settings, command.sections)
     if given.get("config") is not None:
         read_file(given["config"])
     if "model" in given:

@@ -15,10 +15,10 @@ def main() -> None:
         with leaving_at_once():
             from exactflow.cli.parsing import parsed
 
-            command, home = parsed(sys.argv[1:])
+            command = parsed(sys.argv[1:])
             from exactflow.cli import early
 
             if early.answered(command):
                 return
             from exactflow.cli.running import carry_out  # imports torch
-        carry_out(command, home)
+        carry_out(command)

@@ -2,7 +2,7 @@
 
 import time
 
-from exactflow.cli.data_arguments import Index
+from exactflow.cli.arguments import Index
 from exactflow.cli.terminal import say
 from exactflow.cli.words import parse_words
 from exactflow.core.config import override

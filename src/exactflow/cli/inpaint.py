@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exactflow.cli.latent_arguments import Inpaint
+from exactflow.cli.arguments import Inpaint
 from exactflow.cli.opened import opened
 from exactflow.cli.settings import first_images
 from exactflow.cli.terminal import say

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, final
+from typing import Any, Generic, TypeVar, final
 
+from exactflow.cli.arguments import verb_of
+from exactflow.cli.arguments.shared import OfImages
 from exactflow.cli.places import own_folder
 from exactflow.cli.settings import data_of, load_model, some
 from exactflow.core.model import GenerativeModel
@@ -14,19 +16,6 @@ from exactflow.metrics.bits_per_dim import check_fits
 from exactflow.training.folder import check_apart
 
 Model = TypeVar("Model", bound=GenerativeModel)
-
-
-class Command(Protocol):
-    """The arguments that such verbs have in common."""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def settings(self) -> tuple[str, ...]: ...
-    @property
-    def out(self) -> Path | None: ...
-    @property
-    def device(self) -> str: ...
 
 
 @final
@@ -60,7 +49,7 @@ class Opened(Generic[Model]):
         write_json(self.out / f"{self.verb}.json", finite(numbers))
 
 
-def opened(command: Command, expected: Callable[[GenerativeModel], Model]) -> Opened[Model]:
+def opened(command: OfImages, expected: Callable[[GenerativeModel], Model]) -> Opened[Model]:
     """Load the model of a command, and find its data and the folder to write.
 
     Args:
@@ -70,7 +59,7 @@ def opened(command: Command, expected: Callable[[GenerativeModel], Model]) -> Op
     Raises:
         ValueError: the folder is among the images that are read; see also `data_of`.
     """
-    verb = type(command).__name__.lower()
+    verb = verb_of(type(command))
     model = expected(load_model(command.model, command.device))
     data = data_of(model, command.settings)
     out = command.out or own_folder(command.model, verb)

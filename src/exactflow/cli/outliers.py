@@ -3,7 +3,7 @@
 import torch
 from rich.table import Table
 
-from exactflow.cli.latent_arguments import Outliers
+from exactflow.cli.arguments import Outliers
 from exactflow.cli.opened import opened
 from exactflow.cli.terminal import say
 from exactflow.cli.trained_on import trained_on

@@ -3,9 +3,9 @@
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields, replace
+from inspect import cleandoc
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,81 +13,99 @@ from typing import Any
 import tyro
 
 from exactflow import __version__
-from exactflow.cli.arguments import _VERBS
+from exactflow.cli.arguments import GROUPS, VERBS, Info, Train, verb_of
+from exactflow.cli.arguments.shared import TakesSettings
+from exactflow.core.config import suggestion
 
 _SETTING = re.compile(r"[A-Za-z_]\w*\.\w*=")
 _NEAR = re.compile(r"[A-Za-z_]\w*=")  # a setting whose section was forgotten, or a name
+_LOOK = (
+    tyro.conf.OmitArgPrefixes,
+    tyro.conf.DisallowNone,
+    tyro.conf.PositionalMetavarFromFieldName,
+)
+_WORDS = {  # what the help says of settings, by the sections that a verb takes
+    ("data",): "Words data.FIELD=VALUE say how images are read and split; by default as for the "
+    "model's training.",
+    ("model", "training", "data", "run"): "Words SECTION.FIELD=VALUE set a field of model, "
+    "training, data or run: `exactflow train PRESET --help` lists them.",
+    ("data", "protocol"): "Words data.FIELD=VALUE and protocol.FIELD=VALUE change how images are "
+    "read and how much is measured.",
+    ("model",): "Words model.FIELD=VALUE set a field of the model.",
+}
 
 
-def parsed(words: Sequence[str]) -> tuple[Any, str]:
-    """The command that was typed, and the module that carries it out.
+def parsed(words: Sequence[str]) -> Any:
+    """The command that was typed. `train PRESET --help` ends in the list that `info PRESET` prints.
 
     Raises:
         SystemExit: 0 after --help and --version, 2 for words that mean nothing.
     """
-    if list(words) == ["--version"]:
+    verb, *words = words or [""]
+    if verb == "--version":
         print(f"exactflow {__version__}")
         sys.exit(0)
-    words = list(words)
-    takes_settings = bool(words) and words[0] in _VERBS and _takes_settings(_VERBS[words[0]][0])
-    settings = tuple(word for word in words if _SETTING.match(word))
-    if settings and not takes_settings:
-        names = [word for word in settings if Path(word).exists()]  # such as `v1.0=x`
-        settings = tuple(word for word in settings if word not in names)
-        if settings and words[0] in _VERBS:
-            _refuse(f"this command takes no settings, got {settings[0]}")
-    if takes_settings:
-        for before, word in pairwise(words):
-            if _NEAR.match(word) and not before.startswith("-") and not Path(word).exists():
-                _refuse(f"expected SECTION.FIELD=VALUE, got {word!r}")
-    with _plain_if_asked():
-        command = tyro.extras.subcommand_cli_from_dict(
-            {verb: kind for verb, (kind, _) in _VERBS.items()},
-            prog="exactflow",
-            description="Image models with a likelihood you can trust. "
-            "`exactflow --version` prints the version.",
-            args=[word for word in words if word not in settings],
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
-    if settings:
-        command = replace(command, settings=settings)
-    home = next(home for kind, home in _VERBS.values() if isinstance(command, kind))
-    return at_home(command), home
+    if verb in ("-h", "--help"):
+        print(_overview())
+        sys.exit(0)
+    if verb not in VERBS:
+        _refuse(f"unknown verb {verb!r}{suggestion(verb, VERBS)}" if verb else _overview())
+    kind = VERBS[verb]
+    settings = _settings(words, kind)
+    rest = [word for word in words if word not in settings]
+    helped = not {"-h", "--help"}.isdisjoint(rest)
+    try:
+        command = _typed(kind, ["--help"] if helped else rest)
+    except SystemExit:
+        preset = next((word for word in rest if not word.startswith("-")), None)
+        if kind is not Train or preset is None or not helped:
+            raise
+        print()
+        command = Info(name=preset)  # after the help, what can be set
+    return _at_home(replace(command, settings=settings) if settings else command)
 
 
-def at_home(command: Any) -> Any:
-    """The command with `~` in its paths as the home folder: no shell reads it in `--out=~/x`."""
-    changes = {}
-    for field in fields(command):
-        value = getattr(command, field.name)
-        if isinstance(value, Path):
-            changes[field.name] = value.expanduser()
-        elif isinstance(value, tuple) and any(isinstance(item, Path) for item in value):
-            changes[field.name] = tuple(item.expanduser() for item in value)
-        elif field.name in ("model", "models", "name", "source"):
-            changes[field.name] = _expanded(value)
-    return replace(command, **changes)
+def _overview() -> str:
+    """What `exactflow --help` prints."""
+    lines = [
+        "usage: exactflow VERB [OPTIONS]",
+        "",
+        "Image models with a likelihood you can trust.",
+        "`exactflow VERB --help` lists a verb's options, `exactflow --version` the version.",
+    ]
+    for group, kinds in GROUPS.items():
+        lines += ["", f"{group}:"]
+        lines += [f"  {verb_of(k):<12} {(k.__doc__ or '').splitlines()[0]}" for k in kinds]
+    return "\n".join(lines)
 
 
-def _expanded(value: Any) -> Any:
-    """Names of models and sets, of which some are paths."""
-    if isinstance(value, tuple):
-        return tuple(map(_expanded, value))
-    return os.path.expanduser(value) if value else value
+def _settings(words: Sequence[str], kind: type) -> tuple[str, ...]:
+    """The words that are settings."""
+    found = tuple(word for word in words if _SETTING.match(word))
+    if not issubclass(kind, TakesSettings):
+        found = tuple(word for word in found if not Path(word).exists())  # such as `v1.0=x`
+        if found:
+            _refuse(f"this command takes no settings, got {found[0]}")
+        return found
+    for before, word in pairwise([verb_of(kind), *words]):
+        if word in found or not _NEAR.match(word):
+            continue
+        if not before.startswith("-") and not Path(word).exists():
+            _refuse(f"expected SECTION.FIELD=VALUE, got {word!r}")
+    return found
 
 
-def _takes_settings(kind: type) -> bool:
-    return any(field.name == "settings" for field in fields(kind))
-
-
-@contextmanager
-def _plain_if_asked() -> Iterator[None]:
-    """tyro knows no NO_COLOR, but a terminal that has no colours."""
+def _typed(kind: type, words: Sequence[str]) -> Any:
+    """The arguments in these words, by tyro; which knows no NO_COLOR, but a plain terminal."""
+    description = cleandoc(kind.__doc__ or "")
+    if issubclass(kind, TakesSettings):
+        description += f"\n\n{_WORDS[kind.sections]}"
     before = os.environ.get("TERM")
     if os.environ.get("NO_COLOR"):
         os.environ["TERM"] = "dumb"
     try:
-        yield
+        prog = f"exactflow {verb_of(kind)}"
+        return tyro.cli(kind, prog=prog, description=description, args=words, config=_LOOK)
     finally:
         if before is not None:
             os.environ["TERM"] = before
@@ -95,6 +113,22 @@ def _plain_if_asked() -> Iterator[None]:
             os.environ.pop("TERM", None)
 
 
+def _at_home(command: Any) -> Any:
+    """The command with `~` in its paths as the home folder: no shell reads it in `--out=~/x`."""
+    found = {field.name: getattr(command, field.name) for field in fields(command)}
+    return replace(command, **{name: _expanded(value, name) for name, value in found.items()})
+
+
+def _expanded(value: Any, name: str) -> Any:
+    """The value of a field, if it is a path or may be one: models and sets have names too."""
+    if isinstance(value, tuple):
+        return tuple(_expanded(item, name) for item in value)
+    if isinstance(value, Path):
+        return value.expanduser()
+    named = isinstance(value, str) and name in ("model", "models", "name", "source")
+    return os.path.expanduser(value) if named else value
+
+
 def _refuse(reason: str) -> None:
-    print(f"error: {reason}", file=sys.stderr)
+    print(f"error: {reason}" if "\n" not in reason else reason, file=sys.stderr)
     sys.exit(2)

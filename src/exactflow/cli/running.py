@@ -11,25 +11,21 @@ from typing import Any
 
 import torch
 
-from exactflow.cli.arguments import SHARED
+from exactflow.cli.arguments import SHARED, verb_of
 from exactflow.cli.guard import leaving_at_once
 from exactflow.cli.terminal import safe_record, show_warning
 from exactflow.core.process_group import ProcessLostError, joined
 
 
-def carry_out(command: Any, module: str) -> None:
+def carry_out(command: Any) -> None:
     """Run one command.
-
-    Args:
-        command: what was typed.
-        module: whose `run` takes it.
 
     Raises:
         MemoryError: the processor's or an accelerator's memory is full.
         ConnectionError: another process of the group was lost.
     """
     with leaving_at_once():
-        verb = import_module(module)
+        verb = import_module(f"exactflow.cli.{verb_of(type(command))}")
     try:
         with joined() as group, group.explained_loss():
             if group.count > 1 and not isinstance(command, SHARED):
