@@ -62,5 +62,5 @@ def as_flow(model: GenerativeModel, *, exact: bool = False) -> Flow:
         return model
     raise ValueError(
         f"expected a flow{' with an exact density' if exact else ''}, got a model of kind "
-        f"{model.kind!r}"
+        f"{model.kind!r}, whose likelihood is of kind {model.likelihood_kind!r}"
     )
