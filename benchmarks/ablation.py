@@ -27,7 +27,7 @@ from exactflow.core.model import GenerativeModel
 from exactflow.core.serialization import write_json
 from exactflow.data import ImageDataset, load
 from exactflow.metrics.bits_per_dim import evaluate
-from exactflow.nn import causal
+from exactflow.nn import transformer
 from exactflow.training import fit
 from exactflow.training.budget import seconds_per_step
 from exactflow.training.settings import Settings
@@ -46,7 +46,7 @@ def as_built(model: GenerativeModel) -> AbstractContextManager[None]:
 def zero_projections(model: GenerativeModel) -> AbstractContextManager[None]:
     """What a layer adds to its input is zero at first."""
     for layer in model.modules():
-        if isinstance(layer, causal.TransformerLayer):
+        if isinstance(layer, transformer.TransformerLayer):
             for last in (layer.proj, layer.contract):
                 torch.nn.init.zeros_(last.weight)
                 torch.nn.init.zeros_(last.bias)
@@ -56,14 +56,14 @@ def zero_projections(model: GenerativeModel) -> AbstractContextManager[None]:
 @contextmanager
 def squared_relu(model: GenerativeModel) -> Iterator[None]:
     """max(x, 0)^2 in place of GELU (arXiv 2109.08668)."""
-    with patch.object(causal, "gelu", lambda x: F.relu(x).square()):
+    with patch.object(transformer, "gelu", lambda x: F.relu(x).square()):
         yield
 
 
 @contextmanager
 def query_key_norm(model: GenerativeModel) -> Iterator[None]:
     """Queries and keys of root mean square one (arXiv 2010.04245)."""
-    plain = causal.causal_attention
+    plain = transformer.causal_attention
 
     def attention(qkv: Tensor, batch: int, head_dim: int, *rest: Any, **options: Any) -> Tensor:
         heads = qkv.unflatten(1, (3, -1, head_dim))
@@ -71,7 +71,7 @@ def query_key_norm(model: GenerativeModel) -> Iterator[None]:
         joined = torch.cat([normed, heads[:, 2:]], dim=1)
         return plain(joined.flatten(1), batch, head_dim, *rest, **options)
 
-    with patch.object(causal, "causal_attention", attention):
+    with patch.object(transformer, "causal_attention", attention):
         yield
 
 

@@ -1,4 +1,4 @@
-"""The compiled token step is `transformer_layer` between two linear maps, for any shape."""
+"""The compiled token step, captured passes and cached windows are `causal_network`, any shape."""
 
 import ctypes
 import sys
@@ -9,11 +9,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional as F
 
 from exactflow.nn import compiled
-from exactflow.nn.causal import LayerWeights, NetworkWeights, transformer_layer
 from exactflow.nn.compiled import CompiledStep
+from exactflow.nn.decoding import DecodingCache
+from exactflow.nn.transformer import LayerWeights, NetworkWeights, causal_network
 
 LENGTH = 7
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -75,13 +75,11 @@ def reference(
     position: int,
     temperature: Tensor | None = None,
 ) -> Tensor:
-    h = F.linear(tokens, w.input, w.input_bias) + condition
-    batch, head_dim = len(tokens), caches[0].shape[-1]
-    for layer, cache in zip(w.layers, caches, strict=True):
-        h = transformer_layer(h, layer, batch, head_dim, cache, position, temperature)
-    if w.norm is not None:
-        h = F.rms_norm(h, h.shape[1:], w.norm)
-    return F.linear(h, w.output, w.output_bias)
+    def keep(layer: int, new: Tensor) -> tuple[Tensor, None]:
+        caches[layer][:, :, :, position : position + 1] = new
+        return caches[layer][:, :, :, : position + 1], None
+
+    return causal_network(w, tokens, condition, caches[0].shape[-1], temperature, keep)
 
 
 def assert_close(ours: Tensor, theirs: Tensor, tolerance: float | None = None) -> None:
@@ -126,6 +124,31 @@ def test_is_the_network(dtype: torch.dtype, batch: int, channels: int, head_dim:
 @pytest.mark.parametrize("norm", [False, True])
 def test_ends_of_any_width(dtype: torch.dtype, dim: int, out: int, norm: bool) -> None:
     check(network(64, dim, out, norm=norm, dtype=dtype), 3, 64, warm=norm, conditions=3)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("batch", [1, 3, 17])
+@pytest.mark.parametrize("step", ["eager", "graph", pytest.param("compiled", marks=needs_numba)])
+def test_every_evaluation_is_that_of_training(
+    dtype: torch.dtype, norm: bool, warm: bool, batch: int, step: str
+) -> None:
+    """Behind a prefix of any length: a token, several, or all that are left."""
+    w = network(32, 3, 6, norm=norm, dtype=dtype)
+    tokens, condition = random(batch, LENGTH, 3, seed=1, dtype=dtype), random(1, LENGTH, 32, seed=2)
+    temperature = (0.5 + random(batch, seed=3, dtype=dtype).abs()) if warm else None
+    expected = causal_network(w, tokens, condition.to(dtype), 16, temperature)
+    expected = expected.view(batch, LENGTH, 6)
+    for prefix in range(LENGTH):
+        for window in {1, 2, LENGTH - prefix}:
+            stop = min(prefix + window, LENGTH)
+            cache = DecodingCache(w, 16, batch, LENGTH, step=step)
+            cache.condition(lambda: condition)
+            if prefix:
+                assert_close(cache(tokens[:, :prefix], 0, temperature), expected[:, :prefix])
+            found = cache(tokens[:, :stop], prefix, temperature)
+            assert_close(found, expected[:, prefix:stop])
 
 
 @needs_numba

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from exactflow.nn.causal import NetworkWeights
 from exactflow.nn.kernel_arguments import Call, Layer
+from exactflow.nn.transformer import NetworkWeights
 
 LOADING = 1.0  # seconds, about, that importing the compiler and loading its code from disk takes
 MANY_SAMPLES = 16  # from so many a thread on, threads that do not wait for each other are faster

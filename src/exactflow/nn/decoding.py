@@ -6,15 +6,13 @@ from typing import Any, Literal, final
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
-from exactflow.nn.causal import NORM_EPS, LayerWeights, NetworkWeights, gelu, transformer_layer
+from exactflow.nn.compiled import CompiledStep
 from exactflow.nn.graphed import GraphedPasses
+from exactflow.nn.transformer import LayerWeights, NetworkWeights, causal_network
 
 ALIGNMENT = 8  # positions: attention kernels want masks of such lengths
 MANY_SAMPLES = 8  # from here on, a CPU multiplies faster by matrices stored by columns
-# tokens (batch, dim), condition (batch or 1, channels), position, temperature -> raw (batch, out)
-Step = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
 
 
 @final
@@ -46,15 +44,14 @@ class DecodingCache:
     ) -> None:
         memory = {} if memory is None else memory
         device = network.output.device
-        # autocast does not reach into operators that write to a given buffer
-        self._autocast = dtype is None and torch.is_autocast_enabled(device.type)
-        if self._autocast and step != "eager":
+        autocast = dtype is None and torch.is_autocast_enabled(device.type)
+        if autocast and step != "eager":
             raise ValueError(f"expected step 'eager' under autocast, got {step!r}")
-        self._batch, self._head_dim, self._tokens = batch, head_dim, tokens
+        self._head_dim, self._tokens = head_dim, tokens
         self._condition: Tensor | None = None
         self._inputs: Tensor | None = None
         self._dtype = dtype or network.output.dtype
-        inside = torch.get_autocast_dtype(device.type) if self._autocast else self._dtype
+        inside = torch.get_autocast_dtype(device.type) if autocast else self._dtype
         heads = network.output.shape[1] // head_dim
         length = tokens + -tokens % ALIGNMENT
         shape = (len(network.layers), 2, batch, heads, length, head_dim)
@@ -71,16 +68,14 @@ class DecodingCache:
             weights = _prepared(network, batch, self._dtype)
             memory[key] = (weights, self._step(step, weights))
         self._network: NetworkWeights = memory[key][0]
-        self._one: Step | GraphedPasses | None = memory[key][1]
+        self._one: CompiledStep | GraphedPasses | None = memory[key][1]
 
-    def _step(self, step: str, network: NetworkWeights) -> Step | GraphedPasses | None:
+    def _step(self, step: str, network: NetworkWeights) -> CompiledStep | GraphedPasses | None:
         if step == "graph":
             return GraphedPasses(network, self._caches)
         if step == "compiled":
-            from exactflow.nn.compiled import CompiledStep
-
             return CompiledStep(network, self._caches)
-        return None if self._autocast else TokenStep(network, self._caches)
+        return None
 
     def condition(self, make: Callable[[], Tensor]) -> None:
         """Take what is added to the embedding, (batch or 1, tokens, channels), at first use.
@@ -118,73 +113,23 @@ class DecodingCache:
         window = x.shape[1] - first
         if isinstance(self._one, GraphedPasses):
             return self._one(x, self._condition, first, temperature)
-        if window == 1 and self._one is not None:
-            here = self._condition[:, first]
-            return self._one(x[:, first], here, first, temperature)[:, None]
-        read = x[:, first:].to(self._dtype)
-        net = self._network
-        h = F.linear(read, net.input, net.input_bias)
-        h = (h + self._condition[:, first : first + window]).flatten(0, 1)
-        for w, cache in zip(net.layers, self._caches, strict=True):
-            h = transformer_layer(h, w, self._batch, self._head_dim, cache, first, temperature)
-        if net.norm is not None:
-            h = F.rms_norm(h, net.norm.shape, net.norm)
-        return F.linear(h, net.output, net.output_bias).view(self._batch, window, -1)
+        if window == 1:
+            read, condition = x[:, first], self._condition[:, first]
+            if self._one is not None:
+                return self._one(read, condition, first, temperature)[:, None]
+        else:
+            read, condition = x[:, first:], self._condition[:, first : first + window]
+        seen = None
+        if window > 1 and first > 0:  # is_causal aligns top-left: wrong behind a prefix
+            seen = x.new_ones(window, x.shape[1], dtype=torch.bool).tril(first)
 
+        def keep(layer: int, new: Tensor) -> tuple[Tensor, Tensor | None]:
+            cache = self._caches[layer]
+            cache.narrow(3, first, window).copy_(new)
+            return cache.narrow(3, 0, first + window), seen
 
-@final
-class TokenStep:
-    """One token of every sample through the network, in as few operators as it takes.
-
-    Buffers are allocated and views of them made once: half of a small model's step is neither
-    arithmetic nor reading weights.
-    """
-
-    def __init__(self, network: NetworkWeights, caches: tuple[Tensor, ...]) -> None:
-        _, batch, heads, _, head_dim = caches[0].shape
-        channels = heads * head_dim
-        like = network.output
-        self._h, self._change = like.new_empty(2, batch, channels).unbind(0)
-        self._qkv = like.new_empty(batch, 3 * channels)
-        parts = self._qkv.view(batch, 1, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
-        self._query, self._key_value = parts[0], parts[1:]
-        self._wide = like.new_empty(batch, 4 * channels)
-        self._raw = like.new_empty(batch, network.output.shape[0])
-        self._input, self._input_bias = network.input.t(), network.input_bias
-        self._norm = network.norm
-        self._output, self._output_bias = network.output.t(), network.output_bias
-        layers = zip(network.layers, caches, strict=True)
-        self._layers = [(_transposed(w), cache, *cache.unbind(0)) for w, cache in layers]
-
-    def __call__(
-        self,
-        tokens: Float[Tensor, "batch dim"],
-        condition: Float[Tensor, "batch_or_1 channels"],
-        position: int,
-        temperature: Float[Tensor, " batch"] | None,
-    ) -> Float[Tensor, "batch out"]:
-        """All layers at one position; the result is valid until the next call."""
-        h, change, size = self._h, self._change, self._h.shape[1:]
-        torch.addmm(self._input_bias, tokens.to(h.dtype), self._input, out=h)
-        h.add_(condition)
-        for w, cache, keys, values in self._layers:
-            y = torch.layer_norm(h, size, w.attention_scale, w.attention_offset, NORM_EPS)
-            torch.addmm(w.qkv_bias, y, w.qkv, out=self._qkv)
-            cache.narrow(3, position, 1).copy_(self._key_value)
-            query = self._query
-            if temperature is not None:
-                query = query / temperature.to(query.dtype).view(-1, 1, 1, 1)
-            seen = position + 1
-            y = F.scaled_dot_product_attention(
-                query, keys.narrow(2, 0, seen), values.narrow(2, 0, seen)
-            )
-            h.add_(torch.addmm(w.proj_bias, y.view(h.shape), w.proj, out=change))
-            y = torch.layer_norm(h, size, w.mlp_scale, w.mlp_offset, NORM_EPS)
-            torch.addmm(w.expand_bias, y, w.expand, out=self._wide)
-            h.add_(torch.addmm(w.contract_bias, gelu(self._wide), w.contract, out=change))
-        if self._norm is not None:
-            h = F.rms_norm(h, size, self._norm)
-        return torch.addmm(self._output_bias, h, self._output, out=self._raw)
+        raw = causal_network(self._network, read, condition, self._head_dim, temperature, keep)
+        return raw.view(len(x), window, -1)
 
 
 def _identity(network: NetworkWeights) -> tuple[tuple[int, int], ...]:
@@ -209,8 +154,3 @@ def _prepared(network: NetworkWeights, batch: int, dtype: torch.dtype) -> Networ
         network.output.detach().to(dtype),
         network.output_bias.detach().to(dtype),
     )
-
-
-def _transposed(w: LayerWeights) -> LayerWeights:
-    """The matrices as `addmm` takes them."""
-    return LayerWeights(*(t.t() if t.dim() == 2 else t for t in w))

@@ -5,9 +5,8 @@ from typing import Any, final
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
-from exactflow.nn.causal import NORM_EPS, NetworkWeights
+from exactflow.nn.transformer import NetworkWeights, causal_network
 
 FEWEST_KEYS = 64  # a graph for every power of two from here on
 
@@ -72,13 +71,13 @@ class StaticPass:
     ) -> None:
         batch = caches[0].shape[1]
         like = network.output
-        self._network, self._caches, self._keys = network, caches, keys
+        self._network, self._caches = network, caches
         self._tokens = like.new_zeros(batch, window, network.input.shape[1])
         self._condition = condition
         self._first = torch.zeros((), dtype=torch.int64, device=like.device)
         self._offsets = torch.arange(window, device=like.device)
         self._places = torch.arange(keys, device=like.device)
-        self._temperature = like.new_ones(batch, 1, 1, 1) if tempered else None
+        self._temperature = like.new_ones(batch) if tempered else None
         self._raw = like.new_zeros(batch, window, network.output.shape[0])
         self._pool = pool  # graphs that never run at once share their memory
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -95,7 +94,7 @@ class StaticPass:
         self._tokens[:, given:] = 0  # a stale infinity would reach the others as 0 * infinity
         self._first.fill_(first)
         if self._temperature is not None and temperature is not None:
-            self._temperature.view(-1).copy_(temperature)
+            self._temperature.copy_(temperature)
         if self._tokens.device.type != "cuda":
             self._run()
         elif self._graph is None:
@@ -117,30 +116,21 @@ class StaticPass:
         self._graph = graph
 
     def _run(self) -> None:
-        net, window, keys = self._network, len(self._offsets), self._keys
-        _, batch, heads, _, head_dim = self._caches[0].shape
         place = self._first + self._offsets
         seen = self._places <= place[:, None]
-        h = F.linear(self._tokens, net.input, net.input_bias)
-        h = h + self._condition.index_select(1, place)
-        size = h.shape[-1:]
-        for w, cache in zip(net.layers, self._caches, strict=True):
-            y = F.layer_norm(h, size, w.attention_scale, w.attention_offset, NORM_EPS)
-            qkv = F.linear(y, w.qkv, w.qkv_bias).view(batch, window, 3, heads, head_dim)
-            query, *key_value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-            if self._temperature is not None:
-                query = query / self._temperature
-            for slot, new in zip(cache.unbind(0), key_value, strict=True):
-                slot.index_copy_(2, place, new)
-            key, value = cache[:, :, :, :keys].unbind(0)
-            y = F.scaled_dot_product_attention(query, key, value, seen)
-            h = h + F.linear(y.transpose(1, 2).flatten(2), w.proj, w.proj_bias)
-            y = F.layer_norm(h, size, w.mlp_scale, w.mlp_offset, NORM_EPS)
-            y = F.gelu(F.linear(y, w.expand, w.expand_bias))
-            h = h + F.linear(y, w.contract, w.contract_bias)
-        if net.norm is not None:
-            h = F.rms_norm(h, size, net.norm)
-        self._raw.copy_(F.linear(h, net.output, net.output_bias))
+
+        def keep(layer: int, new: Tensor) -> tuple[Tensor, Tensor]:
+            cache = self._caches[layer]
+            for slot, added in zip(cache.unbind(0), new.unbind(0), strict=True):
+                slot.index_copy_(2, place, added)
+            return cache[:, :, :, : len(self._places)], seen
+
+        condition = self._condition.index_select(1, place)
+        head_dim = self._caches[0].shape[4]
+        raw = causal_network(
+            self._network, self._tokens, condition, head_dim, self._temperature, keep
+        )
+        self._raw.copy_(raw.view_as(self._raw))
 
 
 def _power_of_two(count: int) -> int:

@@ -19,8 +19,8 @@ from numba import carray, cfunc, extending, njit, types
 from numba.core import cgutils
 from numba.np.numpy_support import from_dtype
 
-from exactflow.nn.causal import NORM_EPS
 from exactflow.nn.kernel_arguments import Call, Layer
+from exactflow.nn.transformer import NORM_EPS
 
 VECTOR_BYTES, VECTORS = (64, 4) if llvm.get_host_cpu_features().get("avx512f") else (32, 2)
 PANEL_BYTES = VECTORS * VECTOR_BYTES  # outputs of a product that are summed side by side

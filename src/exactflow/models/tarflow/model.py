@@ -20,8 +20,8 @@ from exactflow.core.model import ParameterRule
 from exactflow.core.prior import DiagonalGaussian
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver, Transform
 from exactflow.models.tarflow.config import TarFlowConfig
-from exactflow.nn.causal import NetworkWeights, TransformerLayer
 from exactflow.nn.decoding import DecodingCache
+from exactflow.nn.transformer import NetworkWeights, TransformerLayer, causal_network
 
 EMBEDDING_STD = 0.01  # initial spread of position and class embeddings
 VARIANCE_MOMENTUM = 0.1  # weight of a new batch in the volume-preserving prior's variance
@@ -85,7 +85,7 @@ class TarFlowBlock(AutoregressiveTransform):
             table = torch.randn(config.num_classes, channels) * EMBEDDING_STD
             self.class_embedding = nn.Parameter(table)
         self.layers = nn.ModuleList(
-            TransformerLayer(channels, config.head_dim) for _ in range(config.layers_per_block)
+            TransformerLayer(channels) for _ in range(config.layers_per_block)
         )
         self.norm = nn.RMSNorm(channels) if config.final_norm else None
         size = dim if config.volume_preserving else self.conditional.size
@@ -109,16 +109,10 @@ class TarFlowBlock(AutoregressiveTransform):
     ) -> DecodingCache:
         """See `AutoregressiveTransform.new_cache`."""
         how = decoding or Decoding()
-        network = NetworkWeights(
-            self.input.weight,
-            self.input.bias,
-            tuple(layer.weights() for layer in self.layers if isinstance(layer, TransformerLayer)),
-            None if self.norm is None else self.norm.weight,
-            self.output.weight,
-            self.output.bias,
-        )
         head_dim, tokens = self.config.head_dim, self.num_tokens - (not self.predicts_first)
-        return DecodingCache(network, head_dim, len(x), tokens, how.dtype, how.step, how.memory)
+        return DecodingCache(
+            self._network, head_dim, len(x), tokens, how.dtype, how.step, how.memory
+        )
 
     def conditioner(
         self,
@@ -145,11 +139,9 @@ class TarFlowBlock(AutoregressiveTransform):
         if stop == missing:  # token 0 has nothing before it
             return self._theta(x.new_zeros(len(x), 1, self.output.out_features))
         if cache is None:  # N positions suit fast kernels better than N - 1
-            h = self.input(read.to(self.input.weight.dtype)) + self._condition(label)[:, :stop]
-            h = h.flatten(0, 1)
-            for layer in self.layers:
-                h = layer(h, len(x), temperature)
-            raw = self.output(h if self.norm is None else self.norm(h))
+            condition = self._condition(label)[:, :stop]
+            head_dim = self.config.head_dim
+            raw = causal_network(self._network, read, condition, head_dim, temperature)
         else:
             cache.condition(lambda: self._condition(label))
             raw = cache(read, first, temperature)
@@ -157,6 +149,17 @@ class TarFlowBlock(AutoregressiveTransform):
         if start == 0 and missing:  # no change of token 0; the raw output 0 stands for it
             raw = F.pad(raw, (0, 0, 1, stop - 1 - raw.shape[1]))
         return self._theta(raw)
+
+    @property
+    def _network(self) -> NetworkWeights:
+        return NetworkWeights(
+            self.input.weight,
+            self.input.bias,
+            tuple(layer.weights() for layer in self.layers if isinstance(layer, TransformerLayer)),
+            None if self.norm is None else self.norm.weight,
+            self.output.weight,
+            self.output.bias,
+        )
 
     def _condition(self, label: Tensor | None) -> Float[Tensor, "batch_or_1 tokens channels"]:
         """Position embedding in generation order plus the class vector, the mean when dropped."""
