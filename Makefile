@@ -15,7 +15,7 @@ unexport PYTHONHOME
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test quick lint docs clean
+.PHONY: help setup demo compare test quick dear lint docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,12 +41,15 @@ compare: $(STAMP) ## train and compare all families, BUDGET=5m each (writes runs
 	@EXACTFLOW_DATA=$${EXACTFLOW_DATA:-$(wildcard ../shared/data)} \
 	  $(BIN)/python benchmarks/compare.py --budget $(BUDGET)
 
-test: lint ## lint, then all tests
+test: lint ## lint, then all tests but the dear ones
 	@echo "==> pytest"
 	@$(PYTEST) --costs 15
 
 quick: $(STAMP) ## the tests that take a moment each, for the daily round
 	@$(PYTEST) -m "not slow"
+
+dear: $(STAMP) ## what a step of the deepest recipes costs: minutes, left out of `make test`
+	@$(PYTEST) -m dear tests/test_recipes.py
 
 lint: $(STAMP) ## style, format, types and the order of imports
 	@echo "==> ruff check"

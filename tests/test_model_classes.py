@@ -259,11 +259,11 @@ def test_classes_that_are_not_used_are_mentioned(
         assert settings.fitted(data).model.__dict__.get("num_classes", 0) in (0, classes)
 
 
-def test_training_says_it_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_says_it_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = f"data.source={photos(tmp_path / 'pets', 'cat', 'dog')}"
     execute(resolve("tarflow-tiny", (*TINY, *FAST, source), None), tmp_path / "run", "cpu")
     told = "pets has 2 classes, tarflow-tiny is trained without them: model.num_classes=2"
-    assert capsys.readouterr().err.startswith(told)
+    assert caplog.messages[0].startswith(told)
 
 
 def test_a_comparison_asks_for_labelled_held_out_images_first(tmp_path: Path) -> None:

@@ -57,6 +57,16 @@ PUBLISHED_PARAMETERS = {
 }
 
 
+# Networks of thousands of small operations, of which each costs a fake tensor about 0.1 ms.
+DEAR = ("denseflow", "macow")
+
+
+def a_step_of(recipe: Path) -> Any:
+    """The recipe, as an argument of a test; half a minute to a minute for the dear ones."""
+    dear = [pytest.mark.dear, pytest.mark.slow] if recipe.stem.startswith(DEAR) else []
+    return pytest.param(recipe, marks=dear)
+
+
 def header(recipe: Path) -> dict[str, str]:
     """`# Key: value` lines, with what `#   ` lines add to them."""
     found: dict[str, str] = {}
@@ -153,7 +163,7 @@ def test_the_header_says_how_to_run_it(recipe: Path, monkeypatch: pytest.MonkeyP
     assert (asked.config, asked.gpus) == (command.config, devices)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
+@pytest.mark.parametrize("recipe", [a_step_of(recipe) for recipe in RECIPES], ids=NAMES)
 def test_a_step_can_be_taken_and_costs_what_the_header_says(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
