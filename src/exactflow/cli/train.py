@@ -20,8 +20,9 @@ from exactflow.training.settings import Settings
 def run(command: Train) -> None:
     """Train, score the validation split, save the model."""
     settings = resolve(command.preset, command.settings, command.config)
-    if command.parallel is not None:
-        settings = replace(settings, training=replace(settings.training, parallel=command.parallel))
+    short = {"parallel": command.parallel, "start": command.start}
+    given = {name: value for name, value in short.items() if value is not None}
+    settings = replace(settings, training=replace(settings.training, **given))
     folder = command.out or Path("runs") / settings.preset
     show(train(settings, folder, command.device))
 

@@ -14,6 +14,7 @@ PADDINGS = ("edge", "reflect")
 SPLITS: tuple[Split, ...] = get_args(Split)
 MAX_PIXELS = 89_478_485  # from here on Pillow warns: a quarter of a GiB in RGB
 BUILT_IN = ("digits", "fashion-mnist")  # sources that are no path
+MEMORY = "memory"  # of images that a program handed over, and nobody finds again
 
 
 @final
@@ -119,7 +120,8 @@ def is_remote(source: str) -> bool:
 
 def is_path(source: str) -> bool:
     """Whether a source is a file or a folder of this machine."""
-    return source not in BUILT_IN and not source.startswith("hub:") and not is_remote(source)
+    named = source in (*BUILT_IN, MEMORY) or source.startswith("hub:")
+    return not named and not is_remote(source)
 
 
 def located(source: str) -> str:

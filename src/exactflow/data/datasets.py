@@ -151,7 +151,11 @@ def load(config: DataConfig, split: Split) -> ImageDataset:
     prepared = open_prepared(config.source)
     if prepared is not None:
         return _dataset(prepared.identity, split, read_prepared(prepared, config, split))
-    source = open_source(config)
+    return load_source(open_source(config), config, split)
+
+
+def load_source(source: Source, config: DataConfig, split: Split) -> ImageDataset:
+    """The same of a source that is open, whatever `config.source` says."""
     selection = select(config, source, split)
     identity = identity_of(config, source, selection)
     if selection.split.shards is not None:

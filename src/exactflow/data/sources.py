@@ -10,7 +10,7 @@ from typing import final
 
 import numpy as np
 
-from exactflow.data.config import DataConfig, DataError, is_remote
+from exactflow.data.config import MEMORY, DataConfig, DataError, is_remote
 from exactflow.data.decode import Payload
 from exactflow.data.files import visible
 from exactflow.data.formats.batch_files import has_batch_files, is_batch_file, open_batch_files
@@ -37,6 +37,10 @@ def open_source(config: DataConfig) -> Source:
         ImportError: a library of the `data` extra is missing.
     """
     path: Path | None = None
+    if config.source == MEMORY:
+        raise DataError(
+            "the images were in a program's memory: expected data.source=FOLDER (or another)"
+        )
     if config.source == "digits":
         source = open_digits()
     elif config.source.startswith("hub:"):
@@ -83,7 +87,7 @@ def open_digits() -> Source:
 @final
 @dataclass(frozen=True, eq=False)
 class ArrayRecords(Records):
-    """Images that lie decoded in memory, (n, H, W) uint8."""
+    """Images that lie decoded in memory, uint8 (n, H, W) or (n, H, W, 3)."""
 
     images: np.ndarray
     source: str

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
+from exactflow.data.config import DataConfig, Split
 from exactflow.data.datasets import ALL, ImageDataset
+from exactflow.data.memory import load_data
 from exactflow.data.model_classes import classes_in
 from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.likelihood.value import LogLikelihood
@@ -64,8 +66,9 @@ def _noise_of(likelihood: LogLikelihood) -> str:
 
 def evaluate(
     model: GenerativeModel,
-    dataset: ImageDataset,
+    data: Any,
     *,
+    split: Split = "test",
     k: int = 1,
     seed: int = 0,
     batch_size: int = 64,
@@ -73,9 +76,19 @@ def evaluate(
 ) -> Evaluation:
     """Score a data set; labels are used where the model is conditional.
 
+    Args:
+        model: any.
+        data: what `load_data` takes.
+        split: of a named source; of images in memory all are scored.
+        k: dequantisation draws per image.
+        seed: of them.
+        batch_size: images scored together.
+        progress: show a bar.
+
     Raises:
         ValueError: shape or grey levels of data and model differ.
     """
+    dataset = load_data(data, split if isinstance(data, str | DataConfig) else None)
     check_fits(model, dataset)
     images, label = with_labels(model, dataset)
     began = time.perf_counter()

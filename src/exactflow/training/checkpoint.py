@@ -38,7 +38,7 @@ from exactflow.core.saved_run import RunState as RunState
 from exactflow.core.serialization import explained_write, sync_folder, write_atomically
 from exactflow.data.augmentation import Augmentation
 from exactflow.data.datasets import ImageDataset
-from exactflow.training.optim import TrainConfig
+from exactflow.training.optim import TrainConfig, total_steps
 
 # What may differ when a run is resumed: it changes no weight.
 _FREE_FIELDS = frozenset(
@@ -197,6 +197,25 @@ def identity(
         **{f"training.{name}": value for name, value in training.items()},
     }
     return json.loads(json.dumps(fields))
+
+
+def grown(
+    found: Checkpoint, identity: Mapping[str, Any], total: int, num_images: int
+) -> Mapping[str, Any]:
+    """The identity asked for, with the length of a finished run where that is shorter.
+
+    Args:
+        found: the run's newest checkpoint.
+        identity: asked for.
+        total: steps asked for.
+        num_images: of the data.
+    """
+    lengths = {name: found.identity[f"training.{name}"] for name in ("steps", "epochs")}
+    batch = found.identity["training.batch_size"]
+    before = total_steps(**lengths, epoch=max(num_images // batch, 1))
+    if not found.state.step == before < total:
+        return identity
+    return {**identity, **{f"training.{name}": value for name, value in lengths.items()}}
 
 
 def defaults(model: GenerativeModel, config: TrainConfig) -> dict[str, Any]:

@@ -70,6 +70,10 @@ def fit_closed_form(
     check_compatible(model, dataset)
     if config.reversible:
         check_reversible(model)
+    if config.start is not None:
+        raise ValueError(
+            f"a fit in closed form starts from no weights: expected start=None, got {config.start}"
+        )
     if augmentation.translate:
         raise ValueError(
             "a fit in closed form takes flips but no shifts: expected translate=0, "
@@ -97,7 +101,7 @@ def fit_closed_form(
         with closing(MetricsLog(folder, state.step, tensorboard, group)) as log:
             if log.last_step < state.step:
                 loss = _loss(model, dataset, config.seed)
-                log.write(_line(model, state, loss, (every or {}).values()))
+                log.write(_line(model, state, loss, folder, (every or {}).values()))
             return FitResult(state.step, state.images, *times, found.folder, log.last)
 
 
@@ -116,12 +120,17 @@ def _fit(
 
 
 def _line(
-    model: FittedFlow, state: disk.RunState, loss: float, callbacks: Iterable[Callback]
+    model: FittedFlow,
+    state: disk.RunState,
+    loss: float,
+    folder: Path,
+    callbacks: Iterable[Callback],
 ) -> dict[str, float]:
     """The log's line, with the numbers that the callbacks return."""
     line = {"step": state.step, "images": state.images, "seconds": state.seconds}
     line |= {"step_seconds": state.step_seconds, "loss": loss}
-    told = Progress(state.step, state.images, state.seconds, state.step_seconds, model)
+    times = (state.seconds, state.step_seconds)
+    told = Progress(state.step, state.images, *times, model, folder, _ended_already)
     for call in callbacks:
         line |= {name: float(value) for name, value in (call(told) or {}).items()}
     return line
@@ -161,6 +170,10 @@ def _loss(model: FittedFlow, dataset: ImageDataset, seed: int) -> float:
     images = torch.tensor(dataset.images[::every], device=model.device)
     noise = generator(seed, "fitted loss", device=model.device)
     return float(model.loss(images, generator=noise).double().mean())
+
+
+def _ended_already() -> None:
+    """What a callback may ask for: there is one step only."""
 
 
 def _say(text: str) -> None:

@@ -54,6 +54,7 @@ class TrainConfig:
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # how processes share the model
     activation_checkpointing: bool = False  # recompute stages in the backward pass, to save memory
     reversible: bool = False  # flows: recover blocks' inputs in the backward pass, to save memory
+    start: str | None = None  # model folder, run folder or shipped model whose weights come first
     seed: int = 0  # of the order of the data and of all training noise
     num_workers: int = 0  # processes that prepare batches; 0: none but this one
     log_every: int = 10  # steps between lines of metrics.jsonl
@@ -141,7 +142,7 @@ class TrainConfig:
             ValueError: `warmup_steps` leaves nothing of the run.
         """
         epoch = max(num_images // self.batch_size, 1)  # as the loader counts: no smaller batch
-        total = max(1, round(self.epochs * epoch)) if self.steps is None else self.steps
+        total = total_steps(self.steps, self.epochs, epoch)
         falling = max(1, total - round(self.fine_tuning_epochs * epoch))
         warmup = self.warmup_steps
         if warmup is None:
@@ -154,6 +155,11 @@ class TrainConfig:
         factor = self.decay_factor if self.decay == "exponential" else None
         rates = (self.learning_rate, self.min_learning_rate)
         return Schedule(total, warmup, *rates, factor, falling, self.decay == "linear")
+
+
+def total_steps(steps: int | None, epochs: float, epoch: int) -> int:
+    """Optimizer steps of a run: `steps` if given, else so many epochs of `epoch` steps."""
+    return max(1, round(epochs * epoch)) if steps is None else steps
 
 
 @final

@@ -20,6 +20,8 @@ class Progress:
         step_seconds: the part of it that optimizer steps took, without callbacks and files.
         model: in eval mode, with the averaged weights where there is an average. It must be left
             as it is found.
+        folder: of the run, with what was logged so far.
+        end: to be called to end the run after this step; it then counts as finished.
     """
 
     step: int
@@ -27,6 +29,8 @@ class Progress:
     seconds: float
     step_seconds: float
     model: GenerativeModel
+    folder: Path
+    end: Callable[[], None]
 
 
 @final

@@ -1,13 +1,13 @@
 """What decides a run: a preset's recipe, or that of a model of one's own, and what was changed."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, final
 
 import torch
 import yaml
 
-from exactflow.core.config import SECTIONS, TYPED, override
+from exactflow.core.config import SECTIONS, TYPED, override, suggestion
 from exactflow.core.model import GenerativeModel
 from exactflow.core.random import derive_seed
 from exactflow.data.config import DataConfig, located
@@ -27,6 +27,7 @@ class RunConfig:
 
     evaluate_every: int = 500  # steps between scores of held-out images
     sample_every: int = 500  # steps between sample grids
+    patience: int | None = None  # scores without a new best one after which the run ends
     samples: int = 16  # images in a grid
     evaluation_images: int = 1000  # at most so many validation images are scored on the way
     tensorboard: bool = False  # also log to TensorBoard (extra `track`)
@@ -34,7 +35,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Raise ValueError for intervals and counts below one, and a grid nobody can look at."""
         for name, value in asdict(self).items():
-            if name != "tensorboard" and value < 1:
+            if name != "tensorboard" and value is not None and value < 1:
                 raise ValueError(f"run.{name}: expected at least 1, got {value}")
         if self.samples > MAX_GRID:
             raise ValueError(f"run.samples: expected at most {MAX_GRID:,}, got {self.samples}")
@@ -43,7 +44,7 @@ class RunConfig:
 @final
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run."""
+    """Everything that decides a run; the preset is "" for a model of one's own."""
 
     preset: str
     model: Any
@@ -55,7 +56,7 @@ class Settings:
     def describe(self) -> dict[str, Any]:
         """The sections as YAML and JSON hold them."""
         sections = {name: _plain(asdict(getattr(self, name))) for name in SECTIONS}
-        return {"preset": self.preset, **sections}
+        return {"preset": self.preset, **sections} if self.preset else sections
 
     def text(self) -> str:
         """The content of a run's config.yaml: paths of the data as they are found from anywhere.
@@ -104,7 +105,7 @@ class Settings:
     @property
     def guidance(self) -> float:
         """The scale that samples of the model are meant to be drawn with; 0 without classes."""
-        given = asdict(self.model).get("num_classes")
+        given = self.preset and asdict(self.model).get("num_classes")
         return registry.preset(self.preset).guidance if given else 0.0
 
     def build(self) -> GenerativeModel:
@@ -132,6 +133,34 @@ def settings_of(preset_name: str, changes: Mapping[str, Mapping[str, Any]]) -> S
         override(RunConfig(), changes.get("run", {})),
         frozenset(changes.get("model", {})),
     )
+
+
+def named_changes(config: Any, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings by section and field.
+
+    Args:
+        config: the model's.
+        given: by "SECTION.FIELD", or by the field alone where one section has it.
+
+    Raises:
+        ValueError: no section has it, with a suggestion, or several have.
+    """
+    kinds = zip(SECTIONS, (type(config), TrainConfig, DataConfig, RunConfig), strict=True)
+    known = {section: [field.name for field in fields(kind)] for section, kind in kinds}
+    changes: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for key, value in given.items():
+        section, dot, name = key.rpartition(".")
+        homes = [section] if dot else [each for each in SECTIONS if key in known[each]]
+        if len(homes) != 1 or homes[0] not in known:
+            choices = {name for names in known.values() for name in names}
+            near = " or ".join(f"{home}.{key}" for home in homes)
+            raise ValueError(
+                f"{key}: expected {near}"
+                if near
+                else f"unknown setting {key!r}" + suggestion(name, sorted(choices))
+            )
+        changes[homes[0]][name] = value
+    return changes
 
 
 def _plain(value: Any) -> Any:

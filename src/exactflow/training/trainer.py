@@ -11,13 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import final
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from exactflow.core import shared_batch as shared
 from exactflow.core.main_guard import require_main_guard
-from exactflow.core.model import DataInitialized, GenerativeModel, NonFiniteError
+from exactflow.core.model import GenerativeModel, NonFiniteError
 from exactflow.core.process_group import Processes, joined
 from exactflow.core.progress import Advance, shown_progress
 from exactflow.core.random import derive_seed, generator
@@ -35,12 +34,14 @@ from exactflow.training.progress import Callback, FitResult, Progress
 from exactflow.training.reversible import reversible
 from exactflow.training.saving import Saver
 from exactflow.training.session import Clock, Interrupted, StopRequest, stop_requests
+from exactflow.training.start import data_dependent_weights, start_weights
 from exactflow.training.tensors import RunTensors
 
 UNEXPLAINED = (
     "Run once more, every micro-batch is finite by itself: the sum of the gradients overflows, "
     "or compiled and plain evaluation differ."
 )
+ENDED = "ended"  # in the last line of a run that a callback ended
 _Part = tuple[Tensor, Tensor | None]  # images and labels of a micro-batch
 
 
@@ -67,7 +68,7 @@ def fit(
         dataset: images and labels; labels are ignored by an unconditional model.
         config: how to train.
         run_dir: folder of checkpoints and log. One that holds a checkpoint of the same run is
-            resumed, and a finished run returns at once.
+            resumed, and a finished run returns at once, or takes the steps that it is now longer.
         augmentation: random changes of training images.
         every: callbacks by the number of steps between calls; each is also called at the end.
             The numbers that they return are logged.
@@ -133,9 +134,13 @@ class _Run:
         checkpoints = disk.Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
         found = group.on_main(checkpoints.newest)
         if found is None:
-            _initialize(model, dataset, config.seed)
+            if config.start is None:
+                data_dependent_weights(model, dataset, config.seed)
+            else:
+                start_weights(model, config.start)
         else:
-            found.require(self.identity, disk.defaults(model, config))
+            asked = disk.grown(found, self.identity, self.schedule.total, len(dataset))
+            found.require(asked, disk.defaults(model, config))
         self.spread = Spread(model, config, group)
         self.model = self.spread.trained
         self.optimizer = make_optimizer(self.model, config)
@@ -152,6 +157,7 @@ class _Run:
             self.state, self.saver.last = found.state, found
         self.clock = Clock(self.state.seconds, self.state.step_seconds)
         self.signum: int | None = None  # of the order to stop that all processes know of
+        self.ended = False  # by a callback, before the last step
 
     def to_end(self, log: MetricsLog, advance: Advance, stop: StopRequest) -> FitResult:
         """Take the steps that are left."""
@@ -159,11 +165,11 @@ class _Run:
         if log.last_step == self.state.step:
             self.state = self.state.logged()
             # The line was written after the checkpoint.
-            done = self.state.step_seconds
+            done, self.ended = self.state.step_seconds, bool(log.last.get(ENDED))
             self.clock = Clock(max(self.state.seconds, float(log.last.get("seconds", 0.0))), done)
         self._report(log)  # what an interruption left unsaid
         self._hear(stop)
-        while self.state.step < self.schedule.total and self.signum is None:
+        while self.state.step < self.schedule.total and not (self.signum or self.ended):
             with self.clock.step():
                 loss = self._advance(next(batches), stop)
             self._hear(stop)
@@ -173,7 +179,7 @@ class _Run:
             if self.signum is None:
                 self._report(log)  # after saving: callbacks may take long
                 self._hear(stop)
-        if self.signum is not None and self.saver.saved_step < self.state.step:
+        if self.saver.saved_step < self.state.step:
             self._save(log)
         self.saver.settle()
         self.spread.finish(None if self.signum else self.average)
@@ -344,6 +350,8 @@ class _Run:
             if taken:
                 raise ValueError(f"two metrics are called {', '.join(sorted(taken))}")
             line |= {name: float(value) for name, value in metrics.items()}
+        if calls and any(self.group.gather(self.ended)):
+            self.ended, line[ENDED] = True, 1.0
         log.write(line)
         self.state = state.logged()
         self.clock.lap()
@@ -354,11 +362,13 @@ class _Run:
         with self.spread.viewed(self.average) as model:
             model.eval()
             try:
-                return call(
-                    Progress(state.step, state.images, clock.seconds, clock.step_seconds, model)
-                )
+                times = (clock.seconds, clock.step_seconds)
+                return call(Progress(state.step, state.images, *times, model, self.dir, self._end))
             finally:
                 model.train()
+
+    def _end(self) -> None:
+        self.ended = True
 
     def _images_per_second(self) -> float:
         return self.clock.steps_per_second * self.config.batch_size
@@ -367,20 +377,6 @@ class _Run:
         log.sync()
         times = {"seconds": self.clock.seconds, "step_seconds": self.clock.step_seconds}
         self.saver.save(replace(self.state, **times), self.identity, log.state)
-
-
-def _initialize(model: GenerativeModel, dataset: ImageDataset, seed: int) -> None:
-    """Parameters that are read off data, before the first step."""
-    if not isinstance(model, DataInitialized):
-        return
-    count = min(model.initial_images, len(dataset))
-    name = ("initialization", count)
-    if dataset.shards is None:
-        rows = torch.randperm(len(dataset), generator=generator(seed, *name))[:count].numpy()
-    else:  # images of one group of shards, not of all that are elsewhere
-        rows = dataset.epoch_order(seed, 0)[:count]
-    images = torch.as_tensor(dataset.images[np.sort(rows)]).to(model.device)
-    model.initialize(images, generator=generator(seed, *name, device=model.device))
 
 
 @torch.no_grad()

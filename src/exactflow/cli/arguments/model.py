@@ -39,6 +39,9 @@ class Train(OfRun):
     """What to train; may also stand in the --config file."""
     out: Maybe[Path] = None
     """Run folder; runs/PRESET by default."""
+    start: Maybe[str] = None
+    """Model folder, run folder or shipped model whose weights come first. Short for
+    training.start."""
     device: Device = "auto"
     """Where to compute; auto is the accelerator, if there is one."""
     parallel: Maybe[Literal["auto", "ddp", "fsdp", "hsdp"]] = None
