@@ -208,7 +208,7 @@ def test_a_failing_sample_does_not_disturb_the_others(
         rows[1, 2] = float("nan")
         return rows
 
-    monkeypatch.setattr("exactflow.sampling.flow_sampler.normal_rows", broken)
+    monkeypatch.setattr("exactflow.sampling.noise.normal_rows", broken)
     drawn = sample(model, 3, solver=solver, options=SamplingOptions(on_nonfinite="omit"))
     assert drawn.seeds == (0, 2)
     assert drawn.failures == {1: "block 1 in generation order, token 1"}

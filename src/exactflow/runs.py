@@ -31,7 +31,7 @@ from exactflow.training.fitting import fit_closed_form
 from exactflow.training.folder import check_apart
 from exactflow.training.log import LOG_FILE
 from exactflow.training.optim import TrainConfig
-from exactflow.training.progress import Callback, FitResult, Progress
+from exactflow.training.progress import Callback, FitResult, Progress, with_metrics
 from exactflow.training.settings import CONFIG_FILE, RunConfig, Settings, named_changes, settings_of
 from exactflow.training.trainer import fit
 
@@ -242,8 +242,9 @@ def execute(
     own = [{looks.evaluate_every: scoring}, {looks.sample_every: drawing}]
     result = run.fit(_together(*own, every or {}))
     evaluation = None
-    scores: dict[str, Any] = dict(score.loss(model))
-    if not model.iterative:
+    if model.iterative:
+        scores = dict(score.loss(model))
+    else:
         evaluation = evaluate(model, validation, progress=sys.stderr.isatty())
         scores = evaluation.describe()
         del scores["data"]
@@ -260,12 +261,10 @@ def _together(*given: Mapping[int, Callback]) -> dict[int, Callback]:
 
     def joined(calls: list[Callback]) -> Callback:
         def call(progress: Progress) -> Mapping[str, float]:
-            results = [result for each in calls if (result := each(progress))]
-            names = [name for result in results for name in result]
-            twice = {name for name in names if names.count(name) > 1}
-            if twice:
-                raise ValueError(f"two metrics are called {', '.join(sorted(twice))}")
-            return {name: value for result in results for name, value in result.items()}
+            line: dict[str, float] = {}
+            for each in calls:
+                line = with_metrics(line, each(progress))
+            return line
 
         return call
 

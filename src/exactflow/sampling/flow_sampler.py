@@ -1,20 +1,19 @@
 """Samples of flows: latents of the prior, decoded block by block, and certified."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import final
 
 import torch
-from torch import Tensor
 
 from exactflow.core.model import Flow, autoregressive_parts
-from exactflow.core.random import generator, normal_rows
 from exactflow.sampling.certificate import Certificate, tolerance_of
 from exactflow.sampling.denoise import score_denoise
 from exactflow.sampling.denoiser import ClassifierGuidance
 from exactflow.sampling.flow_solvers import own_tolerance, per_block
 from exactflow.sampling.guidance import Guidance
 from exactflow.sampling.inversion import Inversion
+from exactflow.sampling.noise import Noise
 from exactflow.sampling.request import DrawnBatch, Request, Sampler
 
 
@@ -41,16 +40,18 @@ class FlowSampler(Sampler):
     def draw(self, rows: range, advance: Callable[[int], None]) -> DrawnBatch:
         """See `Sampler.draw`."""
         model, options, label = self.model, self.request.options, self.request.labels(rows)
+        seeds = self.request.seeds(rows)
         inversion = Inversion(
             self.solvers,
-            self.request.seeds(rows),
+            seeds,
             guidance=self.guidance,
             null_label=self.null_label,
             on_nonfinite=options.on_nonfinite,
             tolerance=self.tolerance,
             observe=options.profile and rows.start == 0,
         )
-        z = _latents(model, self.request.seeds(rows), options.temperature)
+        noise = Noise(model, model.prior.shape, seeds)()
+        z = model.prior.from_noise(noise * options.temperature)  # about the prior's mean
         images = list(model.trajectory(z, label, solver=inversion))
         inversion.watch(images[-1], "the image")
         residual = torch.full((len(z),), torch.nan, device=z.device)
@@ -64,13 +65,6 @@ class FlowSampler(Sampler):
         passes = sum(record.evaluations for record in records) if records else 1
         kept = torch.stack(images if options.trace else images[-1:])
         return DrawnBatch(kept, passes, inversion.watch.failures, residual, records)
-
-
-def _latents(model: Flow, seeds: Sequence[int], temperature: float) -> Tensor:
-    """The latent of every seed."""
-    noise = normal_rows(model.prior.shape, [generator(seed, "sample") for seed in seeds])
-    noise = noise.to(torch.promote_types(model.dtype, torch.float32)).to(model.device)
-    return model.prior.from_noise(noise * temperature)  # about the prior's mean
 
 
 def _guidance(request: Request) -> Guidance | None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from exactflow.paths.path_model import PathModel
 from exactflow.sampling.denoiser import ClassifierGuidance, Denoiser
 from exactflow.sampling.guidance import Guidance
+from exactflow.sampling.noise import Noise
 from exactflow.sampling.nonfinite import Watch
-from exactflow.sampling.path_solvers import ChainSolver, Noise, states, steps_of
+from exactflow.sampling.path_solvers import ChainSolver, states, steps_of
 from exactflow.sampling.request import DrawnBatch, Request, Sampler
 
 
@@ -47,7 +48,8 @@ class PathSampler(Sampler):
         low = None if low is None else low[rows.start : rows.stop].to(model.device)
         denoiser = Denoiser(model, request.labels(rows), self.guidance, low)
         watch = Watch(seeds, options.on_nonfinite)
-        way = states(self.solver, denoiser, Noise(model, seeds), options.on_nonfinite)
+        noise = Noise(model, model.event_shape, seeds)
+        way = states(self.solver, denoiser, noise, options.on_nonfinite)
         (x,) = deque(_told(way, advance), maxlen=1)
         watch(x, "the image")
         nothing = torch.full((len(x),), torch.nan, device=x.device)

@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from exactflow.core.random import generator, normal_rows
 from exactflow.paths.chain import MarkovChain
 from exactflow.paths.ode import OdeSolver, State, edm_times, uniform_times
 from exactflow.paths.path import InterpolatedCosine, Path
 from exactflow.paths.path_model import PathModel
 from exactflow.sampling.denoiser import Denoiser, chain_model
+from exactflow.sampling.noise import Noise
 from exactflow.sampling.nonfinite import OnNonFinite
 
 SIGMA_MAX, SIGMA_MIN = 160.0, 1e-2  # noise levels that HDiT is sampled between
@@ -218,21 +218,6 @@ class DDIM(ChainSolver):
 
 
 PathSolver = OdeSolver | DPMSolver | ChainSolver
-
-
-@final
-class Noise:
-    """Standard normal noise of a batch, from one stream for every seed."""
-
-    def __init__(self, model: PathModel, seeds: Sequence[int]) -> None:
-        self.seeds, self._model = seeds, model
-        self._sources = [generator(seed, "sample") for seed in seeds]
-
-    def __call__(self) -> Float[Tensor, "batch channels height width"]:
-        """The next noise."""
-        model = self._model
-        dtype = torch.promote_types(model.dtype, torch.float32)
-        return normal_rows(model.event_shape, self._sources).to(dtype).to(model.device)
 
 
 @singledispatch

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from exactflow.core.model import Flow, NonFiniteError, autoregressive_parts
-from exactflow.core.random import generator, normal_rows
 from exactflow.core.serialization import PLAN_FILE
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.nn import compiled
 from exactflow.sampling.certificate import WHILE_SOLVING, backward_error, tolerance_of
 from exactflow.sampling.flow_solvers import Adaptive, BlockSolvers, Sequential
 from exactflow.sampling.inversion import CountedTransform
+from exactflow.sampling.noise import Noise
 from exactflow.sampling.plan import (
     BlockPlan,
     Candidate,
@@ -61,10 +61,7 @@ def make_plan(
     """
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}")
-    noise = normal_rows(
-        model.prior.shape, [generator(seed + row, "plan") for row in range(batch_size)]
-    )
-    noise = noise.to(torch.promote_types(model.dtype, torch.float32)).to(model.device)
+    noise = Noise(model, model.prior.shape, range(seed, seed + batch_size), "plan")()
     label = None
     if model.num_classes:
         label = torch.arange(batch_size, device=model.device) % model.num_classes

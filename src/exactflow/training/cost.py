@@ -113,8 +113,9 @@ def remedies(
             activations = whole.activations * config.accumulate // count  # or a little more
             if whole.state + max(whole.gradients, activations) > limit:
                 continue
-            changed = replace(kept, accumulate=count)
-            memory = step_memory(model, changed, devices=devices, shards=shards)
+            changed, memory = replace(kept, accumulate=count), whole
+            if changed != kept:
+                memory = step_memory(model, changed, devices=devices, shards=shards)
             if memory.total <= limit:
                 yield changed, memory
                 break
@@ -128,7 +129,9 @@ def fewest_shards(
     for shards in range(1, devices + 1):
         least = (whole.weights + whole.optimizer + whole.average) // shards + whole.activations
         if devices % shards == 0 and least <= limit:
-            memory = step_memory(model, config, devices=devices, shards=shards)
+            memory = whole
+            if shards > 1:
+                memory = step_memory(model, config, devices=devices, shards=shards)
             if memory.total <= limit:
                 return shards, memory
     return None

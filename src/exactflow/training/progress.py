@@ -52,3 +52,12 @@ class FitResult:
 
 
 Callback = Callable[[Progress], Mapping[str, float] | None]
+
+
+def with_metrics(line: Mapping[str, Any], metrics: Mapping[str, float] | None) -> dict[str, Any]:
+    """A line of the log with what a callback returned. Raises ValueError for a name it has."""
+    found = metrics or {}
+    taken = found.keys() & line.keys()
+    if taken:
+        raise ValueError(f"two metrics are called {', '.join(sorted(taken))}")
+    return {**line, **{name: float(value) for name, value in found.items()}}

@@ -30,7 +30,7 @@ from exactflow.training.distributed import Spread
 from exactflow.training.folder import held, write_record
 from exactflow.training.log import MetricsLog
 from exactflow.training.optim import MovingAverage, TrainConfig, make_optimizer, recomputed
-from exactflow.training.progress import Callback, FitResult, Progress
+from exactflow.training.progress import Callback, FitResult, Progress, with_metrics
 from exactflow.training.reversible import reversible
 from exactflow.training.saving import Saver
 from exactflow.training.session import Clock, Interrupted, StopRequest, stop_requests
@@ -345,11 +345,7 @@ class _Run:
             "step_seconds": self.clock.step_seconds,
         }
         for call in calls:
-            metrics = self._measure(call) or {}
-            taken = metrics.keys() & line.keys()
-            if taken:
-                raise ValueError(f"two metrics are called {', '.join(sorted(taken))}")
-            line |= {name: float(value) for name, value in metrics.items()}
+            line = with_metrics(line, self._measure(call))
         if calls and any(self.group.gather(self.ended)):
             self.ended, line[ENDED] = True, 1.0
         log.write(line)
