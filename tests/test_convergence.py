@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import exactflow
 from exactflow.cli import convergence as convergence_command
@@ -212,8 +213,21 @@ def test_overflow() -> None:
         convergence(model, x)
 
 
-def test_a_block_without_a_fitting_map_has_no_ranking_metric() -> None:
-    model = make("mixture")
+class Projection(nn.Module):
+    """An output map that is no `nn.Linear`."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.out_features = linear.out_features
+
+
+@pytest.mark.parametrize("name", ["rgb", "mixture"])
+def test_a_block_without_a_fitting_map_has_no_ranking_metric(name: str) -> None:
+    model = make(name)
+    assert isinstance(model, TarFlow)
+    for block in model.blocks:
+        block.output = Projection(block.output)
     blocks = convergence(model, some_images(model))
     assert [block.crm for block in blocks] == [None, None]
     assert crm_percent(blocks) == [None, None]

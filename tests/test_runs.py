@@ -5,7 +5,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,6 +13,7 @@ from torch.utils.data import Dataset
 
 import exactflow
 from exactflow.training import Interrupted, Progress
+from processes import call
 
 FAST: Any = {"steps": 4, "warmup_steps": 1, "training.batch_size": 8, "samples": 2, "blocks": 1}
 
@@ -51,6 +51,7 @@ class Pairs(Dataset[tuple[torch.Tensor, int]]):
 
 
 def test_images_of_any_library_are_the_same_images() -> None:
+    datasets = pytest.importorskip("datasets")
     grey, labels = images(), np.arange(40) % 2
     table = datasets.Dataset.from_dict(
         {"image": [Image.fromarray(each) for each in grey], "label": labels.tolist()}
@@ -92,6 +93,19 @@ def test_a_run_that_was_stopped_ends_where_one_that_was_not_does(tmp_path: Path)
     assert parts.result.step == whole.result.step < 9
     for name, value in whole.model.state_dict().items():
         assert torch.equal(parts.model.state_dict()[name], value)
+
+
+def test_the_command_line_starts_from_weights(tmp_path: Path) -> None:
+    words = ["model.blocks=1", "training.warmup_steps=1", "run.samples=1"]
+    frozen = ["training.learning_rate=1e-12", "training.min_learning_rate=0"]
+    call("train", "tarflow-tiny", "training.steps=4", *words, "--out", "first", cwd=tmp_path)
+    begin = ["train", "tarflow-tiny", "training.steps=2", *words, *frozen]
+    call(*begin, "--out", "second", "--start", "first", cwd=tmp_path)
+    first, second = (exactflow.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    for name, value in first.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], value)
+    said = call(*begin, "--out", "third", "--start", "nowhere", cwd=tmp_path, fails=True)
+    assert "got 'nowhere'" in said.stderr
 
 
 def test_a_run_ends_early_and_stays_ended(tmp_path: Path) -> None:
