@@ -154,8 +154,9 @@ def train(
         return {"weight": float(state["blocks.0.shift.weight"].double().mean())}
 
     Toy.loss = loss  # pyright: ignore[reportAttributeAccessIssue]
-    model = make_toy(ToyConfig(**{"num_classes": 3, "volume_preserving": True, **(toy or {})}))
     made = override(EVERYTHING, config)
+    model = make_toy(ToyConfig(**{"num_classes": 3, "volume_preserving": True, **(toy or {})}))
+    model = model.double() if made.precision == "float32" else model  # see `family`
     try:
         result = fit(model, make_data(classes=3), made, folder, every={5: weight}, progress=False)
     finally:
@@ -179,12 +180,18 @@ def beset(folder: str, config: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
 
 
 def family(folder: str, preset: str, changes: Mapping[str, Any]) -> list[float]:
-    """Losses of some steps of a registered model."""
+    """Losses of some steps of a registered model, in float64 unless a lower precision is asked for.
+
+    An optimiser's first steps hardly depend on a gradient's size, so they turn the rounding of
+    gradients near zero into differences of weights: 1e-6 of a loss in float32.
+    """
     model, given = registry.build(preset), dict(registry.preset(preset).training)
     given |= {"batch_size": 8, "steps": 3, "warmup_steps": 1, "log_every": 1}
     given |= {"fine_tuning_epochs": 0.0, "precision": "float32", **changes}
+    made = override(TrainConfig(), given)
+    model = model.double() if made.precision == "float32" else model
     data = make_data(16, model.num_classes, model.event_shape, model.levels)
-    fit(model, data, override(TrainConfig(), given), folder, progress=False)
+    fit(model, data, made, folder, progress=False)
     lines = (Path(folder) / LOG_FILE).read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
