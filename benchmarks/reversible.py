@@ -23,7 +23,7 @@ from measure import hardware, interleaved, peak_megabytes
 from torch import Tensor
 
 from exactflow.core.model import DataInitialized, GenerativeModel
-from exactflow.core.random import generator
+from exactflow.core.randomness import generator
 from exactflow.models import registry
 from exactflow.training.optim import TrainConfig, make_optimizer, recomputed
 from exactflow.training.reversible import reversible

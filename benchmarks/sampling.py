@@ -27,7 +27,7 @@ from tarflow import latents, machine, pictures
 from torch import Tensor, nn
 
 import exactflow
-from exactflow.core.random import generator
+from exactflow.core.randomness import generator
 from exactflow.core.serialization import CONFIG_FILE
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.data import Augmentation, DataConfig, load, training_batches

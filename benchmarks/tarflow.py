@@ -25,7 +25,7 @@ from measure import hardware, interleaved, peak_megabytes, ratios, relative_erro
 from torch import Tensor, nn
 
 import exactflow
-from exactflow.core.random import generator, normal_rows, uniform_rows
+from exactflow.core.randomness import generator, normal_rows, uniform_rows
 from exactflow.core.transform import AutoregressiveTransform
 from exactflow.models.tarflow.model import TarFlow, TarFlowBlock, TarFlowConfig
 from exactflow.sampling.guidance import GuidedTransform

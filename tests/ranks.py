@@ -36,11 +36,11 @@ import faults
 from exactflow.comparison.compare import compare
 from exactflow.comparison.protocol import Protocol
 from exactflow.core.config import override
-from exactflow.core.process_group import joined
 from exactflow.data import DataConfig
 from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.metrics.extractors import pixels
 from exactflow.models import registry
+from exactflow.parallel.process_group import joined
 from exactflow.sampling.sample import sample
 from exactflow.training import Progress, TrainConfig, fit
 from exactflow.training.log import LOG_FILE

@@ -21,7 +21,7 @@ HEAVY += ("matplotlib", "sklearn", "torchvision")
 ABSTRACT_BASES = {"ABC", "Protocol"}
 VALUE_BASES = {"Enum", "IntEnum", "StrEnum", "Flag", "IntFlag", "NamedTuple", "TypedDict"}
 PIXEL_NUMBERS = {255, 256, 127.5}  # and 128.0, but not the integer 128, which is a width
-PIXEL_ROOMS = ("core/images.py", "data/")  # the one file that knows 256, and the decoding of files
+PIXEL_ROOMS = ("core/grey_levels.py", "data/")  # the file that knows 256, the decoding of files
 WIDTH_ROOMS = ("models/", "nn/", "paths/")  # presets and widths of layers
 SIZE_NAMES = {"batch_size", "channels", "width"}  # such an argument may be 256 anywhere
 
@@ -190,7 +190,7 @@ def one_file_knows_256(tree: Tree) -> Iterator[str]:
             if isinstance(value, int | float) and (
                 value in PIXEL_NUMBERS or (isinstance(value, float) and value == 128.0)
             ):
-                yield f"{path}:{node.lineno} knows {value}: that belongs in core/images.py"
+                yield f"{path}:{node.lineno} knows {value}: that belongs in core/grey_levels.py"
 
 
 Law = Callable[[Tree], Iterator[str]]
@@ -248,7 +248,7 @@ FINE: list[tuple[Law, str, str]] = [
     ),
     (public_things_are_documented, "a.py", "'''Doc.'''\ndef _f(): pass\nclass _A: pass"),
     (public_things_are_documented, "__init__.py", ""),
-    (one_file_knows_256, "core/images.py", "x = 127.5"),
+    (one_file_knows_256, "core/grey_levels.py", "x = 127.5"),
     (one_file_knows_256, "data/folder.py", "x = y / 255"),
     (one_file_knows_256, "models/tarflow/model.py", "width = 256"),
     (one_file_knows_256, "a.py", "width = 128; y = 'a 256'; flag = True"),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from exactflow.core import images as grey
-from exactflow.core.random import generator, uniform_rows
+from exactflow.core import grey_levels as grey
+from exactflow.core.randomness import generator, uniform_rows
 from exactflow.latent.bayes import (
     Classification,
     calibrate,

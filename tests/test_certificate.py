@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from exactflow.core.model import Flow
-from exactflow.core.random import generator, normal_rows
+from exactflow.core.randomness import generator, normal_rows
 from exactflow.core.transform import AutoregressiveTransform, Decoding
 from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 from exactflow.sampling.flow_solvers import Adaptive, Jacobi, Sequential

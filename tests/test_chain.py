@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from exactflow.core import images as grey
+from exactflow.core import grey_levels as grey
 from exactflow.core.model import NonFiniteError
 from exactflow.likelihood.bound import chain_bound, strata_of
 from exactflow.likelihood.draws import Draws

@@ -20,7 +20,7 @@ from exactflow.cli import main, running
 from exactflow.cli.arguments import VERBS
 from exactflow.cli.parsing import parsed
 from exactflow.cli.terminal import printable, say
-from exactflow.core.process_group import ProcessLostError
+from exactflow.parallel.process_group import ProcessLostError
 
 SOURCES = str(Path(__file__).parents[1] / "src")
 

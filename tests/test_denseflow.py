@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from exactflow.core import images as grey
+from exactflow.core import grey_levels as grey
 from exactflow.core.config import override
 from exactflow.core.model import log_density
-from exactflow.core.random import generator, normal_rows
+from exactflow.core.randomness import generator, normal_rows
 from exactflow.models.denseflow.model import DenseFlow, DenseFlowConfig
 from exactflow.models.denseflow.network import (
     DeferredBatchNorm,

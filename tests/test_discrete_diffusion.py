@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from exactflow.core import images as grey
+from exactflow.core import grey_levels as grey
 from exactflow.core.config import checked, override
 from exactflow.likelihood.bound import chain_bound
 from exactflow.likelihood.draws import Draws

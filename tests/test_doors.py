@@ -10,7 +10,7 @@ from PIL import Image
 
 import exactflow
 from exactflow.core.doors import as_labels, require_model
-from exactflow.core.images import as_tensor
+from exactflow.core.grey_levels import as_tensor
 from exactflow.core.model import Flow
 from flows import make, perturb
 

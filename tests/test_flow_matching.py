@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from exactflow.core import images as grey
+from exactflow.core import grey_levels as grey
 from exactflow.core.config import override
-from exactflow.core.random import generator
+from exactflow.core.randomness import generator
 from exactflow.models.flow_matching.model import (
     FlowMatching,
     FlowMatchingConfig,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 from exactflow.core.config import checked, override
-from exactflow.core.images import center
+from exactflow.core.grey_levels import center
 from exactflow.models.hdit.attention import (
     block_sparse,
     neighborhood_attention,

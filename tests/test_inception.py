@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exactflow.core.images import center
+from exactflow.core.grey_levels import center
 from exactflow.metrics.extractors import extract, inception
 from exactflow.metrics.inception import PUBLIC_FILE, PUBLIC_SHA256, Inception, read_inception
 

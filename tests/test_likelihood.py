@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exactflow.core import images as grey
+from exactflow.core import grey_levels as grey
 from exactflow.core.density_flow import DensityFlow
 from exactflow.core.model import Flow, NonFiniteError, log_density
 from exactflow.core.prior import Prior
@@ -99,7 +99,7 @@ def test_all_weights_zero_scores_as_the_standard_normal() -> None:
 
 
 def _dequantized(model: Flow, images: torch.Tensor, row: int, seed: int) -> torch.Tensor:
-    from exactflow.core.random import generator, uniform_rows
+    from exactflow.core.randomness import generator, uniform_rows
 
     noise = uniform_rows(model.event_shape, [generator(seed, "score", row, 0)])
     return grey.dequantize(images[row : row + 1], noise, model.levels)

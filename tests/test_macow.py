@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from exactflow.core import images as grey
+from exactflow.core import grey_levels as grey
 from exactflow.core.config import override
 from exactflow.core.model import log_density
-from exactflow.core.random import generator, normal_rows
+from exactflow.core.randomness import generator, normal_rows
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.data.config import DataConfig
 from exactflow.models.macow import published as macow_published

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import ranks
-from exactflow.core import process_group as processes
-from exactflow.core.messages import SentError, pickled, unpickled
 from exactflow.core.model import NonFiniteError
-from exactflow.core.process_group import Processes, ProcessLostError, joined
 from exactflow.data import DataError
+from exactflow.parallel import process_group as processes
+from exactflow.parallel.messages import SentError, pickled, unpickled
+from exactflow.parallel.process_group import Processes, ProcessLostError, joined
 from exactflow.training import Interrupted
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from exactflow.core import images as grey
+from exactflow.core import grey_levels as grey
 from exactflow.core.model import NonFiniteError
-from exactflow.core.random import generator
+from exactflow.core.randomness import generator
 from exactflow.likelihood import ode_estimate
 from exactflow.likelihood.draws import Draws
 from exactflow.likelihood.ode_estimate import (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from exactflow.core.model import Flow, NonFiniteError
-from exactflow.core.random import normal_rows
+from exactflow.core.randomness import normal_rows
 from exactflow.core.transform import AutoregressiveTransform
 from exactflow.latent.interpolation import interpolate, reconstruct
 from exactflow.models.tarflow.model import TarFlow, TarFlowConfig

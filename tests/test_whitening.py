@@ -16,10 +16,10 @@ from PIL import Image
 from torch.distributions import MultivariateNormal
 
 import exactflow
-from exactflow.core import images as grey
+from exactflow.core import grey_levels as grey
 from exactflow.core.density_flow import FittedFlow
 from exactflow.core.model import log_density
-from exactflow.core.random import generator, normal_rows
+from exactflow.core.randomness import generator, normal_rows
 from exactflow.data import DataConfig, load
 from exactflow.data.augmentation import Augmentation
 from exactflow.likelihood.log_likelihood import log_likelihood

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exactflow.core import shared_batch as batch
 from exactflow.core.conditional import Affine
-from exactflow.core.images import center
+from exactflow.core.grey_levels import center
 from exactflow.core.model import GenerativeModel
 from exactflow.core.transform import AutoregressiveTransform, Decoding
 from exactflow.data.augmentation import Augmentation
 from exactflow.data.datasets import ImageDataset
+from exactflow.parallel import shared_batch as batch
 from exactflow.training import FitResult, Progress, TrainConfig, fit
 from exactflow.training import checkpoint as disk
 from exactflow.training.log import MetricsLog

@@ -14,8 +14,7 @@ from exactflow.core.config import override
 from exactflow.core.density_flow import FittedFlow
 from exactflow.core.devices import pick_device
 from exactflow.core.model import GenerativeModel
-from exactflow.core.process_group import current
-from exactflow.core.random import generator
+from exactflow.core.randomness import generator
 from exactflow.core.serialization import GUIDANCE
 from exactflow.data.config import MEMORY, DataConfig
 from exactflow.data.datasets import ImageDataset, load, load_source
@@ -23,6 +22,7 @@ from exactflow.data.memory import open_memory
 from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.metrics.bits_per_dim import Evaluation, evaluate, with_labels
 from exactflow.models import registry
+from exactflow.parallel.process_group import current
 from exactflow.pictures import grids as pictures
 from exactflow.sampling.request import SamplingOptions
 from exactflow.sampling.sample import sample

@@ -14,7 +14,6 @@ from exactflow.comparison.expected_time import expected_seconds
 from exactflow.comparison.protocol import Contender, Failure, Protocol, scored, spread
 from exactflow.core.config import override
 from exactflow.core.model import GenerativeModel, NonFiniteError
-from exactflow.core.process_group import ALONE, current
 from exactflow.data import DataConfig, ImageDataset
 from exactflow.data.model_classes import classes_in
 from exactflow.metrics.bits_per_dim import check_fits
@@ -22,6 +21,7 @@ from exactflow.metrics.memo import Stages
 from exactflow.metrics.memory import PeakMemory
 from exactflow.models import registry, shipped
 from exactflow.models.pretrained import recorded_data, recorded_guidance
+from exactflow.parallel.process_group import ALONE, current
 from exactflow.runs import Run, read_metrics
 from exactflow.training import Progress, TrainConfig
 from exactflow.training.budget import Budget, steps_within, training_flops

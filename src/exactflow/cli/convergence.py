@@ -10,7 +10,7 @@ from exactflow.cli.opened import opened
 from exactflow.cli.settings import first_images
 from exactflow.cli.terminal import say
 from exactflow.core.doors import as_flow
-from exactflow.core.random import generator, normal_rows
+from exactflow.core.randomness import generator, normal_rows
 from exactflow.pictures.profiles import convergence_plot
 from exactflow.sampling.convergence import TOLERANCE, BlockConvergence, convergence, crm_percent
 

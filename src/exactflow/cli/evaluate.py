@@ -12,12 +12,12 @@ from exactflow.cli.train import baseline_rows, likelihood_row
 from exactflow.cli.trained_on import trained_on
 from exactflow.cli.words import parse_words
 from exactflow.core.model import GenerativeModel
-from exactflow.core.process_group import current
 from exactflow.core.serialization import finite, write_json
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.metrics.baselines import Baseline, baselines, described, training_images
 from exactflow.metrics.bits_per_dim import evaluate
 from exactflow.models.pretrained import recorded_data
+from exactflow.parallel.process_group import current
 
 
 def run(command: Evaluate) -> None:

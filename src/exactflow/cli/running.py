@@ -14,7 +14,7 @@ import torch
 from exactflow.cli.arguments import SHARED, verb_of
 from exactflow.cli.guard import leaving_at_once
 from exactflow.cli.terminal import safe_record, show_warning
-from exactflow.core.process_group import ProcessLostError, joined
+from exactflow.parallel.process_group import ProcessLostError, joined
 
 
 def carry_out(command: Any) -> None:

@@ -13,9 +13,9 @@ from exactflow.cli.settings import NULL_LABEL, labels_named, load_model
 from exactflow.cli.terminal import say
 from exactflow.comparison.comparison import fingerprint
 from exactflow.core.model import GenerativeModel
-from exactflow.core.process_group import current
 from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data.classes import numbered
+from exactflow.parallel.process_group import current
 from exactflow.pictures import grids as pictures
 from exactflow.pictures.profiles import inversion_plot
 from exactflow.sampling.guidance import Guidance

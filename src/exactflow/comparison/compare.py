@@ -13,9 +13,9 @@ from exactflow.comparison.comparison import Bench
 from exactflow.comparison.protocol import Contender, Failure, Protocol
 from exactflow.comparison.report import Report, report_of
 from exactflow.core.model import GenerativeModel, NonFiniteError
-from exactflow.core.process_group import current
 from exactflow.data.datasets import DataConfig, ImageDataset, load
 from exactflow.metrics.extractors import FeatureExtractor, classifier, pixels
+from exactflow.parallel.process_group import current
 
 PROTOCOL = Protocol()
 

@@ -24,7 +24,7 @@ from exactflow.comparison.protocol import (
     spread,
     spread_rows,
 )
-from exactflow.core.images import bits_per_dim
+from exactflow.core.grey_levels import bits_per_dim
 from exactflow.core.model import GenerativeModel
 from exactflow.data.datasets import ImageDataset
 from exactflow.metrics.bits_per_dim import check_fits

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from exactflow.core import images as grey
-from exactflow.core import shared_batch as batch
+from exactflow.core import grey_levels as grey
 from exactflow.core.model import Dequantization, Flow, LikelihoodKind, log_density
+from exactflow.parallel import shared_batch as batch
 
 
 class DensityFlow(Flow, ABC):

@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
-from exactflow.core import images as grey
-from exactflow.core import shared_batch as batch
+from exactflow.core import grey_levels as grey
 from exactflow.core.prior import Prior
 from exactflow.core.serialization import CLASS_NAMES, write_model
 from exactflow.core.transform import AutoregressiveTransform, Solver
+from exactflow.parallel import shared_batch as batch
 
 LikelihoodKind = Literal["dequantized", "bound", "estimate", "noisy-density"]
 Dequantization = Literal["uniform", "variational", "gaussian", "none"]

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from exactflow.core.main_guard import require_main_guard
-from exactflow.core.process_group import ProcessLostError
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation, AugmentedEpoch
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.streaming.streamed import StreamedImages
+from exactflow.parallel.process_group import ProcessLostError
 
 _HAS_SIGCHLD = sys.platform != "win32"
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from exactflow.core import images as grey
+from exactflow.core import grey_levels as grey
 from exactflow.core.model import GenerativeModel, evaluating
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.data.batches import batches

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Bool, Float, Int, Integer, UInt8
 from torch import Tensor
 
-from exactflow.core import images as grey
+from exactflow.core import grey_levels as grey
 from exactflow.core.doors import as_flow
 from exactflow.core.model import Flow, GenerativeModel, NonFiniteError, evaluating, log_density
 from exactflow.core.progress import tracked
-from exactflow.core.random import generator, normal_rows, uniform_rows
+from exactflow.core.randomness import generator, normal_rows, uniform_rows
 from exactflow.data.batches import batches
 from exactflow.sampling.denoise import score_denoise
 

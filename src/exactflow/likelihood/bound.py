@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Float64, Int, Integer
 from torch import Tensor
 
-from exactflow.core import images as grey
+from exactflow.core import grey_levels as grey
 from exactflow.core.model import NonFiniteError
-from exactflow.core.process_group import current
 from exactflow.core.progress import shown_progress
-from exactflow.core.random import generator, normal_rows
+from exactflow.core.randomness import generator, normal_rows
 from exactflow.likelihood.draws import ONE_DRAW, Draws
 from exactflow.likelihood.value import LogLikelihood
+from exactflow.parallel.process_group import current
 from exactflow.paths.chain import MarkovChain, Network
 from exactflow.paths.chain_model import ChainModel
 

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar, final
 
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from exactflow.core import images as grey
+from exactflow.core import grey_levels as grey
 from exactflow.core.model import GenerativeModel, evaluating
-from exactflow.core.process_group import current
-from exactflow.core.random import generator, normal_rows, uniform_rows
+from exactflow.core.progress import tracked
+from exactflow.core.randomness import generator, normal_rows, uniform_rows
+from exactflow.parallel.process_group import current
 
 T = TypeVar("T")
 
@@ -82,7 +84,8 @@ class Draws:
 
         starts = range(0, len(images), self.batch_size)
         with evaluating(model):
-            return current().spread(starts, batch, bar="scoring" if self.progress else None)
+            shown = partial(tracked, total=len(starts), title="scoring", shown=self.progress)
+            return current().spread(starts, batch, shown=shown)
 
 
 ONE_DRAW = Draws()

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
 
-from exactflow.core import images as grey
+from exactflow.core import grey_levels as grey
 from exactflow.core.doors import LabelsLike, as_labels, require_model
 from exactflow.core.model import Flow, GenerativeModel
 from exactflow.likelihood.bound import chain_bound

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from exactflow.core import images as grey
+from exactflow.core import grey_levels as grey
 from exactflow.core.prior import DiagonalGaussian
-from exactflow.core.random import generator, normal_rows, uniform_rows
+from exactflow.core.randomness import generator, normal_rows, uniform_rows
 from exactflow.likelihood.draws import ONE_DRAW, Draws
 from exactflow.likelihood.value import LogLikelihood, check_finite
 from exactflow.paths.ode import Dopri5, Field, OdeSolver, State, uniform_times

@@ -8,7 +8,7 @@ from typing import Any, final
 from jaxtyping import Float
 from torch import Tensor
 
-from exactflow.core.images import bits_per_dim
+from exactflow.core.grey_levels import bits_per_dim
 from exactflow.core.model import Dequantization, LikelihoodKind, NonFiniteError
 
 

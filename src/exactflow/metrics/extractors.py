@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exactflow.core.images import center, check_images
+from exactflow.core.grey_levels import center, check_images
 from exactflow.core.progress import shown_progress
 from exactflow.data.checked import CheckedImages
 from exactflow.data.datasets import ImageDataset

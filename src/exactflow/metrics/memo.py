@@ -9,13 +9,15 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 
-from exactflow.core.process_group import current
+from exactflow.core.progress import tracked
 from exactflow.core.serialization import parse_json, write_atomically
+from exactflow.parallel.process_group import current
 
 Arrays = dict[str, np.ndarray]
 
@@ -105,7 +107,8 @@ class Stages:
         group = current()
         group.on_main(begin)
         starts = range(0, count, size)
-        parts = group.spread(starts, part, bar=name if self.progress else None)
+        shown = partial(tracked, total=len(starts), title=name, shown=self.progress)
+        parts = group.spread(starts, part, shown=shown)
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
     def _whole(self, identity: Mapping[str, Any]) -> Any:

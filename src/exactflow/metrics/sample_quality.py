@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from exactflow.core.random import generator
+from exactflow.core.randomness import generator
 
 _ROWS, _COLUMNS = 1024, 8192  # of a block of distances: 64 MiB
 _SUBSET = 1000  # images in a subset for the kernel distance, as by custom

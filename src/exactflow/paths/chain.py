@@ -104,7 +104,7 @@ def log_mass_of_level(
     all levels sum to 1, but for at most levels * 1e-12 more.
 
     Args:
-        x: grey levels as `core.images.center` gives them.
+        x: grey levels as `core.grey_levels.center` gives them.
         mean: of the Gaussian.
         log_variance: its ln sigma^2.
         levels: number of grey levels.

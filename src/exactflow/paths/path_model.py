@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from exactflow.core import images as grey
-from exactflow.core import shared_batch as batch
+from exactflow.core import grey_levels as grey
 from exactflow.core.model import GenerativeModel, LikelihoodKind
+from exactflow.parallel import shared_batch as batch
 from exactflow.paths.path import SINGULAR_MARGIN, Path, Point
 
 Prediction = Literal["x0", "eps", "v", "velocity"]

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
-from exactflow.core.random import generator, normal_rows
+from exactflow.core.randomness import generator, normal_rows
 
 
 @final

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from exactflow.core.doors import LabelsLike, as_labels, require_model
 from exactflow.core.model import GenerativeModel, evaluating
-from exactflow.core.process_group import Processes, current
 from exactflow.core.progress import shown_progress
 from exactflow.nn import compiled
+from exactflow.parallel.process_group import Processes, current
 from exactflow.sampling.denoiser import ClassifierGuidance
 from exactflow.sampling.guidance import Guidance
 from exactflow.sampling.request import DrawnBatch, Request, Sampler, SamplingOptions

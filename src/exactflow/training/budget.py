@@ -14,9 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from exactflow.core.model import GenerativeModel
-from exactflow.core.process_group import current
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
+from exactflow.parallel.process_group import current
 from exactflow.training.fake import fake_copy, loss_of_zeros
 from exactflow.training.optim import TrainConfig
 from exactflow.training.progress import Progress

@@ -11,7 +11,7 @@ from typing import final
 import numpy as np
 
 from exactflow.core.model import GenerativeModel
-from exactflow.core.random import derive_seed
+from exactflow.core.randomness import derive_seed
 from exactflow.data.augmentation import NO_AUGMENTATION
 from exactflow.data.datasets import ImageDataset
 from exactflow.training.budget import seconds_per_step, training_flops

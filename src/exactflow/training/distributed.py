@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from exactflow.core import shared_batch as batch
 from exactflow.core.model import GenerativeModel
-from exactflow.core.process_group import Processes
+from exactflow.parallel import shared_batch as batch
+from exactflow.parallel.process_group import Processes
 from exactflow.training.optim import MovingAverage, TrainConfig
 
 STATE_COPIES = 5  # weights, gradients, two moments, average

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from exactflow.core.density_flow import FittedFlow
 from exactflow.core.main_guard import require_main_guard
-from exactflow.core.process_group import joined
 from exactflow.core.progress import tracked
-from exactflow.core.random import generator
+from exactflow.core.randomness import generator
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.loader import evaluation_batches
+from exactflow.parallel.process_group import joined
 from exactflow.training import checkpoint as disk
 from exactflow.training.compatible import check_compatible
 from exactflow.training.folder import held, write_record

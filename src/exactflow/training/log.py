@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, final
 
-from exactflow.core.process_group import ALONE, Processes
 from exactflow.core.saved_run import LogState
 from exactflow.core.serialization import explained_write, write_atomically
+from exactflow.parallel.process_group import ALONE, Processes
 
 LOG_FILE = "metrics.jsonl"
 _NOT_FINITE = ("nan", "inf", "-inf")

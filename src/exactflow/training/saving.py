@@ -16,8 +16,8 @@ from typing import Any, final
 import torch
 from torch.distributed import ProcessGroup
 
-from exactflow.core.process_group import Processes
 from exactflow.core.saved_run import LogState
+from exactflow.parallel.process_group import Processes
 from exactflow.training import checkpoint as disk
 from exactflow.training.tensors import RunTensors
 

@@ -9,7 +9,7 @@ import yaml
 
 from exactflow.core.config import SECTIONS, TYPED, override, suggestion
 from exactflow.core.model import GenerativeModel
-from exactflow.core.random import derive_seed
+from exactflow.core.randomness import derive_seed
 from exactflow.data.config import DataConfig, located
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.prepared import open_prepared

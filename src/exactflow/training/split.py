@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from exactflow.core.model import GenerativeModel
-from exactflow.core.process_group import Processes
+from exactflow.parallel.process_group import Processes
 
 
 def copy_of(

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 
 from exactflow.core.model import DataInitialized, GenerativeModel
-from exactflow.core.process_group import current
-from exactflow.core.random import generator
+from exactflow.core.randomness import generator
 from exactflow.data.datasets import ImageDataset
 from exactflow.models.pretrained import from_pretrained
+from exactflow.parallel.process_group import current
 
 SHOWN = 3  # tensors in an error
 

@@ -14,15 +14,15 @@ from typing import final
 import torch
 from torch import Tensor
 
-from exactflow.core import shared_batch as shared
 from exactflow.core.main_guard import require_main_guard
 from exactflow.core.model import GenerativeModel, NonFiniteError
-from exactflow.core.process_group import Processes, joined
 from exactflow.core.progress import Advance, shown_progress
-from exactflow.core.random import derive_seed, generator
+from exactflow.core.randomness import derive_seed, generator
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.loader import Batch, training_batches
+from exactflow.parallel import shared_batch as shared
+from exactflow.parallel.process_group import Processes, joined
 from exactflow.training import checkpoint as disk
 from exactflow.training.compatible import check_compatible
 from exactflow.training.diagnosis import diagnose, save_batch

@@ -17,8 +17,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exactflow.core import images as grey
-from exactflow.core import shared_batch as batch
+from exactflow.core import grey_levels as grey
 from exactflow.core.model import DataInitialized, Dequantization, Flow, LikelihoodKind
 from exactflow.core.transform import Solver
 from exactflow.models.denseflow.network import AttentionVariant, DeferredBatchNorm
@@ -30,6 +29,7 @@ from exactflow.models.denseflow.parts import (
     standard_normal_log_prob,
 )
 from exactflow.nn.data_dependent import initializing
+from exactflow.parallel import shared_batch as batch
 
 MAX_UNITS = 10_000  # of a block
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exactflow.core import shared_batch as batch
+from exactflow.parallel import shared_batch as batch
 
 INVERSE_STEPS = 6  # of the pseudo-inverse; not converged, so the number is part of the function
 STATISTICS_MOMENTUM = 0.1  # weight of a new batch in the running statistics

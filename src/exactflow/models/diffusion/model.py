@@ -14,11 +14,11 @@ from jaxtyping import Float, Int, Integer, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exactflow.core import images as grey
-from exactflow.core import shared_batch as batch
+from exactflow.core import grey_levels as grey
 from exactflow.models.diffusion.step_importance import StepImportance
 from exactflow.nn.unet import Resampling, UNet, UNetConfig
 from exactflow.nn.unet_parts import AttentionOrder
+from exactflow.parallel import shared_batch as batch
 from exactflow.paths.chain import FixedVariance, MarkovChain, Schedule, schedule_betas
 from exactflow.paths.chain_model import ChainModel
 from exactflow.paths.path import DiscreteBetas

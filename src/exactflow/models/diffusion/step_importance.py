@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from exactflow.core import shared_batch as batch
+from exactflow.parallel import shared_batch as batch
 
 HISTORY = 10  # last losses of each step that its second moment is taken of
 UNIFORM_SHARE = 0.001  # of the draws, whatever the losses

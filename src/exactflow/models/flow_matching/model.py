@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
-from exactflow.core import images as grey
-from exactflow.core import shared_batch as batch
+from exactflow.core import grey_levels as grey
 from exactflow.nn.dit import DiT, DiTConfig
 from exactflow.nn.unet import UNet, UNetConfig
+from exactflow.parallel import shared_batch as batch
 from exactflow.paths.coupling import minibatch_transport
 from exactflow.paths.path import Cosine, LinearVP, Path, Straight, VariancePreserving
 from exactflow.paths.path_model import (

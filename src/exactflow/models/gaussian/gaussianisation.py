@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from exactflow.core import images as grey
+from exactflow.core import grey_levels as grey
 from exactflow.models.gaussian.whitening import (
     FittedTransform,
     LinearFirstFlow,

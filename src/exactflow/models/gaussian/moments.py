@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from exactflow.core import images as grey
+from exactflow.core import grey_levels as grey
 
 FULL_COVARIANCE_DIMS = 4096  # beyond this the covariance alone fills a laptop's memory
 CHUNK_VALUES = 2**23  # numbers turned to float64 at a time

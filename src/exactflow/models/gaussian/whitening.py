@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
-from exactflow.core import images as grey
+from exactflow.core import grey_levels as grey
 from exactflow.core.conditional import Affine
 from exactflow.core.density_flow import FittedFlow
 from exactflow.core.model import log_density
 from exactflow.core.prior import DiagonalGaussian
-from exactflow.core.random import generator, uniform_rows
+from exactflow.core.randomness import generator, uniform_rows
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver, Transform
 from exactflow.models.gaussian.moments import Layout, fit_linear
 from exactflow.models.presets import Preset

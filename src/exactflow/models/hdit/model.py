@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
-from exactflow.core import images as grey
-from exactflow.core import shared_batch as batch
+from exactflow.core import grey_levels as grey
 from exactflow.core.model import ParameterRule
 from exactflow.models.hdit.network import AttentionKind, HourglassLevel, HourglassTransformer
+from exactflow.parallel import shared_batch as batch
 from exactflow.paths.path import InterpolatedCosine
 from exactflow.paths.path_model import PathModel, Prediction, spread
 

@@ -16,14 +16,14 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exactflow.core import images as grey
-from exactflow.core import shared_batch as batch
+from exactflow.core import grey_levels as grey
 from exactflow.core.model import DataInitialized, Flow, LikelihoodKind, log_density
 from exactflow.core.prior import DiagonalGaussian
 from exactflow.core.transform import Solver
 from exactflow.models.macow.masked_convolution import ContextEncoder
 from exactflow.models.macow.parts import MultiScale, Steps
 from exactflow.nn.data_dependent import initializing
+from exactflow.parallel import shared_batch as batch
 
 
 @final

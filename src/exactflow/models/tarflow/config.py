@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, final
 
-from exactflow.core import images as grey
+from exactflow.core import grey_levels as grey
 from exactflow.core.conditional import (
     Affine,
     Chain,

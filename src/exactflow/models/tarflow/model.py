@@ -14,7 +14,6 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exactflow.core import shared_batch as batch
 from exactflow.core.density_flow import DensityFlow
 from exactflow.core.model import ParameterRule
 from exactflow.core.prior import DiagonalGaussian
@@ -22,6 +21,7 @@ from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver, 
 from exactflow.models.tarflow.config import TarFlowConfig
 from exactflow.nn.decoding import DecodingCache
 from exactflow.nn.transformer import NetworkWeights, TransformerLayer, causal_network
+from exactflow.parallel import shared_batch as batch
 
 EMBEDDING_STD = 0.01  # initial spread of position and class embeddings
 VARIANCE_MOMENTUM = 0.1  # weight of a new batch in the volume-preserving prior's variance

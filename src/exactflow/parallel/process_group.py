@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,8 +18,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from exactflow.core.messages import SentError, pickled, unpickled
-from exactflow.core.progress import tracked
+from exactflow.parallel.messages import SentError, pickled, unpickled
 
 LAST_WORDS = 0.1  # seconds for what was sent last before a group is left
 # Others wait so long for one that is silent. One that has died is noticed at once, by closed
@@ -119,21 +118,24 @@ class Processes:
         return [self._outcome(told) for told in self.gather(mine)]
 
     def spread(
-        self, items: Sequence[A], work: Callable[[A], B], *, bar: str | None = None
+        self,
+        items: Sequence[A],
+        work: Callable[[A], B],
+        *,
+        shown: Callable[[Sequence[A]], Iterable[A]] = iter,
     ) -> list[B]:
         """`work` of every item, in their order; each is done by one process and known to all.
 
         Args:
             items: the same in every process.
             work: of one item, by this process alone.
-            bar: name of a progress bar that the main process shows; None shows none.
+            shown: the main process takes its items from what this makes of them: a progress bar.
         """
 
         def done() -> list[B]:
             mine = items[self.rank :: self.count]
-            shown = tracked(mine, len(mine), bar or "", shown=bar is not None and self.is_main)
             with separately():
-                return [work(item) for item in shown]
+                return [work(item) for item in (shown(mine) if self.is_main else mine)]
 
         shares = self.share(done)
         return [shares[i % self.count][i // self.count] for i in range(len(items))]

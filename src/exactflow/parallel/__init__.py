@@ -1,0 +1,1 @@
+"""How processes work together: they know no model."""
