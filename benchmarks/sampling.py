@@ -38,7 +38,7 @@ from exactflow.pictures.profiles import inversion_plot
 from exactflow.sampling.certificate import Certificate
 from exactflow.sampling.flow_solvers import Adaptive, Sequential, per_block
 from exactflow.sampling.inversion import Inversion
-from exactflow.sampling.planner import make_plan
+from exactflow.sampling.planner import plan
 from exactflow.sampling.solvers import SOLVERS
 from exactflow.training.optim import TrainConfig, make_optimizer
 
@@ -136,18 +136,17 @@ def plan_side(
     model: TarFlow,
     solvers: list[Solver],
     z: Tensor,
-    progress: Callable[[int, int, str], None] | None = None,
 ) -> Side:
     """The model inverted as planned; the plan is made by the check, and put into `solvers`."""
 
     def check() -> tuple[Tensor, dict[str, Any]]:
         began = time.perf_counter()
-        plan = make_plan(model, len(z), progress=progress)
+        chosen = plan(model, len(z))
         took = time.perf_counter() - began
-        solvers[:] = plan.solvers()
+        solvers[:] = chosen.solvers()
         x, facts = examined(model, solvers, z)
-        chosen = [str(block.chosen) for block in plan.blocks]
-        told = {"chosen": chosen, "seconds": took, "expected_speedup": plan.speedup}
+        names = [str(block.chosen) for block in chosen.blocks]
+        told = {"chosen": names, "seconds": took, "expected_speedup": chosen.speedup}
         return x, {**facts, "plan": told}
 
     return Side(solver_side(model, solvers, z).run, check)
@@ -359,8 +358,8 @@ def remarks(report: dict[str, Any]) -> str:
         told = (
             f"- {result['model']} at batch {result['batch']}: floor {result['floor_seconds']:.4f} s"
         )
-        for plan in (side["plan"] for side in result["sides"] if "plan" in side):
-            told += f"; planned in {plan['seconds']:.1f} s: {' / '.join(plan['chosen'])}"
+        for made in (side["plan"] for side in result["sides"] if "plan" in side):
+            told += f"; planned in {made['seconds']:.1f} s: {' / '.join(made['chosen'])}"
         lines.append(told)
     for name, found in report["models"].items():
         limits = found["limits"]

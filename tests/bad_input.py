@@ -13,7 +13,7 @@ from exactflow.core.transform import Decoding
 from exactflow.models.macow import published as macow_published
 from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 from exactflow.sampling.flow_solvers import Adaptive, GaussSeidelJacobi, Jacobi
-from exactflow.sampling.planner import make_plan
+from exactflow.sampling.planner import plan
 
 warnings.simplefilter("error")
 torch.set_num_threads(1)
@@ -82,7 +82,7 @@ CASES = {
     "solver: start": lambda: Jacobi(start="noise"),
     "solver: window": lambda: Adaptive(window=0),
     "solver: step": lambda: Decoding(step="fast"),
-    "plan: batch": lambda: make_plan(PLAIN, 0),
+    "plan: batch": lambda: plan(PLAIN, 0),
     "sample: label": lambda: exactflow.sample(PLAIN, 1, label=3),
     "sample: labels": lambda: exactflow.sample(MODEL, 3, label=[0, 1]),
     "sample: guidance without label": lambda: exactflow.sample(MODEL, 1, guidance=1.0),

@@ -134,4 +134,4 @@ def test_settings_that_cannot_be(
 def test_a_model_that_does_not_say_its_data_needs_a_source(tmp_path: Path) -> None:
     exactflow.build("tarflow-tiny", width=16, head_dim=16).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"data\.source"):
-        data_of(exactflow.from_pretrained(tmp_path / "model"), [])
+        data_of(exactflow.from_pretrained(tmp_path / "model"), tmp_path / "model", [])

@@ -1,7 +1,6 @@
 """Loading machine code is told apart from its use, and only done where it is earned."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -9,7 +8,7 @@ import exactflow
 from exactflow.core.model import Flow
 from exactflow.nn import compiled
 from exactflow.sampling.flow_solvers import Sequential
-from exactflow.sampling.plan import BlockPlan, Candidate, InversionPlan, keep_plans
+from exactflow.sampling.plan import BlockPlan, Candidate, InversionPlan
 from exactflow.sampling.planner import Planned, machine
 from flows import make
 
@@ -24,11 +23,8 @@ def plan_of(model: Flow, reference: float, seconds: float, chosen: Candidate) ->
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Flow:
-    make("rgb").float().save_pretrained(tmp_path / "model")
-    model = exactflow.from_pretrained(tmp_path / "model")
-    assert isinstance(model, Flow)
-    return model
+def model() -> Flow:
+    return make("rgb").float()
 
 
 def steps(model: Flow, batches: int) -> set[str]:
@@ -37,14 +33,13 @@ def steps(model: Flow, batches: int) -> set[str]:
 
 
 def test_a_short_call_does_not_load_what_it_does_not_earn(
-    saved: Flow, monkeypatch: pytest.MonkeyPatch
+    model: Flow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert saved.home is not None
-    keep_plans(saved.home, [plan_of(saved, 0.5, 0.1, COMPILED)])  # wins 0.4 s in a batch
+    model.plans = [plan_of(model, 0.5, 0.1, COMPILED)]  # wins 0.4 s in a batch
     monkeypatch.setattr(compiled._Clock, "seconds", 0.0)
-    assert [steps(saved, n) for n in (1, 2, 3)] == [{"eager"}, {"eager"}, {"compiled"}]
+    assert [steps(model, n) for n in (1, 2, 3)] == [{"eager"}, {"eager"}, {"compiled"}]
     monkeypatch.setattr(compiled._Clock, "seconds", 0.7)  # it is there: it costs nothing more
-    assert steps(saved, 1) == {"compiled"}
+    assert steps(model, 1) == {"compiled"}
 
 
 def test_what_a_plan_must_draw_to_earn_its_loading() -> None:
@@ -55,17 +50,16 @@ def test_what_a_plan_must_draw_to_earn_its_loading() -> None:
     assert plan_of(model, 0.5, 0.1, Candidate()).batches_to_earn(1.0) == 1  # nothing to load
 
 
-def test_loading_is_no_part_of_the_seconds(saved: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert saved.home is not None
-    eager = exactflow.sample(saved, 4)
+def test_loading_is_no_part_of_the_seconds(model: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = exactflow.sample(model, 4)
     assert eager.loading == 0
-    keep_plans(saved.home, [plan_of(saved, 9.0, 0.1, COMPILED)])
+    model.plans = [plan_of(model, 9.0, 0.1, COMPILED)]
     monkeypatch.setattr(compiled._Clock, "seconds", 0.0)
     monkeypatch.setattr(compiled._Clock, "known", set())
-    first = exactflow.sample(saved, 4, solver=Planned(1.0))
+    first = exactflow.sample(model, 4, solver=Planned(1.0))
     assert first.loading == compiled.seconds_loading() > 0
     assert first.seconds > 0
-    again = exactflow.sample(saved, 4, solver=Planned(1.0))
+    again = exactflow.sample(model, 4, solver=Planned(1.0))
     assert again.loading == 0
     assert again.x.equal(first.x)
     assert replace(again, loading=1.0).loading == 1.0

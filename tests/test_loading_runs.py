@@ -12,7 +12,7 @@ import exactflow
 from exactflow.cli.settings import data_of
 from exactflow.core.model import GenerativeModel
 from exactflow.data.datasets import ImageDataset
-from exactflow.models.pretrained import describe, recorded_data
+from exactflow.models.pretrained import located, recorded_data
 from exactflow.training import Progress, TrainConfig, fit
 from exactflow.training.fitting import fit_closed_form
 from stopped_runs import Stopped, sign
@@ -73,8 +73,7 @@ def test_the_averaged_weights_are_taken_and_it_is_said(inner: str, newest: bool,
     assert model.config == made().config
     assert not model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert (model.home, recorded_data(model)) == (checkpoint, {})
-    assert describe(model)["kind"] == "tarflow"
+    assert (model.kind, model.card, recorded_data(model)) == ("tarflow", {}, {})
     assert exactflow.sample(model, 1, solver="sequential").x.shape == (1, 1, 4, 4)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
 
@@ -99,7 +98,7 @@ def test_a_finished_run_gives_its_model_and_a_folder_of_fit_its_last_weights(
         assert torch.equal(found.state_dict()[name], value)
     model.save_pretrained(tmp_path / "model")
     recwarn.clear()
-    assert exactflow.from_pretrained(tmp_path).home == tmp_path / "model"
+    assert located(tmp_path) == tmp_path / "model"
     assert not recwarn.list
 
 
@@ -152,4 +151,4 @@ def test_the_data_of_a_checkpoint_are_those_of_its_run(run: Path) -> None:
     for inner in ("", "checkpoints", "checkpoints/step_00000003"):
         with pytest.warns(UserWarning, match="averaged weights"):
             model = exactflow.from_pretrained(run / inner)
-        assert data_of(model, []).limit == 7
+        assert data_of(model, run / inner, []).limit == 7

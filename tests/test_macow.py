@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from exactflow.core import grey_levels as grey
 from exactflow.core.config import override
-from exactflow.core.model import log_density
+from exactflow.core.model import autoregressive_parts, log_density
 from exactflow.core.randomness import generator, normal_rows
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.data.config import DataConfig
@@ -38,7 +38,6 @@ from exactflow.models.transforms import InvertibleConvolution
 from exactflow.nn.data_dependent import DataDependent, initializing
 from exactflow.sampling.flow_solvers import Adaptive, GaussSeidelJacobi, Jacobi, Sequential
 from exactflow.sampling.inversion import Inversion
-from exactflow.sampling.planner import number_of_blocks
 from exactflow.sampling.request import SamplingOptions
 from exactflow.sampling.sample import sample
 from exactflow.training.optim import TrainConfig
@@ -839,7 +838,7 @@ def test_wrong_inputs_are_errors() -> None:
 def test_a_dequantiser_is_not_asked_to_be_inverted() -> None:
     model = make(CONFIGS["variational"])
     inverted = masked_convolutions(model.flow)
-    assert number_of_blocks(model) == len(inverted) < len(masked_convolutions(model))
+    assert len(autoregressive_parts(model)) == len(inverted) < len(masked_convolutions(model))
 
 
 def test_encoder_keeps_the_size() -> None:

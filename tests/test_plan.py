@@ -15,19 +15,28 @@ from exactflow.models.tarflow.model import TarFlow
 from exactflow.sampling import planner
 from exactflow.sampling.flow_solvers import Adaptive, Sequential
 from exactflow.sampling.plan import Candidate, InversionPlan, keep_plans, read_plans
-from exactflow.sampling.planner import Planned, make_plan
+from exactflow.sampling.planner import Planned
 from exactflow.sampling.sample import sample
 from flows import CONFIGS, make, perturb
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Flow:
-    """A small conditional model with a home."""
+def folder(tmp_path: Path) -> Path:
+    """That of a small conditional model."""
     make("conditional", torch.float32).save_pretrained(tmp_path / "model")
-    model = exactflow.from_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def loaded(folder: Path) -> Flow:
+    model = exactflow.from_pretrained(folder)
     assert isinstance(model, Flow)
-    assert model.home == tmp_path / "model"
     return model
+
+
+@pytest.fixture
+def saved(folder: Path) -> Flow:
+    """The model of the folder, as it was loaded before there was a plan."""
+    return loaded(folder)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, sequential: float, adaptive: float) -> None:
@@ -39,13 +48,14 @@ def pretend(monkeypatch: pytest.MonkeyPatch, sequential: float, adaptive: float)
     monkeypatch.setattr(planner._Probe, "time", shown)
 
 
-def test_a_plan_measures_every_block_and_says_what_it_saw(saved: Flow) -> None:
-    seen = []
-    plan = make_plan(saved, 3, progress=lambda *state: seen.append(state))
+def test_a_plan_measures_every_block_and_says_what_it_saw(
+    saved: Flow, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = exactflow.plan(saved, 3)
+    assert capsys.readouterr().err == ""
     assert len(plan.blocks) == 2
     assert plan.batch_size == 3
     assert plan.dtype == "float32"
-    assert {(index, count) for index, count, _ in seen} == {(0, 2), (1, 2)}
     for block in plan.blocks:
         assert str(block.chosen) in block.measured
         assert block.seconds <= block.reference_seconds
@@ -59,7 +69,7 @@ def test_a_plan_measures_every_block_and_says_what_it_saw(saved: Flow) -> None:
 
 def test_what_is_faster_is_chosen(saved: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, sequential=1.0, adaptive=0.5)
-    plan = make_plan(saved, 2)
+    plan = exactflow.plan(saved, 2)
     assert [block.chosen.solver for block in plan.blocks] == ["adaptive"] * 2
     assert plan.speedup == 2
     assert [type(solver) for solver in plan.solvers()] == [Adaptive] * 2
@@ -70,7 +80,7 @@ def test_nothing_slower_than_sequential_is_chosen(
     saved: Flow, monkeypatch: pytest.MonkeyPatch, adaptive: float
 ) -> None:
     pretend(monkeypatch, sequential=1.0, adaptive=adaptive)
-    plan = make_plan(saved, 2)
+    plan = exactflow.plan(saved, 2)
     assert [block.chosen for block in plan.blocks] == [Candidate()] * 2
     assert plan.speedup == 1
 
@@ -86,51 +96,51 @@ def test_what_is_not_exact_is_not_chosen(saved: Flow, monkeypatch: pytest.Monkey
         return built(self, *rest)
 
     monkeypatch.setattr(Candidate, "build", build)
-    coarse = make_plan(saved, 2, tolerance=1.1e-3)
+    coarse = exactflow.plan(saved, 2, tolerance=1.1e-3)
     assert "bfloat16" in tried
     for block in coarse.blocks:
         assert not any("bfloat16" in name for name in block.measured)
     tried.clear()
-    loose = make_plan(saved, 2, tolerance=1.0)
+    loose = exactflow.plan(saved, 2, tolerance=1.0)
     assert all(any("bfloat16" in name for name in block.measured) for block in loose.blocks)
-    make_plan(saved, 2)
+    exactflow.plan(saved, 2)
     tried.clear()
-    make_plan(saved, 2)
+    exactflow.plan(saved, 2)
     assert set(tried) == {None}
 
 
 def test_a_plan_survives_its_file_and_is_used_by_default(
-    saved: Flow, monkeypatch: pytest.MonkeyPatch
+    saved: Flow, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert saved.home is not None
     expected = sample(saved, 2, 1)  # no plan yet: sequential
     assert expected.iterations == (3, 3)
     pretend(monkeypatch, sequential=1.0, adaptive=0.5)
-    plan = make_plan(saved, 2)
-    keep_plans(saved.home, [plan])
-    assert read_plans(saved.home) == [plan]
+    plan = exactflow.plan(saved, 2)
+    keep_plans(folder, [plan])
+    saved = loaded(folder)
+    assert saved.plans == read_plans(folder) == [plan]
     assert all(isinstance(solver, Adaptive) for solver in Planned().of_blocks(saved, 2, 1))
     assert all(isinstance(solver, Adaptive) for solver in Planned().of_blocks(saved, 1, 1))
     # more samples than were measured, or less error than was allowed: no
     assert all(isinstance(solver, Sequential) for solver in Planned().of_blocks(saved, 3, 1))
     assert all(isinstance(solver, Sequential) for solver in Planned(1e-6).of_blocks(saved, 2, 1))
     drawn = sample(saved, 2, 1)
+    assert drawn.x.equal(sample(saved, 2, 1, solver=plan.solvers()).x)
     torch.testing.assert_close(drawn.x, expected.x, rtol=0, atol=1e-4)
     assert drawn.repairs == (0, 0)
     guided = sample(saved, 2, 1, guidance=1.0)  # four rows at once
     assert guided.iterations == (3, 3)
     wider = replace(plan, batch_size=4)
-    keep_plans(saved.home, [wider])
-    assert read_plans(saved.home) == [plan, wider]
-    keep_plans(saved.home, [plan])
-    assert read_plans(saved.home) == [plan, wider]
+    keep_plans(folder, [wider])
+    assert read_plans(folder) == [plan, wider]
+    keep_plans(folder, [plan])
+    assert read_plans(folder) == [plan, wider]
 
 
-def test_a_plan_does_not_outlive_its_weights(saved: Flow) -> None:
-    assert saved.home is not None
-    keep_plans(saved.home, [make_plan(saved, 1)])
-    saved.save_pretrained(saved.home)
-    assert not (saved.home / PLAN_FILE).exists()
+def test_a_plan_does_not_outlive_its_weights(saved: Flow, folder: Path) -> None:
+    keep_plans(folder, [exactflow.plan(saved, 1)])
+    saved.save_pretrained(folder)
+    assert not (folder / PLAN_FILE).exists()
 
 
 @pytest.mark.parametrize(
@@ -138,12 +148,15 @@ def test_a_plan_does_not_outlive_its_weights(saved: Flow) -> None:
     ["", "[]", '{"format_version": 1}', '{"format_version": 99, "plans": []}',
      '{"format_version": 1, "plans": [{"machine": "x"}]}'],
 )  # fmt: skip
-def test_a_damaged_plan_is_named(saved: Flow, content: str) -> None:
-    assert saved.home is not None
-    (saved.home / PLAN_FILE).write_text(content)
-    with pytest.raises(ValueError, match=r"plan\.json is not a plan .*delete it, or plan anew"):
-        sample(saved, 1, 0)
-    assert sample(saved, 1, 0, solver="sequential").x.isfinite().all()
+def test_a_damaged_plan_is_named_and_does_not_hide_its_model(folder: Path, content: str) -> None:
+    (folder / PLAN_FILE).write_text(content)
+    message = r"plan\.json is not a plan .*delete it, or plan anew"
+    with pytest.warns(UserWarning, match=f"no plan is used: .*{message}"):
+        model = loaded(folder)
+    assert sample(model, 1, 0).x.isfinite().all()
+    with pytest.raises(ValueError, match=message):
+        keep_plans(folder, [])
+    assert (folder / PLAN_FILE).read_text() == content
 
 
 def test_a_model_that_overflows_cannot_be_planned() -> None:
@@ -151,13 +164,13 @@ def test_a_model_that_overflows_cannot_be_planned() -> None:
     with torch.no_grad():
         model.blocks[0].output.bias[: model.prior.shape[1]] = 1000.0
     with pytest.raises(NonFiniteError, match="nothing to plan"):
-        make_plan(model, 2)
+        exactflow.plan(model, 2)
     with pytest.raises(ValueError, match="batch_size >= 1, got 0"):
-        make_plan(make("rgb"), 0)
+        exactflow.plan(make("rgb"), 0)
 
 
 @pytest.mark.parametrize("name", ["one token", "two tokens", "volume preserving"])
 def test_small_and_odd_models_can_be_planned(name: str) -> None:
-    plan = make_plan(make(name), 2)
+    plan = exactflow.plan(make(name), 2)
     assert json.loads(json.dumps(plan.blocks[0].window_seconds))
     assert isinstance(plan, InversionPlan)

@@ -83,7 +83,7 @@ def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def held_out(run: Path, *words: str) -> ImageDataset:
-    return load(data_of(from_pretrained(run), words), "test")
+    return load(data_of(from_pretrained(run), run, words), "test")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_copy_is_read_as_in_training_under_another_name_too(album: Path, tmp_p
     shutil.copytree(album / "data" / "album", copy)
     assert held_out(album / "run", f"data.source={copy}").fingerprint == expected
     (copy / "00.png").unlink()
-    other = data_of(from_pretrained(album / "run"), (f"data.source={copy}",))
+    other = data_of(from_pretrained(album / "run"), album / "run", (f"data.source={copy}",))
     assert other == DataConfig(source=str(copy))  # another set: nothing of that reading applies
 
 
@@ -131,7 +131,7 @@ def test_a_run_finds_its_data_from_any_folder_and_after_a_move(album: Path, tmp_
 
 def test_images_that_were_trained_on_do_not_pass_for_held_out_ones(album: Path) -> None:
     model = from_pretrained(album / "run")
-    data = data_of(model, ())
+    data = data_of(model, album / "run", ())
     assert trained_on(model, data, load(data, "test")) == ""
     few = replace(data, limit=3)  # of the same splits
     assert trained_on(model, few, load(few, "test")) == ""

@@ -21,7 +21,7 @@ from exactflow.core.serialization import CONFIG_FILE, WEIGHTS_FILE
 from exactflow.core.tensor_files import read_safetensors
 from exactflow.data import load
 from exactflow.models import registry, shipped
-from exactflow.models.pretrained import READING, describe, from_pretrained, recorded_data
+from exactflow.models.pretrained import READING, from_pretrained, located, recorded_data
 from exactflow.runs import execute
 from exactflow.training.settings import Settings
 from processes import call
@@ -65,7 +65,7 @@ def check_scores(name: str) -> None:
 def check_card(name: str) -> None:
     """It says where it comes from and what it is worth, of these very weights."""
     model = exactflow.from_pretrained(name)
-    card = describe(model)["card"]
+    card = model.card
     data, training, test = card["training data"], card["training"], card["test"]
     for text in (data["id"], data["version"], data["fingerprint"], data["licence"]):
         assert text
@@ -113,7 +113,7 @@ def test_a_model_scores_its_images_as_when_it_was_made(name: str) -> None:
 @pytest.mark.parametrize("name", shipped.NAMES)
 def test_a_model_has_a_whole_card(name: str) -> None:
     check_card(name)
-    assert describe(exactflow.from_pretrained(name))["card"]["training"]["seconds"] > 0
+    assert exactflow.from_pretrained(name).card["training"]["seconds"] > 0
 
 
 @pytest.mark.parametrize("name", shipped.NAMES)
@@ -124,7 +124,7 @@ def test_a_model_loads_offline_in_float32(name: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", shipped.NAMES)
 def test_the_page_says_what_the_card_says(name: str) -> None:
     model = exactflow.from_pretrained(name)
-    test = describe(model)["card"]["test"]
+    test = model.card["test"]
     page = (ROOT / "docs" / "getting-started.md").read_text()
     (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
     assert f"{model.num_parameters:,}" in row
@@ -175,7 +175,7 @@ def test_what_is_made_is_whole(package: Path, monkeypatch: pytest.MonkeyPatch) -
     check_card(NAME)
     check_offline(NAME, monkeypatch)
     model = exactflow.from_pretrained(NAME)
-    card = describe(model)["card"]
+    card = model.card
     assert card["samples"]["frechet_distance"] == 13.8
     assert card[READING] == {"source": "digits", "split_seed": 3, "limit": 100}
     assert model.class_names == tuple("0123456789")
@@ -189,7 +189,7 @@ def test_other_weights_are_noticed(package: Path, tmp_path: Path, monkeypatch) -
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01)
-    model.save_pretrained(shipped.FOLDER / NAME, card=describe(model)["card"])
+    model.save_pretrained(shipped.FOLDER / NAME, card=model.card)
     for check in (check_scores, check_card):
         with pytest.raises(AssertionError):
             check(NAME)
@@ -207,12 +207,12 @@ def test_a_folder_of_that_name_counts_if_it_holds_a_model(
     monkeypatch.chdir(tmp_path)
     (tmp_path / NAME).mkdir()
     (tmp_path / NAME / "photo.png").touch()
-    assert from_pretrained(NAME).home == package / NAME
+    assert located(NAME) == package / NAME
     call("sample", NAME, "--n", 1, cwd=tmp_path)
     assert [path.name for path in (tmp_path / NAME).iterdir()] == ["photo.png"]
     assert (tmp_path / "runs" / NAME / "sampled" / "samples.png").is_file()
     shutil.copytree(run, tmp_path / NAME, dirs_exist_ok=True)
-    assert from_pretrained(NAME).home == Path(NAME) / "model"
+    assert located(NAME) == Path(NAME) / "model"
     with pytest.raises(ValueError, match="of a model on the hub"):
         from_pretrained(NAME, revision="main")
 
@@ -235,7 +235,7 @@ def test_verbs_take_the_name_and_leave_the_package_alone(package: Path, tmp_path
 def test_it_knows_its_data(package: Path, tmp_path: Path) -> None:
     call("evaluate", NAME, "--out", "e.json", cwd=tmp_path)
     found = json.loads((tmp_path / "e.json").read_text())
-    expected = describe(from_pretrained(NAME))["card"]["test"]
+    expected = from_pretrained(NAME).card["test"]
     assert found["bits_per_dim"] == pytest.approx(expected["bits_per_dim"], abs=CLOSE)
     assert found["data"] == expected["data"]
     assert "trained on" not in found
@@ -253,7 +253,7 @@ def test_a_card_of_another_type(package: Path, tmp_path: Path) -> None:
     model = from_pretrained(NAME)
     model.save_pretrained(tmp_path, card={READING: "digits"})
     with pytest.raises(ValueError, match=f"'{READING}', got 'digits'"):
-        data_of(from_pretrained(tmp_path), ())
+        data_of(from_pretrained(tmp_path), tmp_path, ())
 
 
 @pytest.fixture
@@ -282,16 +282,16 @@ def test_data_without_a_name_are_asked_for_and_read_as_then(
     ship(album / "run", NAME)
     check_card(NAME)
     model = from_pretrained(NAME)
-    assert describe(model)["card"][READING] == {"bits": 4, "test_fraction": 0.3}
+    assert model.card[READING] == {"bits": 4, "test_fraction": 0.3}
     assert str(album) not in (shipped.FOLDER / NAME / CONFIG_FILE).read_text()
     with pytest.raises(ValueError, match=r"was trained on set \(version .*give data.source="):
-        data_of(model, ())
+        data_of(model, NAME, ())
     elsewhere = album / "moved"
     shutil.copytree(album / "set", elsewhere)
-    data = data_of(model, (f"data.source={elsewhere}",))
+    data = data_of(model, NAME, (f"data.source={elsewhere}",))
     assert load(data, "train").fingerprint == recorded_data(model)["fingerprint"]
     (elsewhere / "00.png").unlink()
-    assert data_of(model, (f"data.source={elsewhere}",)).bits == 8  # another set
+    assert data_of(model, NAME, (f"data.source={elsewhere}",)).bits == 8  # another set
 
 
 @pytest.mark.parametrize(
@@ -343,6 +343,6 @@ def test_weights_that_float16_cannot_hold_are_refused(run: Path, tmp_path: Path)
     model = from_pretrained(large)
     with torch.no_grad():
         next(model.parameters()).fill_(1e6)
-    model.save_pretrained(large / "model", card=describe(model)["card"])
+    model.save_pretrained(large / "model", card=model.card)
     with pytest.raises(ValueError, match="float16 can hold"):
         ship(large, NAME)

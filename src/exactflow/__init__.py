@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from exactflow.metrics.bits_per_dim import evaluate as evaluate
     from exactflow.models import registry
     from exactflow.models.convert import convert as convert
+    from exactflow.models.convert import load_classifier as load_classifier
     from exactflow.models.pretrained import from_pretrained as from_pretrained
     from exactflow.models.registry import build as build
     from exactflow.runs import EarlyStopping as EarlyStopping
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from exactflow.sampling import solvers
     from exactflow.sampling.denoiser import ClassifierGuidance as ClassifierGuidance
     from exactflow.sampling.guidance import Guidance as Guidance
+    from exactflow.sampling.planner import plan as plan
     from exactflow.sampling.request import SamplingOptions as SamplingOptions
     from exactflow.sampling.sample import sample as sample
     from exactflow.sampling.samples import Samples as Samples
@@ -51,8 +53,10 @@ _HOMES = {
     "fit": "exactflow.training.trainer",
     "from_pretrained": "exactflow.models.pretrained",
     "interpolate": "exactflow.latent.interpolation",
+    "load_classifier": "exactflow.models.convert",
     "load_data": "exactflow.data.memory",
     "log_likelihood": "exactflow.likelihood.log_likelihood",
+    "plan": "exactflow.sampling.planner",
     "reconstruct": "exactflow.latent.interpolation",
     "sample": "exactflow.sampling.sample",
     "train": "exactflow.runs",
@@ -80,8 +84,10 @@ __all__ = [
     "fit",
     "from_pretrained",
     "interpolate",
+    "load_classifier",
     "load_data",
     "log_likelihood",
+    "plan",
     "reconstruct",
     "registry",
     "sample",

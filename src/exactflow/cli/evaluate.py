@@ -23,7 +23,7 @@ from exactflow.parallel.process_group import current
 def run(command: Evaluate) -> None:
     """Score a split and print the number with everything it depends on, beside the baselines'."""
     model = load_model(command.model, command.device)
-    data = data_of(model, command.settings)
+    data = data_of(model, command.model, command.settings)
     dataset = load(data, command.split)
     other_data = _trained_on(command, model, data, dataset)
     evaluation = evaluate(

@@ -1,5 +1,6 @@
 """`exactflow info`."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -10,7 +11,7 @@ from exactflow.cli.settings import resolve
 from exactflow.core.config import SECTIONS
 from exactflow.core.serialization import finite
 from exactflow.models import registry, shipped
-from exactflow.models.pretrained import describe, from_pretrained
+from exactflow.models.pretrained import from_pretrained
 from exactflow.training.settings import Settings
 
 
@@ -43,4 +44,5 @@ def _saved(command: Info, name: str) -> None:
         raise ValueError(f"settings are those of a preset, {name} is a saved model")
     model = from_pretrained(name)
     print(f"# {model.kind}, {model.num_parameters:,} parameters, images {model.event_shape}")
-    print(yaml.safe_dump(finite(describe(model)), sort_keys=False), end="")
+    described = {"kind": model.kind, "config": asdict(model.config), "card": dict(model.card)}
+    print(yaml.safe_dump(finite(described), sort_keys=False), end="")

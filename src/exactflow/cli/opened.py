@@ -61,7 +61,7 @@ def opened(command: OfImages, expected: Callable[[GenerativeModel], Model]) -> O
     """
     verb = verb_of(type(command))
     model = expected(load_model(command.model, command.device))
-    data = data_of(model, command.settings)
+    data = data_of(model, command.model, command.settings)
     out = command.out or own_folder(command.model, verb)
     check_apart(out, data)
     return Opened(model, data, verb, out)

@@ -5,49 +5,35 @@ from rich.table import Table
 from exactflow.cli.arguments import Plan
 from exactflow.cli.settings import load_flow
 from exactflow.cli.terminal import say
-from exactflow.core.model import Flow
-from exactflow.core.progress import shown_progress
 from exactflow.core.serialization import PLAN_FILE
-from exactflow.models.pretrained import shipped_model
+from exactflow.models.pretrained import located, shipped_model
 from exactflow.nn import compiled
 from exactflow.sampling.plan import InversionPlan, keep_plans, read_plans
-from exactflow.sampling.planner import make_plan, number_of_blocks
+from exactflow.sampling.planner import plan
 
 
 def run(command: Plan) -> None:
     """Measure for every batch size, keep the plans beside the model, and show them."""
-    model = load_flow(command.model, command.device)
-    assert model.home is not None  # it was loaded from a folder
-    if shipped_model(model.home) is not None:
+    if shipped_model(command.model) is not None:
         raise ValueError(
             f"a plan is kept beside its model, and {command.model} lies in the package: save it in "
             f"a folder first, exactflow.from_pretrained({command.model!r}).save_pretrained(FOLDER)"
         )
     if not command.batch_size:
         raise ValueError("expected at least one batch size")
-    read_plans(model.home)  # a damaged file is found before the work, not after it
+    folder = located(command.model)
+    read_plans(folder)  # a damaged file is found before the work, not after it
+    model = load_flow(command.model, command.device)
     for size in command.batch_size:
-        plan = _measured(model, size, command.tolerance)
-        keep_plans(model.home, [plan])
-        say(_table(plan))
-    say(f"kept in {model.home / PLAN_FILE}: `exactflow sample` goes by it")
+        found = plan(model, size, tolerance=command.tolerance, progress=True)
+        keep_plans(folder, [found])
+        say(_table(found))
+    say(f"kept in {folder / PLAN_FILE}: `exactflow sample` goes by it")
 
 
-def _measured(model: Flow, size: int, tolerance: float | None) -> InversionPlan:
-    measured = 0
-    with shown_progress(number_of_blocks(model), f"batch {size}", unit="blocks") as advance:
-
-        def report(block: int, blocks: int, what: str) -> None:
-            nonlocal measured
-            advance(block - measured, f"block {block + 1} of {blocks}: {what}")
-            measured = block
-
-        return make_plan(model, size, tolerance=tolerance, progress=report)
-
-
-def _earned(plan: InversionPlan) -> str:
+def _earned(found: InversionPlan) -> str:
     """What the plan does not win in a short call."""
-    batches = plan.batches_to_earn(compiled.LOADING)
+    batches = found.batches_to_earn(compiled.LOADING)
     if batches == 1:
         return ""
     return (
@@ -56,22 +42,22 @@ def _earned(plan: InversionPlan) -> str:
     )
 
 
-def _table(plan: InversionPlan) -> Table:
+def _table(found: InversionPlan) -> Table:
     table = Table(
-        title=f"batch {plan.batch_size}: {plan.speedup:.2f} times as fast as token by token",
-        caption=f"{plan.machine}, {plan.dtype}, tolerance {plan.tolerance:g}{_earned(plan)}",
+        title=f"batch {found.batch_size}: {found.speedup:.2f} times as fast as token by token",
+        caption=f"{found.machine}, {found.dtype}, tolerance {found.tolerance:g}{_earned(plan)}",
     )
     for name in ("block", "chosen", "ms", "ratio", "passes", "tokens", "residual"):
         table.add_column(name, justify="left" if name == "chosen" else "right")
-    for index, block in enumerate(plan.blocks, 1):
-        found = block.measured[str(block.chosen)]
+    for index, block in enumerate(found.blocks, 1):
+        seen = block.measured[str(block.chosen)]
         table.add_row(
             str(index),
             str(block.chosen),
             f"{1e3 * block.seconds:.1f}",
             f"{block.reference_seconds / block.seconds:.2f}",
-            str(found.passes),
-            f"{found.tokens:,}",
-            f"{found.residual:.0e}",
+            str(seen.passes),
+            f"{seen.tokens:,}",
+            f"{seen.residual:.0e}",
         )
     return table

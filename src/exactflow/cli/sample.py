@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from exactflow import __version__
 from exactflow.cli.arguments import Sample
@@ -12,12 +13,17 @@ from exactflow.cli.places import SamplesFolder, own_folder
 from exactflow.cli.settings import NULL_LABEL, labels_named, load_model
 from exactflow.cli.terminal import say
 from exactflow.comparison.comparison import fingerprint
+from exactflow.core import grey_levels as grey
 from exactflow.core.model import GenerativeModel
 from exactflow.core.serialization import finite, write_atomically, write_json
-from exactflow.data.classes import numbered
+from exactflow.data.classes import class_number, numbered
+from exactflow.data.decode import Preprocessing, decode_image
+from exactflow.models.convert import load_classifier
+from exactflow.models.diffusion.classifier import ClassifierUNet
 from exactflow.parallel.process_group import current
 from exactflow.pictures import grids as pictures
 from exactflow.pictures.profiles import inversion_plot
+from exactflow.sampling.denoiser import ClassifierGuidance
 from exactflow.sampling.guidance import Guidance
 from exactflow.sampling.request import SamplingOptions
 from exactflow.sampling.sample import sample
@@ -31,7 +37,8 @@ def run(command: Sample) -> None:
     out = command.out or own_folder(command.model, "sampled")
     folder = SamplesFolder(out, seeds, own=command.out is None)
     model = load_model(command.model, command.device)
-    label = labels_named(model, command.label)
+    classifier = None if command.classifier is None else load_classifier(command.classifier)
+    label = _label(command, model, classifier)
     if len(label) not in (0, 1, command.n):
         raise ValueError(
             f"expected no label, one, or {command.n} (one per sample), got {len(label)}"
@@ -45,13 +52,14 @@ def run(command: Sample) -> None:
         label[0] if len(label) == 1 else label or None,
         command.seed,
         solver,
-        _guidance(command),
+        _guidance(command, None if classifier is None else classifier.to(model.device)),
         batch_size=command.batch_size,
         options=SamplingOptions(
             temperature=command.temperature,
             denoise=command.denoise,
             trace=command.trace,
             profile=command.profile,
+            low=None if command.low is None else _low(command.low, seeds),
             on_nonfinite="omit",  # one of many that fails does not take the others with it
             progress=True,
         ),
@@ -100,7 +108,9 @@ def _record(command: Sample, model: GenerativeModel, drawn: Samples) -> dict[str
         "solver": command.solver,
         "steps": command.steps,
         "tolerance": command.tolerance,
-        "guidance": command.guidance if model.iterative else asdict(_guidance(command)),
+        "guidance": command.guidance if model.iterative else asdict(_rule(command)),
+        "classifier": None if command.classifier is None else str(command.classifier),
+        "low": None if command.low is None else str(command.low),
         "eta": command.eta,
         "denoise": command.denoise,
         "temperature": command.temperature,
@@ -135,7 +145,32 @@ def _summary(drawn: Samples, out: Path) -> str:
     )
 
 
-def _guidance(command: Sample) -> Guidance:
+def _label(command: Sample, model: GenerativeModel, classifier: ClassifierUNet | None) -> list[int]:
+    """Classes to sample; a classifier's where the model has none."""
+    if classifier is None or model.num_classes:
+        return labels_named(model, command.label)
+    names = numbered(classifier.config.num_classes)
+    return [class_number(word, names, "the classifier") for word in command.label]
+
+
+def _low(folder: Path, seeds: range) -> Tensor:
+    """The small images of these seeds, in [-1, 1]."""
+    small, stored = SamplesFolder(folder, seeds, own=True), Preprocessing(None, None)
+    files = [small.single(seed) for seed in seeds]
+    images = [torch.tensor(decode_image(file, str(file), stored)) for file in files]
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) > 1:
+        raise ValueError(f"{folder}: expected samples of one size, got {sorted(shapes)}")
+    return grey.center(torch.stack(images), grey.PHOTOGRAPHIC_LEVELS)
+
+
+def _guidance(command: Sample, classifier: ClassifierUNet | None) -> Guidance | ClassifierGuidance:
+    if classifier is not None:
+        return ClassifierGuidance(classifier, command.guidance)
+    return _rule(command)
+
+
+def _rule(command: Sample) -> Guidance:
     return Guidance(
         command.guidance,
         command.guidance_rule,

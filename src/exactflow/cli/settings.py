@@ -11,13 +11,19 @@ from exactflow.core.config import override
 from exactflow.core.devices import pick_device
 from exactflow.core.doors import as_flow
 from exactflow.core.model import Flow, GenerativeModel
+from exactflow.core.saved_run import CHECKPOINTS_FOLDER
 from exactflow.data import DataConfig, DataError, ImageDataset, Split, load
 from exactflow.data.classes import class_number, numbered
 from exactflow.data.config import located
 from exactflow.data.datasets import identify
 from exactflow.metrics.bits_per_dim import with_labels
 from exactflow.models import registry
-from exactflow.models.pretrained import from_pretrained, recorded_data, recorded_reading
+from exactflow.models.pretrained import (
+    from_pretrained,
+    recorded_data,
+    recorded_reading,
+    shipped_model,
+)
 from exactflow.training.settings import CONFIG_FILE, Settings, settings_of
 
 NULL_LABEL = "null"  # how the dropped label is called, unless a class is
@@ -45,22 +51,27 @@ def resolve(
     return settings_of(preset_name, changes)
 
 
-def data_of(model: GenerativeModel, words: Sequence[str]) -> DataConfig:
+def data_of(model: GenerativeModel, location: str | Path, words: Sequence[str]) -> DataConfig:
     """The data a saved model was trained on, with changes: as its run or else its card says.
 
     The same set under another name is read as it was for the training, but for what is changed; of
     another set nothing of that reading applies.
 
+    Args:
+        model: as it was loaded.
+        location: where it was loaded from.
+        words: `data.FIELD=VALUE`, the changes.
+
     Raises:
         ValueError: the model does not say, and no data.source is given.
     """
     changes = parse_words(words, ("data",)).get("data", {})
-    home = model.home
-    assert home is not None  # it was loaded
-    # A run, its model, or one of its checkpoints.
-    run = home.parent.parent if home.parent.name == "checkpoints" else home.parent
-    files = [folder / CONFIG_FILE for folder in (home, run)]
-    file = next((file for file in files if file.is_file()), None)
+    place, file = Path(location).absolute(), None
+    if place.is_dir() and shipped_model(location) is None:
+        # A run, its model, its checkpoints or one of them.
+        run = place.parent.parent if place.parent.name == CHECKPOINTS_FOLDER else place.parent
+        files = [folder / CONFIG_FILE for folder in (place, run)]
+        file = next((file for file in files if file.is_file()), None)
     recorded = recorded_reading(model) if file is None else read_file(file).get("data", {})
     if "source" not in {**recorded, **changes}:
         known = recorded_data(model)
@@ -68,7 +79,7 @@ def data_of(model: GenerativeModel, words: Sequence[str]) -> DataConfig:
             told = f"was trained on {known['id']} (version {known.get('version')})"
         else:
             told = "does not say what it was trained on"
-        raise ValueError(f"{home} {told}: give data.source=...")
+        raise ValueError(f"{location} {told}: give data.source=...")
     data = override(DataConfig(), {**recorded, **changes})
     if "source" in changes and recorded:
         then = override(DataConfig(), recorded)

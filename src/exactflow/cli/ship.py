@@ -27,7 +27,7 @@ from exactflow.data.config import BUILT_IN, is_path
 from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.metrics.bits_per_dim import evaluate, with_labels
 from exactflow.models import registry, shipped
-from exactflow.models.pretrained import READING, describe, from_pretrained
+from exactflow.models.pretrained import READING, from_pretrained
 from exactflow.training.settings import CONFIG_FILE, Settings
 
 IMAGES = 8  # kept with their likelihoods
@@ -63,7 +63,7 @@ def ship(
     """
     settings = resolve(None, (), run / CONFIG_FILE)
     model = from_pretrained(run)
-    told = describe(model).get("card", {})
+    told = model.card
     data, cost = told.get("training data"), told.get("cost")
     if data is None or cost is None:
         raise ValueError(f"{run}: expected a finished run of `exactflow train`")
@@ -180,7 +180,7 @@ def main() -> None:
         given.run, given.name, samples=samples, images=given.images, threads=given.threads
     )
     size = sum(file.stat().st_size for file in folder.iterdir())
-    card = describe(from_pretrained(folder))["card"]
+    card = from_pretrained(folder).card
     print(json.dumps(card, indent=2))
     print(f"{folder}: {size:,} bytes; to be listed in {shipped.__file__}")
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -61,7 +62,7 @@ class GenerativeModel(nn.Module, ABC):
         config: frozen dataclass with everything that defines the architecture and its noise;
             `image_shape`, `levels` and `num_classes` among it.
         class_names: of the classes 0, 1, ..., as of the data it was trained on; empty if unknown.
-        home: folder the model was loaded from, where what belongs to it is kept; None if none.
+        card: what the folder it was loaded from says of it beside its configuration.
         parameter_rules: how parameters are trained; for each the first whose pattern fits.
     """
 
@@ -74,7 +75,7 @@ class GenerativeModel(nn.Module, ABC):
     parameter_rules: ClassVar[tuple[ParameterRule, ...]] = ()
     config: Any
     class_names: tuple[str, ...] = ()
-    home: Path | None = None
+    card: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def event_shape(self) -> tuple[int, int, int]:
@@ -222,9 +223,11 @@ class Flow(GenerativeModel):
     Attributes:
         exact: whether prior and log-determinant give the density itself; false for augmented
             flows, which give a bound.
+        plans: what `exactflow.plan` chose for it; `sample` goes by one of this machine.
     """
 
     exact: ClassVar[bool]
+    plans: Sequence[Any] = ()
 
     def __init_subclass__(cls) -> None:
         """Every family's `encode` has one door: images as people have them, at least one."""

@@ -13,6 +13,8 @@ import torch
 from exactflow.core.config import override
 from exactflow.core.model import GenerativeModel
 from exactflow.models import registry
+from exactflow.models.diffusion.classifier import ClassifierUNet
+from exactflow.models.diffusion.openai import classifier_of
 from exactflow.models.foreign import (
     SIZE,
     ForeignFile,
@@ -72,6 +74,27 @@ def convert(checkpoint: str | Path, *, preset: str | None = None, **hints: Any) 
         told.pop("width", None)
     model = _read(file, files, {**told, **given}, f" is not {preset}")
     return _as_preset(file, model, preset, given)
+
+
+def load_classifier(checkpoint: str | Path, *, head_channels: int = 64) -> ClassifierUNet:
+    """The classifier of noisy images in a published file (ADM's, arXiv 2105.05233), to guide with.
+
+    In evaluation mode on the CPU; `ClassifierGuidance` takes it.
+
+    Args:
+        checkpoint: OpenAI's state dict of a classifier with attention pooling.
+        head_channels: width of one attention head, which the file does not tell; 64 in all that
+            were published.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds no such classifier.
+    """
+    file = read_tensors(Path(checkpoint))
+    try:
+        return classifier_of(file.weights, head_channels=head_channels)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from error
 
 
 def _known(file: ForeignFile) -> tuple[str, PublishedFiles]:

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from exactflow.core.building import TooLargeError
 from exactflow.core.config import made
-from exactflow.core.model import GenerativeModel
+from exactflow.core.model import Flow, GenerativeModel
 from exactflow.core.serialization import (
     CLASS_NAMES,
     CONFIG_FILE,
@@ -26,6 +27,7 @@ from exactflow.core.serialization import (
 from exactflow.core.tensor_files import read_safetensors, require_regular
 from exactflow.models import registry, shipped
 from exactflow.models.saved_runs import averaged_model, is_run
+from exactflow.sampling.plan import InversionPlan, read_plans
 
 ALIGNMENT = 64  # bytes, of tensors that PyTorch allocates
 READING = "read as"  # in the card of a shipped model: `data.*` fields that find its data again
@@ -58,13 +60,13 @@ def from_pretrained(
             that is not here.
     """
     target = _available(device)
-    folder = _locate(path_or_hub_id, revision)
+    folder = located(path_or_hub_id, revision)
     if not file_of(folder, CONFIG_FILE).exists() and is_run(folder):
-        model, state, home = averaged_model(folder)
-        source = str(home)
+        model, state, checkpoint = averaged_model(folder)
+        source = str(checkpoint)
     else:
         model, state = _saved_model(folder)
-        home, source = folder, _unlike(folder)
+        source = _unlike(folder)
     if shipped_model(folder) is not None:
         state = {name: _widened(value) for name, value in state.items()}
     check_weights(model, state, source)
@@ -72,8 +74,8 @@ def from_pretrained(
     model.load_state_dict(placed, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    model.class_names = _class_names(model, home)
-    model.home = home
+    if isinstance(model, Flow):
+        model.plans = _plans(folder)
     return model.eval()
 
 
@@ -86,18 +88,25 @@ def shipped_model(location: str | Path) -> Path | None:
     return shipped.FOLDER / name if name in shipped.NAMES else None
 
 
-def _class_names(model: GenerativeModel, home: Path) -> tuple[str, ...]:
-    """What the card of a model folder calls its classes; empty if nothing."""
-    if not file_of(home, CONFIG_FILE).exists():
-        return ()
-    names, count = read_config(home)["card"].get(CLASS_NAMES, []), model.num_classes
+def _class_names(model: GenerativeModel, folder: Path) -> tuple[str, ...]:
+    """What its card calls the classes of a model; empty if nothing."""
+    names, count = model.card.get(CLASS_NAMES, []), model.num_classes
     texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if not texts or (names and len(names) != count):
         raise ValueError(
-            f"{home / CONFIG_FILE}: expected {count} {CLASS_NAMES}, one for each class, got "
+            f"{folder / CONFIG_FILE}: expected {count} {CLASS_NAMES}, one for each class, got "
             f"{names!r}"
         )
     return tuple(names)
+
+
+def _plans(folder: Path) -> list[InversionPlan]:
+    """The plans beside a model; none, with a warning, if their file is damaged."""
+    try:
+        return read_plans(folder)
+    except ValueError as error:
+        warnings.warn(f"no plan is used: {error}", stacklevel=3)
+        return []
 
 
 def check_weights(model: GenerativeModel, state: Mapping[str, Tensor], source: str) -> None:
@@ -126,37 +135,31 @@ def check_weights(model: GenerativeModel, state: Mapping[str, Tensor], source: s
 
 def recorded_data(model: GenerativeModel) -> dict[str, Any]:
     """What the card of a loaded model says of the data it was trained on; empty if nothing."""
-    if model.home is None or not file_of(model.home, CONFIG_FILE).exists():
-        return {}
-    recorded = read_config(model.home)["card"].get("training data") or {}
+    recorded = model.card.get("training data") or {}
     texts = ("id", "version", "fingerprint", "preprocessing_hash")
     if not isinstance(recorded, dict) or not all(
         isinstance(recorded.get(k, ""), str) for k in texts
     ):
         raise ValueError(
-            f"{model.home / CONFIG_FILE}: expected the card's 'training data' as `exactflow train` "
-            f"writes it, with text for {', '.join(texts)}"
+            "expected the card's 'training data' as `exactflow train` writes it, with text for "
+            f"{', '.join(texts)}, got {recorded!r}"
         )
     return recorded
 
 
 def recorded_guidance(model: GenerativeModel) -> float:
     """The scale of guidance that the card of a loaded model names; 0 if none, or no classes."""
-    recorded = describe(model).get("card", {}).get(GUIDANCE, 0.0)
+    recorded = model.card.get(GUIDANCE, 0.0)
     if not isinstance(recorded, int | float) or not 0 <= recorded < math.inf:
-        raise ValueError(
-            f"{model.home}: expected a finite {GUIDANCE} >= 0 in the card, got {recorded!r}"
-        )
+        raise ValueError(f"expected a finite {GUIDANCE} >= 0 in the card, got {recorded!r}")
     return float(recorded) if model.num_classes else 0.0
 
 
 def recorded_reading(model: GenerativeModel) -> dict[str, Any]:
     """The `data.*` fields that the card of a loaded model says its data are read with, if any."""
-    recorded = describe(model).get("card", {}).get(READING, {})
+    recorded = model.card.get(READING, {})
     if not isinstance(recorded, dict):
-        raise ValueError(
-            f"{model.home}: expected fields of the data in the card's {READING!r}, got {recorded!r}"
-        )
+        raise ValueError(f"expected fields of the data in the card's {READING!r}, got {recorded!r}")
     return recorded
 
 
@@ -176,13 +179,6 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{FORMAT_VERSION}"
         )
     return {**content, **asdict(known)}
-
-
-def describe(model: GenerativeModel) -> dict[str, Any]:
-    """What is on disk of a loaded model beside its weights: kind, config and, if any, card."""
-    if model.home is not None and file_of(model.home, CONFIG_FILE).exists():
-        return read_config(model.home)
-    return {"kind": model.kind, "config": asdict(model.config)}
 
 
 @final
@@ -215,6 +211,8 @@ def _saved_model(folder: Path) -> tuple[GenerativeModel, dict[str, Tensor]]:
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
     _check_shapes(shapes, model.state_dict(), _unlike(folder))  # before anything is read
+    model.card = description["card"]
+    model.class_names = _class_names(model, folder)
     return model, read_safetensors(path)[0]
 
 
@@ -276,7 +274,8 @@ def _available(device: torch.device | str) -> torch.device:
     return found
 
 
-def _locate(path_or_hub_id: str | Path, revision: str | None) -> Path:
+def located(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model or run, fetched where it is on the hub; see `from_pretrained`."""
     path = Path(path_or_hub_id)
     text = str(path_or_hub_id)
     local = shipped_model(path_or_hub_id) or path

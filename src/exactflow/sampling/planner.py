@@ -14,21 +14,16 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
+from exactflow.core.doors import as_flow, require_model
 from exactflow.core.model import Flow, NonFiniteError, autoregressive_parts
-from exactflow.core.serialization import PLAN_FILE
+from exactflow.core.progress import shown_progress
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.nn import compiled
 from exactflow.sampling.certificate import WHILE_SOLVING, backward_error, tolerance_of
 from exactflow.sampling.flow_solvers import Adaptive, BlockSolvers, Sequential
 from exactflow.sampling.inversion import CountedTransform
 from exactflow.sampling.noise import Noise
-from exactflow.sampling.plan import (
-    BlockPlan,
-    Candidate,
-    InversionPlan,
-    Measured,
-    read_plans,
-)
+from exactflow.sampling.plan import BlockPlan, Candidate, InversionPlan, Measured
 
 FIRST_LOOKAHEAD = 32
 MARGIN = 0.97  # of the reference's time: what is no faster than this is not chosen
@@ -37,15 +32,20 @@ AS_GOOD = 2.0  # times the reference's own error: what is no worse counts as exa
 HOPELESS = 2.0  # times the best: no relative of such a candidate is tried
 
 
-def make_plan(
+def plan(
     model: Flow,
-    batch_size: int,
+    batch_size: int = 64,
     *,
     tolerance: float | None = None,
     seed: int = 0,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: bool = False,
 ) -> InversionPlan:
-    """Measure every block on latents drawn from the prior, and choose.
+    """Measure on this machine how each block of a flow is inverted fastest.
+
+    The blocks invert latents drawn from the prior by every solver that fits; what is not exact or
+    no faster than token by token is not chosen. `sample` takes the result as a solver,
+    `sample(model, 64, solver=plan.solvers())`, or finds it beside a model that is loaded later,
+    `keep_plans(folder, [plan])`, which is what `exactflow plan` does.
 
     Args:
         model: a flow with autoregressive parts.
@@ -53,40 +53,38 @@ def make_plan(
         tolerance: backward error up to which a candidate's result counts as exact; None: what
             rounding leaves of the network's dtype. One of 1e-2 admits bfloat16.
         seed: of the latents.
-        progress: called with block, number of blocks and what is being measured.
+        progress: show which block and candidate is being measured.
 
     Raises:
         NonFiniteError: the model's own inverse is not finite.
-        ValueError: a batch of no samples.
+        ValueError: a batch of no samples, or a model that is no flow.
     """
+    require_model(model)
+    as_flow(model)
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}")
     noise = Noise(model, model.prior.shape, range(seed, seed + batch_size), "plan")()
     label = None
     if model.num_classes:
         label = torch.arange(batch_size, device=model.device) % model.num_classes
-    count, found = number_of_blocks(model), []
+    blocks, found = autoregressive_parts(model), []
     memory: dict[Any, Any] = {}
+    title = f"batch {batch_size}"
+    with shown_progress(len(blocks), title, unit="blocks", quiet=not progress) as advance:
 
-    def report(what: str) -> None:
-        if progress is not None:
-            progress(len(found), count, what)
+        def report(what: str) -> None:
+            advance(0, f"block {len(found) + 1} of {len(blocks)}: {what}")
 
-    def measure(transform: AutoregressiveTransform, z: Tensor, label: Tensor | None) -> Tensor:
-        """A solver that plans its block on the way."""
-        probe = _Probe(transform, z, label, tolerance_of(transform, tolerance), memory, report)
-        found.append(probe.plan())
-        return probe.reference
+        def measure(transform: AutoregressiveTransform, z: Tensor, label: Tensor | None) -> Tensor:
+            """A solver that plans its block on the way."""
+            probe = _Probe(transform, z, label, tolerance_of(transform, tolerance), memory, report)
+            found.append(probe.plan())
+            advance(1)
+            return probe.reference
 
-    for _ in model.trajectory(model.prior.from_noise(noise), label, solver=measure):
-        pass
-    return InversionPlan(
-        machine(model.device),
-        str(model.dtype).removeprefix("torch."),
-        batch_size,
-        math.inf if not found else tolerance_of(autoregressive_parts(model)[0], tolerance),
-        tuple(found),
-    )
+        model.decode(model.prior.from_noise(noise), label, solver=measure)
+    allowed = tolerance_of(blocks[0], tolerance) if blocks else math.inf
+    return InversionPlan(*circumstances(model), batch_size, allowed, tuple(found))
 
 
 @final
@@ -228,36 +226,33 @@ class _Probe:
 
 @final
 class Planned(BlockSolvers):
-    """What the plan beside the model says for so many samples at once; sequential without a plan.
+    """What the model's plans say for so many samples at once; sequential without a plan.
 
     A plan of another machine or dtype does not count, and a warning says so. One for fewer samples
     does not either, since more samples leave parallel passes less to win; nor one that allows for
-    more error than the tolerance. Nothing is measured or written here: `make_plan` is asked for.
-    A process that has no compiled step yet loads it only where so many batches earn it.
+    more error than the tolerance. A process that has no compiled step yet loads it only where so
+    many batches earn it.
     """
 
     def of_blocks(self, flow: Flow, rows: int, batches: int) -> Sequence[Solver]:
         """See `BlockSolvers.of_blocks`."""
-        sequential = [Sequential()] * number_of_blocks(flow)
-        if flow.home is None or not (flow.home / PLAN_FILE).is_file():
-            return sequential
-        plans = read_plans(flow.home)
-        here = [p for p in plans if (p.machine, p.dtype) == _identity(flow)]
+        blocks, plans = autoregressive_parts(flow), flow.plans
+        sequential, ours = [Sequential()] * len(blocks), circumstances(flow)
+        here = [p for p in plans if (p.machine, p.dtype) == ours]
         if plans and not here:
             warnings.warn(
-                f"{flow.home / PLAN_FILE} is not used: it was measured on {plans[0].machine}, "
-                f"{plans[0].dtype}, and this is {', '.join(_identity(flow))}; "
-                "`exactflow plan` measures here",
+                f"the model's plan is not used: it was measured on {plans[0].machine}, "
+                f"{plans[0].dtype}, and this is {', '.join(ours)}; `exactflow plan` measures here",
                 stacklevel=3,
             )
-        limit = tolerance_of(autoregressive_parts(flow)[0], self.tolerance or None) if here else 0.0
+        limit = tolerance_of(blocks[0], self.tolerance or None) if here else 0.0
         fitting = [p for p in here if p.batch_size >= rows and p.tolerance <= limit]
         if not fitting:
             return sequential
-        plan = min(fitting, key=lambda p: p.batch_size)
-        if not compiled.loaded() and batches < plan.batches_to_earn(compiled.LOADING):
+        chosen = min(fitting, key=lambda p: p.batch_size)
+        if not compiled.loaded() and batches < chosen.batches_to_earn(compiled.LOADING):
             return sequential
-        return plan.solvers()
+        return chosen.solvers()
 
 
 def machine(device: torch.device) -> str:
@@ -270,12 +265,8 @@ def machine(device: torch.device) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-def number_of_blocks(model: Flow) -> int:
-    """How many autoregressive parts a solver is asked to invert."""
-    return len(autoregressive_parts(model))
-
-
-def _identity(model: Flow) -> tuple[str, str]:
+def circumstances(model: Flow) -> tuple[str, str]:
+    """Machine and dtype that a plan for the model where it is must be of."""
     return machine(model.device), str(model.dtype).removeprefix("torch.")
 
 

@@ -76,6 +76,12 @@ class Sample(OfModel):
     """TarFlow's rule, or STARFlow's."""
     guidance_schedule: Literal["linear", "constant"] = "linear"
     """Guidance scale over the tokens of a flow."""
+    classifier: Maybe[Path] = None
+    """Published classifier of noisy images (ADM's .pt) that guides a chain, by --guidance as its
+    scale."""
+    low: Maybe[Path] = None
+    """Of an upsampler: folder that `exactflow sample` wrote, whose samples of the same seeds are
+    enlarged."""
     attention_temperature: float = 1.0
     """Of the branch that guidance moves away from; guides models without labels."""
     denoise: Maybe[bool] = None

@@ -131,8 +131,8 @@ def _check_complete(given: set[str], read: Mapping[str, Any]) -> None:
 def _read(file: ForeignFile, hints: Hints) -> DiscreteDiffusion:
     if CLASSIFIER_MARK in file.weights:
         raise ValueError(
-            "a classifier of noisy images is no generative model: it guides one, and "
-            "exactflow.models.diffusion.openai.classifier_of reads it"
+            "a classifier of noisy images is no generative model: it guides one, by "
+            "exactflow.load_classifier, or exactflow sample --classifier"
         )
     size = size_in(hints) if "height" in hints else None
     channels = hints.get("channels")
