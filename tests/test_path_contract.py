@@ -18,7 +18,7 @@ from exactflow.sampling.request import SamplingOptions
 from exactflow.sampling.solvers import solver_for
 from exactflow.training import TrainConfig, fit
 
-TINY = {"flow-matching-tiny": {}, "iddpm-tiny": {"diffusion_steps": 20}, "hdit-tiny": {}}
+TINY = {"flow-matching-tiny": {}, "iddpm-tiny": {"diffusion_steps": 20}, "hdit-tiny": {}, "maskdit-tiny": {}}
 SHAPE, LEVELS = (1, 8, 8), 17
 
 
@@ -40,7 +40,7 @@ def data(count: int = 32) -> ImageDataset:
 
 def solvers(model: PathModel) -> list[str]:
     chain = ["ancestral", "ddim"] if isinstance(model, ChainModel) else []
-    return ["auto", "euler", "midpoint", "heun", "dpm++", *chain]
+    return ["auto", "euler", "midpoint", "heun", "dpm++", "edm", *chain]
 
 
 def test_every_family_on_a_path_is_here() -> None:
@@ -57,7 +57,8 @@ def test_sample_k_belongs_to_seed_k_whatever_the_solver(name: str) -> None:
         drawn = exactflow.sample(model, 3, seed=4, solver=chosen, batch_size=2)
         assert drawn.x.shape == (3, *SHAPE)
         assert int(drawn.images.max()) < LEVELS
-        passes = {"midpoint": 2, "heun": 2}.get(solver, 1) * 6 * 2  # two batches
+        each = 11 if solver == "edm" else {"midpoint": 2, "heun": 2}.get(solver, 1) * 6
+        passes = 2 * each  # two batches
         if solver != "auto":
             assert drawn.evaluations == passes
         assert bool(drawn.certificate.isnan().all())

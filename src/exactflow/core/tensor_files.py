@@ -1,5 +1,6 @@
 """Files of tensors that somebody else may have written: sizes first, and nothing in them is run."""
 
+import argparse
 import re
 import warnings
 import zipfile
@@ -31,7 +32,8 @@ def read_pickled(path: Path) -> Any:
         with path.open("rb") as file:
             check_stored(file, path.stat().st_size, path)
     try:
-        with warnings.catch_warnings():
+        # A Namespace holds plain values: what a trainer's command line was, beside the weights.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # of protocols, told before the error
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=packed or None)
     except OSError:

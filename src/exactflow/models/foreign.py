@@ -13,7 +13,7 @@ from exactflow.core.tensor_files import read_pickled, read_safetensors
 
 Hints = Mapping[str, Any]
 SIZE = ("channels", "height", "width")  # hints that are no fields of a configuration
-_NESTS = ("model_ema", "model")  # where training checkpoints keep weights; averaged ones first
+_NESTS = ("model_ema", "ema", "model")  # where trainers keep weights; averaged ones first
 
 
 @final
@@ -23,7 +23,7 @@ class ForeignFile:
 
     Attributes:
         path: where it lies.
-        weights: tensors by name, without the prefix of parallel training.
+        weights: tensors by name, without the prefixes of parallel and compiled training.
         config: the run's configuration, where it is in the file.
     """
 
@@ -67,8 +67,8 @@ def without_size(hints: Hints) -> dict[str, Any]:
 def read_tensors(path: Path) -> ForeignFile:
     """Read a file of plain tensors: nothing in it is executed.
 
-    A state dict may be bare or under "model_ema" or "model", with a mapping "config" beside it; in
-    safetensors the configuration is JSON in the metadata, under "config".
+    A state dict may be bare or under "model_ema", "ema" or "model", with a mapping "config" beside
+    it; in safetensors the configuration is JSON in the metadata, under "config".
 
     Raises:
         FileNotFoundError: no such file.
@@ -86,8 +86,12 @@ def read_tensors(path: Path) -> ForeignFile:
         raise ValueError(f"{path}: expected a flat state dict of tensors")
     if config is not None and not isinstance(config, Mapping):
         raise ValueError(f"{path}: expected a mapping under 'config', got {config!r:.80}")
-    weights = {str(name).removeprefix("module."): value for name, value in state.items()}
+    weights = {_plain(str(name)): value for name, value in state.items()}
     return ForeignFile(path, weights, config)
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("module.").removeprefix("_orig_mod.")
 
 
 def _safetensors(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from exactflow.models import (
     gaussian,
     hdit,
     macow,
+    maskdit,
     tarflow,
 )
 from exactflow.models.family import Family
@@ -32,6 +33,7 @@ FAMILIES: dict[str, Family] = {
         flow_matching.FAMILY,
         diffusion.FAMILY,
         hdit.FAMILY,
+        maskdit.FAMILY,
     )
 }
 

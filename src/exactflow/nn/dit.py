@@ -64,12 +64,15 @@ class DiTBlock(nn.Module):
         width: channels of a token.
         heads: attention heads.
         dropout: probability that a channel of the branches' outputs is dropped in training.
+        condition: channels of the condition; None: as many as a token has.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(
+        self, width: int, heads: int, dropout: float = 0.0, condition: int | None = None
+    ) -> None:
         super().__init__()
         self.heads = heads
-        self.modulation = nn.Linear(width, 6 * width)
+        self.modulation = nn.Linear(condition or width, 6 * width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.expand = nn.Linear(width, 4 * width)
@@ -79,13 +82,13 @@ class DiTBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch tokens width"],
-        condition: Float[Tensor, "batch width"],
+        condition: Float[Tensor, "batch condition"],
     ) -> Float[Tensor, "batch tokens width"]:
         """Both residual branches."""
         parts = self.modulation(condition)[:, None].chunk(6, dim=-1)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts
-        x = x + gate * self.dropout(self._attend(_modulated(x, shift, scale)))
-        hidden = F.gelu(self.expand(_modulated(x, mlp_shift, mlp_scale)), approximate="tanh")
+        x = x + gate * self.dropout(self._attend(modulated(x, shift, scale)))
+        hidden = F.gelu(self.expand(modulated(x, mlp_shift, mlp_scale)), approximate="tanh")
         return x + mlp_gate * self.dropout(self.contract(hidden))
 
     def _attend(self, x: Tensor) -> Tensor:
@@ -144,15 +147,13 @@ class DiT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, condition)
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
-        tokens = self.output(_modulated(tokens, shift, scale)).transpose(1, 2)
+        tokens = self.output(modulated(tokens, shift, scale)).transpose(1, 2)
         grid = tokens.unflatten(2, (x.shape[2] // side, x.shape[3] // side))
         return F.pixel_shuffle(grid, side)
 
     def _condition(self, t: Tensor, label: Tensor | None) -> Tensor:
         """Embedding of the time plus that of the label."""
-        place = torch.arange(TIME_FREQUENCIES, device=t.device, dtype=t.dtype) / TIME_FREQUENCIES
-        phase = t[:, None] * torch.exp(-math.log(LONGEST_PERIOD) * place)
-        features = torch.cat([phase.cos(), phase.sin()], dim=1).to(self.time_in.weight.dtype)
+        features = time_features(t).to(self.time_in.weight.dtype)
         condition = self.time_out(F.silu(self.time_in(features)))
         if self.label is None:
             return condition
@@ -174,6 +175,13 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
 
 
+def time_features(t: Float[Tensor, " batch"]) -> Float[Tensor, "batch features"]:
+    """Cosines, then sines, of times at `TIME_FREQUENCIES` frequencies from 1 down to 10^-4."""
+    place = torch.arange(TIME_FREQUENCIES, device=t.device, dtype=t.dtype) / TIME_FREQUENCIES
+    phase = t[:, None] * torch.exp(-math.log(LONGEST_PERIOD) * place)
+    return torch.cat([phase.cos(), phase.sin()], dim=1)
+
+
 def grid_embedding(rows: int, columns: int, width: int) -> Float[Tensor, "tokens width"]:
     """Fixed positions in raster order: sines and cosines of the column, then of the row."""
     quarter = width // 4
@@ -187,6 +195,8 @@ def grid_embedding(rows: int, columns: int, width: int) -> Float[Tensor, "tokens
     return torch.cat([column, row], dim=2).flatten(0, 1)
 
 
-def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulated(
+    x: Float[Tensor, "batch tokens width"], shift: Tensor, scale: Tensor
+) -> Float[Tensor, "batch tokens width"]:
     """LayerNorm without parameters of its own, in the autocast type; then scale and shift."""
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift

@@ -194,16 +194,13 @@ def uniform_times(steps: int, first: float = 0.0, last: float = 1.0) -> list[flo
     return [first + (last - first) * i / steps for i in range(steps)] + [last]
 
 
-def edm_times(
-    path: Path, steps: int, sigma_max: float = 80.0, sigma_min: float = 0.002, rho: float = 7.0
-) -> list[float]:
-    """steps + 1 times at EDM's noise levels sigma / alpha, and the path's end.
+def edm_levels(
+    steps: int, sigma_max: float = 80.0, sigma_min: float = 0.002, rho: float = 7.0
+) -> Float[Tensor, " steps"]:
+    """Noise levels from sigma_max down to sigma_min, evenly in their power 1 / rho, in float64.
 
-    The levels fall from sigma_max to sigma_min, evenly in their power 1 / rho (Karras et al.,
-    arXiv 2206.00364, eq. 5); on the straight path that is t = 1 / (1 + sigma).
-
-    Raises:
-        ValueError: no step, or levels that do not fall within the path.
+    Karras et al., arXiv 2206.00364, eq. 5. Raises ValueError for no step, or levels that do not
+    fall.
     """
     if steps < 1 or not sigma_max > sigma_min > 0:
         raise ValueError(
@@ -212,7 +209,20 @@ def edm_times(
         )
     place = torch.linspace(0, 1, steps, dtype=torch.float64)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    levels = (high + place * (low - high)) ** rho
+    return (high + place * (low - high)) ** rho
+
+
+def edm_times(
+    path: Path, steps: int, sigma_max: float = 80.0, sigma_min: float = 0.002, rho: float = 7.0
+) -> list[float]:
+    """steps + 1 times at EDM's noise levels sigma / alpha (`edm_levels`), and the path's end.
+
+    On the straight path a level stands at t = 1 / (1 + sigma).
+
+    Raises:
+        ValueError: no step, or levels that do not fall within the path.
+    """
+    levels = edm_levels(steps, sigma_max, sigma_min, rho)
     times = path.time_of(-2 * levels.log()).tolist()
     first, last = path.span
     if not first <= times[0] <= times[-1] < last:

@@ -122,6 +122,8 @@ class PathModel(GenerativeModel):
         usual_solver: what samples are drawn with where nothing else is asked for.
         dequantized: whether the model is one of uniformly dequantised images; otherwise of
             centred grey levels.
+        sampled_between: noise levels sigma / alpha, greatest first, between which samples are
+            drawn; None: along the whole path, at even times.
         usual_solver: name of the solver that it is usually sampled with.
     """
 
@@ -131,6 +133,7 @@ class PathModel(GenerativeModel):
     quick_solver: ClassVar[str] = "heun"
     evaluations_per_step: ClassVar[int] = 2
     dequantized: bool = False
+    sampled_between: ClassVar[tuple[float, float] | None] = None
 
     @property
     def likelihood_kind(self) -> LikelihoodKind:

@@ -16,14 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from exactflow.paths.chain import MarkovChain
-from exactflow.paths.ode import OdeSolver, State, edm_times, uniform_times
-from exactflow.paths.path import InterpolatedCosine, Path
+from exactflow.paths.ode import OdeSolver, State, edm_levels, edm_times, uniform_times
+from exactflow.paths.path import Path
 from exactflow.paths.path_model import PathModel
 from exactflow.sampling.denoiser import Denoiser, chain_model
 from exactflow.sampling.noise import Noise
 from exactflow.sampling.nonfinite import OnNonFinite
-
-SIGMA_MAX, SIGMA_MIN = 160.0, 1e-2  # noise levels that HDiT is sampled between
 
 
 @final
@@ -217,7 +215,63 @@ class DDIM(ChainSolver):
         return x if noise is None else x + sigma * noise
 
 
-PathSolver = OdeSolver | DPMSolver | ChainSolver
+@final
+@dataclass(frozen=True)
+class EDMSolver:
+    """Heun's method in the noise level s = sigma / alpha (arXiv 2206.00364, algorithm 1).
+
+    With x = x_t / alpha the flow is dx / ds = (x - D(x; s)) / s, where D is the data expected
+    behind x. The last step, to s = 0, is Euler's and gives D.
+
+    Attributes:
+        steps: how many; all but the last take two evaluations.
+    """
+
+    steps: int = 40
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for no step."""
+        if self.steps < 1:
+            raise ValueError(f"expected steps >= 1, got {self.steps}")
+
+    @torch.no_grad()
+    def solve(
+        self,
+        denoiser: Denoiser,
+        x: Float[Tensor, "batch channels height width"],
+        levels: Sequence[float],
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Follow the flow to the data; every sample is computed by itself.
+
+        Args:
+            denoiser: says what is expected behind x.
+            x: data with noise of the first level.
+            levels: falling noise levels, one for each step.
+
+        Raises:
+            ValueError: another number of levels, or levels that do not fall.
+        """
+        if len(levels) != self.steps or not all(a > b > 0 for a, b in itertools.pairwise(levels)):
+            raise ValueError(f"expected {self.steps} falling noise levels, got {list(levels)}")
+        path = denoiser.model.path
+        times = path.time_of(-2 * torch.tensor(levels, dtype=torch.float64).log())
+        alphas = path.at(times).alpha.tolist()
+
+        def slope(x: Tensor, index: int) -> Tensor:
+            t = torch.full((len(x),), float(times[index]), dtype=x.dtype, device=x.device)
+            return (x - denoiser.denoise(alphas[index] * x, t)) / levels[index]
+
+        for index, level in enumerate(levels):
+            here = slope(x, index)
+            if index + 1 == len(levels):
+                return x - level * here
+            step = levels[index + 1] - level
+            there = slope(x + step * here, index + 1)
+            x = x + step * (0.5 * here + 0.5 * there)
+        return x
+
+
+PathSolver = OdeSolver | DPMSolver | EDMSolver | ChainSolver
 
 
 @singledispatch
@@ -250,11 +304,16 @@ def _(
     model = denoiser.model
     times = _published_times(model, solver.steps)
     if times is None:  # the log-SNR is infinite at the ends
-        ends = model.path.at(torch.tensor(model.span, dtype=torch.float64))
-        most, least = (ends.sigma / ends.alpha).tolist()
-        levels = min(80.0, 0.99 * most), max(0.002, 1.01 * least)
-        times = edm_times(model.path, solver.steps, *levels)
+        times = edm_times(model.path, solver.steps, *_levels(model))
     yield solver.solve(denoiser, _start(model, times, noise), times)
+
+
+@states.register(EDMSolver)
+def _(
+    solver: EDMSolver, denoiser: Denoiser, noise: Noise, on_nonfinite: OnNonFinite
+) -> Iterator[Tensor]:
+    levels = edm_levels(solver.steps, *_levels(denoiser.model)).tolist()
+    yield solver.solve(denoiser, levels[0] * noise(), levels)
 
 
 @states.register(ChainSolver)
@@ -274,10 +333,18 @@ def steps_of(solver: PathSolver, model: PathModel) -> int:
 
 
 def _published_times(model: PathModel, steps: int) -> list[float] | None:
-    """Noise levels that models of this path are sampled at; None: even steps do."""
-    if isinstance(model.path, InterpolatedCosine):
-        return edm_times(model.path, steps, SIGMA_MAX, SIGMA_MIN)
-    return None
+    """Times at the noise levels that the model is sampled between; None: even times do."""
+    levels = model.sampled_between
+    return None if levels is None else edm_times(model.path, steps, *levels)
+
+
+def _levels(model: PathModel) -> tuple[float, float]:
+    """Greatest and least noise level to sample between, short of the path's ends."""
+    if model.sampled_between is not None:
+        return model.sampled_between
+    ends = model.path.at(torch.tensor(model.span, dtype=torch.float64))
+    most, least = (ends.sigma / ends.alpha).tolist()
+    return min(80.0, 0.99 * most), max(0.002, 1.01 * least)
 
 
 def _start(model: PathModel, times: Sequence[float], noise: Noise) -> Tensor:

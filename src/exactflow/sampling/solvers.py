@@ -20,7 +20,14 @@ from exactflow.sampling.flow_solvers import (
     Sequential,
 )
 from exactflow.sampling.path_sampler import PathSampler
-from exactflow.sampling.path_solvers import DDIM, Ancestral, ChainSolver, DPMSolver, PathSolver
+from exactflow.sampling.path_solvers import (
+    DDIM,
+    Ancestral,
+    ChainSolver,
+    DPMSolver,
+    EDMSolver,
+    PathSolver,
+)
 from exactflow.sampling.planner import Planned
 from exactflow.sampling.request import Request, Sampler
 
@@ -32,6 +39,7 @@ __all__ = [
     "AnySolver",
     "DPMSolver",
     "Dopri5",
+    "EDMSolver",
     "Euler",
     "GaussSeidelJacobi",
     "Heun",
@@ -57,6 +65,7 @@ SOLVERS: dict[str, type] = {
     "ddim": DDIM,
     **ODE_SOLVERS,
     "dpm++": DPMSolver,
+    "edm": EDMSolver,
 }
 
 
@@ -94,12 +103,13 @@ def _(model: Flow) -> Sampling:
 
 @sampling_of.register(PathModel)
 def _(model: PathModel) -> Sampling:
-    return Sampling((FixedSteps, Dopri5, DPMSolver), SOLVERS[model.usual_solver], PathSampler)
+    kinds = (FixedSteps, Dopri5, DPMSolver, EDMSolver)
+    return Sampling(kinds, SOLVERS[model.usual_solver], PathSampler)
 
 
 @sampling_of.register(ChainModel)
 def _(model: ChainModel) -> Sampling:
-    kinds = (ChainSolver, FixedSteps, Dopri5, DPMSolver)
+    kinds = (ChainSolver, FixedSteps, Dopri5, DPMSolver, EDMSolver)
     return Sampling(kinds, SOLVERS[model.usual_solver], PathSampler)
 
 

@@ -20,6 +20,7 @@ Solver = Literal[
     "heun",
     "dopri5",
     "dpm++",
+    "edm",
     "ancestral",
     "ddim",
 ]
@@ -62,7 +63,7 @@ class Sample(OfModel):
     """Seed of the first sample."""
     solver: Solver = "auto"
     """Flows: sequential to adaptive; "auto" does what `exactflow plan` found best here, else it is
-    sequential. Diffusion and flow matching: euler to dpm++, and for chains ancestral and ddim."""
+    sequential. Diffusion and flow matching: euler to edm, and for chains ancestral and ddim."""
     steps: Maybe[int] = None
     """Of a solver of diffusion and flow matching."""
     tolerance: Maybe[float] = None

@@ -18,6 +18,7 @@ from exactflow.core import grey_levels as grey
 from exactflow.core.model import ParameterRule
 from exactflow.models.hdit.network import AttentionKind, HourglassLevel, HourglassTransformer
 from exactflow.parallel import shared_batch as batch
+from exactflow.paths.edm import Preconditioning
 from exactflow.paths.path import InterpolatedCosine
 from exactflow.paths.path_model import PathModel, Prediction, spread
 
@@ -153,6 +154,7 @@ class HDiT(PathModel):
     usual_solver: ClassVar[str] = "dpm++"
     quick_solver: ClassVar[str] = "dpm++"
     evaluations_per_step: ClassVar[int] = 1
+    sampled_between: ClassVar[tuple[float, float] | None] = (160.0, 1e-2)
     parameter_rules: ClassVar[tuple[ParameterRule, ...]] = (
         ParameterRule(r"network\.mapping\..*\.scale", 1 / 3, decay=False),
         ParameterRule(r"network\.mapping\..*|.*\.norm\.linear\.weight", 1 / 3),
@@ -162,7 +164,7 @@ class HDiT(PathModel):
     def __init__(self, config: HDiTConfig) -> None:
         super().__init__()
         self.config = config
-        self._path = config.path
+        self._path, self._edm = config.path, Preconditioning(config.sigma_data)
         width = config.mapping_width
         self.network = HourglassTransformer(
             config.scales,
@@ -190,19 +192,11 @@ class HDiT(PathModel):
         t: Float[Tensor, " batch"],
         label: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
-        """See `PathModel.predict`.
-
-        F is, up to scale, the v of data divided by sigma_data. Solved for the v of the data
-        themselves, the division by alpha and the cancellation at low noise are gone:
-        v = s (1 - d^2) / (s^2 + d^2) x_t - d sqrt((1 + s^2) / (s^2 + d^2)) F.
-        """
+        """See `PathModel.predict`."""
         self.check_label(label, len(x_t))
         log_sigma = -0.5 * self.path.at(t).log_snr
-        s, d = log_sigma.exp(), self.config.sigma_data
-        total = s.square() + d**2
-        gain = ((1 + s.square()) / total).sqrt()
-        output = self._evaluate(spread(gain, x_t) * x_t, log_sigma, label)
-        return spread(s * (1 - d**2) / total, x_t) * x_t - spread(d * gain, x_t) * output
+        scaled = self._edm.path_scale(x_t, log_sigma) * x_t
+        return self._edm.v(x_t, self._evaluate(scaled, log_sigma, label), log_sigma)
 
     def loss(
         self,
@@ -225,16 +219,11 @@ class HDiT(PathModel):
         log_sigma: Float[Tensor, " batch"],
         label: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, " batch"]:
-        """Mean over dimensions of (F - target)^2 times the weight, given data and noise.
-
-        The target is (x0 s / d - d eps) / sqrt(s^2 + d^2).
-        """
-        s, d = spread(log_sigma.exp(), x0), self.config.sigma_data
-        scale = (s.square() + d**2).rsqrt()
-        output = self._evaluate((x0 + s * noise) * scale, log_sigma, label)
-        target = (x0 * (s / d) - d * noise) * scale
-        error = (output - target).square().flatten(1).mean(1)
-        return error * self.weight(log_sigma)
+        """Squared error of the network's output times the weight, mean over dimensions."""
+        x = x0 + spread(log_sigma.exp(), x0) * noise
+        output = self._evaluate(x * self._edm.scale(x0, log_sigma), log_sigma, label)
+        error = output - self._edm.target(x0, noise, log_sigma)
+        return error.square().flatten(1).mean(1) * self.weight(log_sigma)
 
     def weight(self, log_sigma: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """Weight of F's squared error: (s d)^2 / (s^2 + d^2) times that of x0's.
