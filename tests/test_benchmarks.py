@@ -314,6 +314,15 @@ def test_ways_of_training_are_weighed_and_checked(
         benchmark.main([*arguments, "--no-memory"])
 
 
+def test_masking_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "m.json"
+    words = ["--quick", "--pairs", "1", "--ratios", "0", "0.5", "--out", str(file)]
+    (result,) = script("masking").main(words)
+    assert set(json.loads(file.read_text())["results"][0]["seconds"]) == {"0.0", "0.5"}
+    assert result["speedup"][0.0]["median"] == 1
+    assert len([line for line in capsys.readouterr().out.splitlines() if "| maskdit" in line]) == 2
+
+
 @pytest.mark.parametrize("size", ["1m", "10m"])
 def test_trained_families_have_about_as_many_parameters(size: str) -> None:
     families = script("families")

@@ -18,7 +18,12 @@ from exactflow.sampling.request import SamplingOptions
 from exactflow.sampling.solvers import solver_for
 from exactflow.training import TrainConfig, fit
 
-TINY = {"flow-matching-tiny": {}, "iddpm-tiny": {"diffusion_steps": 20}, "hdit-tiny": {}, "maskdit-tiny": {}}
+TINY = {
+    "flow-matching-tiny": {},
+    "iddpm-tiny": {"diffusion_steps": 20},
+    "hdit-tiny": {},
+    "maskdit-tiny": {},
+}
 SHAPE, LEVELS = (1, 8, 8), 17
 
 
