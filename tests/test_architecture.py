@@ -20,6 +20,7 @@ HEAVY = ("tyro", "constriction", "imagecodecs", "gradio", "datasets", "beartype"
 HEAVY += ("matplotlib", "sklearn", "torchvision")
 ABSTRACT_BASES = {"ABC", "Protocol"}
 VALUE_BASES = {"Enum", "IntEnum", "StrEnum", "Flag", "IntFlag", "NamedTuple", "TypedDict"}
+MOST_LINES = 60  # of a function, its docstring included
 PIXEL_NUMBERS = {255, 256, 127.5}  # and 128.0, but not the integer 128, which is a width
 PIXEL_ROOMS = ("core/grey_levels.py", "data/")  # the file that knows 256, the decoding of files
 WIDTH_ROOMS = ("models/", "nn/", "paths/")  # presets and widths of layers
@@ -106,6 +107,15 @@ def no_file_is_a_drawer(tree: Tree) -> Iterator[str]:
     for path in tree:
         if set(Path(path).with_suffix("").parts) & {"utils", "util", "helpers", "misc", "common"}:
             yield f"{path}: say what is in it"
+
+
+def functions_fit_a_screen(tree: Tree) -> Iterator[str]:
+    for path, module in tree.items():
+        for node in ast.walk(module):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > MOST_LINES:
+                    yield f"{path}:{node.lineno} {node.name} has {lines} lines"
 
 
 def no_torchvision(tree: Tree) -> Iterator[str]:
@@ -227,6 +237,7 @@ BREACHES: list[tuple[Law, str, str]] = [  # (law, path, a source that breaks it 
         "a.py",
         "'''Doc.'''\nclass A:\n '''Doc.'''\n @abstractmethod\n def f(self): pass",
     ),
+    (functions_fit_a_screen, "a.py", "def f():\n" + " x = 1\n" * 60),
     (one_file_knows_256, "a.py", "x = y / 127.5"),
     (one_file_knows_256, "sampling/a.py", "x = y * 255"),
     (one_file_knows_256, "likelihood/a.py", "x = log(256.0)"),
@@ -246,6 +257,7 @@ FINE: list[tuple[Law, str, str]] = [
         "class A(ABC):\n def __init__(self): pass\n @abstractmethod\n def f(self): pass\n"
         "@final\nclass B(A):\n def __init__(self): pass\n def f(self): pass",
     ),
+    (functions_fit_a_screen, "a.py", "def f():\n" + " x = 1\n" * 59),
     (public_things_are_documented, "a.py", "'''Doc.'''\ndef _f(): pass\nclass _A: pass"),
     (public_things_are_documented, "__init__.py", ""),
     (one_file_knows_256, "core/grey_levels.py", "x = 127.5"),
