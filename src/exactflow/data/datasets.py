@@ -1,4 +1,4 @@
-"""Image sets with their identity: what is measured on them can say on which pixels.
+"""Image sets with their identity, so that every number names the pixels it was measured on.
 
 `load` opens a source (`sources.py`), chooses the members of a split, and decodes them once
 (`store.py`). Sources are described in `DataConfig`.
@@ -29,16 +29,6 @@ from exactflow.data.streaming.streamed import StreamedImages
 log = logging.getLogger(__name__)
 
 ALL = slice(None)  # rows
-
-__all__ = [
-    "DataConfig",
-    "DataError",
-    "ImageDataset",
-    "Split",
-    "load",
-    "select",
-    "split_members",
-]
 
 
 @final
@@ -109,7 +99,7 @@ class ImageDataset:
         return epoch_order(self.shards, len(self), seed, epoch)
 
     def describe(self) -> dict[str, Any]:
-        """The identity as JSON-able values, for whoever prints a number measured on this set."""
+        """The identity as JSON-able values, to stand beside numbers measured on this set."""
         return {
             "id": self.id,
             "version": self.version,
@@ -128,9 +118,9 @@ class ImageDataset:
 def load(config: DataConfig, split: Split) -> ImageDataset:
     """Read one split of the set that `config` describes.
 
-    A prepared set (`exactflow prepare`) is mapped as it was decoded, with the identity that its
-    source has: splits are those of the words it was prepared with, and a word that differs is
-    refused unless it is at its default. Only a `limit` may be smaller.
+    A prepared set (`exactflow prepare`) is mapped as it was decoded, with the identity of its
+    source: splits are those of the settings it was prepared with, and another setting is refused
+    unless it is at its default. Only a `limit` may be smaller.
 
     Args:
         config: where the images are and what is done to them.
@@ -150,25 +140,25 @@ def load(config: DataConfig, split: Split) -> ImageDataset:
         raise DataError(f"split: expected one of {', '.join(SPLITS)}, found {split!r}")
     prepared = open_prepared(config.source)
     if prepared is not None:
-        return _dataset(prepared.identity, split, read_prepared(prepared, config, split))
+        return _dataset(prepared.identity, split, *read_prepared(prepared, config, split))
     return load_source(open_source(config), config, split)
 
 
 def load_source(source: Source, config: DataConfig, split: Split) -> ImageDataset:
-    """The same of a source that is open, whatever `config.source` says."""
+    """One split of an opened source; as `load`, but `config.source` does not count."""
     selection = select(config, source, split)
     identity = identity_of(config, source, selection)
     if selection.split.shards is not None:
         images = StreamedImages(selection)
         stored = selection.split.labels
         labels = None if stored is None else stored[selection.indices]
-        streamed = store.Decoded(images, labels, (), images.fingerprint(labels))
-        return _dataset(identity, split, streamed, images.shards)
+        fingerprint = images.fingerprint(labels)
+        return _dataset(identity, split, images, labels, fingerprint, shards=images.shards)
     counts = (len(part.records) for part in source.splits.values())
     images_read = sum(min(count, config.limit or count) for count in counts)
     if store.fits_memory(images_read, selection.shape):
-        return _dataset(identity, split, store.decode_to_memory(selection))
-    return _dataset(identity, split, cached(selection, identity, split, config.cache_dir))
+        return _dataset(identity, split, *store.decode_to_memory(selection))
+    return _dataset(identity, split, *cached(selection, identity, split, config.cache_dir))
 
 
 def identify(config: DataConfig) -> tuple[str, str]:
@@ -210,26 +200,27 @@ def select(config: DataConfig, source: Source, split: Split) -> store.Selection:
 def _dataset(
     identity: Identity,
     split: Split,
-    decoded: store.Decoded,
+    images: np.ndarray | CheckedImages | StreamedImages,
+    labels: np.ndarray | None,
+    fingerprint: str,
+    skipped: tuple[str, ...] = (),
     shards: tuple[int, ...] | None = None,
 ) -> ImageDataset:
-    if decoded.skipped:
-        count = len(decoded.images) + len(decoded.skipped)
-        log.warning(
-            "%s: skipped %d of %d %s images", identity.id, len(decoded.skipped), count, split
-        )
+    if skipped:
+        count = len(images) + len(skipped)
+        log.warning("%s: skipped %d of %d %s images", identity.id, len(skipped), count, split)
     return ImageDataset(
-        images=decoded.images,
-        labels=decoded.labels,
+        images=images,
+        labels=labels,
         id=identity.id,
         version=identity.version,
         split=split,
         levels=identity.levels,
-        class_names=() if decoded.labels is None else tuple(identity.class_names),
+        class_names=() if labels is None else tuple(identity.class_names),
         preprocessing=identity.preprocessing,
         preprocessing_hash=identity.preprocessing_hash,
-        fingerprint=decoded.fingerprint,
-        skipped=decoded.skipped,
+        fingerprint=fingerprint,
+        skipped=skipped,
         shards=shards,
     )
 

@@ -112,7 +112,7 @@ class StreamedImages:
             )
         self._selection, self._files = selection, records.files
         self._shard = records.shard[selection.indices]
-        self._told = False  # of animations; once, since every batch comes through here
+        self._warned = False  # of animations; once, since every batch is decoded here
         self.shape = (len(selection.indices), *selection.shape)
 
     def __len__(self) -> int:
@@ -132,10 +132,10 @@ class StreamedImages:
         threads = 1 if get_worker_info() is not None else None
         part = replace(self._selection, indices=wanted)
         several: list[str] = []
-        images, _ = store.decode_array(part, several, workers=threads)
-        if several and not self._told:
-            self._told = True
-            store.tell_animations(several)
+        images, _ = store.decode_array(part, workers=threads, animations=several)
+        if several and not self._warned:
+            self._warned = True
+            store.warn_of_animations(several)
         return images if np.array_equal(stored, wanted) else images[position]
 
     @property
