@@ -21,7 +21,7 @@ from exactflow.data.splits import Stored, by_split, is_only_a_split
 
 log = logging.getLogger(__name__)
 
-MANY_CLASSES = 2**16  # more are believed where there are as many images
+MANY_CLASSES = 2**16  # a larger label is accepted only in a set of more images
 
 
 class Records(ABC):
@@ -104,8 +104,8 @@ class StoredSplit:
     Attributes:
         records: its images.
         labels: int64 (len(records),), indices into the source's class names; or None.
-        shards: numbers of images of the shards that it is streamed from, which stay whole where it
-            is cut; None where any image can be had at any time.
+        shards: number of images in each shard that it is streamed from, which are not divided
+            between splits; None where every image can be read at any time.
     """
 
     records: Records
@@ -120,8 +120,8 @@ class Source:
 
     Attributes:
         id: its name in tables.
-        version: changes when the stored data do, the same for every copy of them.
-        stamp: changes when the files on this disk do (names, sizes, times); keys the cache.
+        version: changes with the stored data; equal for every copy of them.
+        stamp: changes with the files on this disk (names, sizes, times); part of the cache's key.
         class_names: names of the labels 0, 1, ...; empty if unlabelled.
         splits: the stored splits; "train" is always there.
         levels: number of values a pixel can take before `bits` is applied.
@@ -136,33 +136,26 @@ class Source:
 
     @property
     def stored(self) -> dict[Split, Stored]:
-        """What there is of each split, for `split_members`; JSON gives it back as it is."""
+        """Size of each split, for `split_members`; JSON keeps it unchanged."""
         return {
             name: len(split.records) if split.shards is None else list(split.shards)
             for name, split in self.splits.items()
         }
 
 
-def integer_labels(
-    values: np.ndarray, where: str, name_of: Callable[[int], str] | None = None
-) -> np.ndarray | None:
+def integer_labels(values: np.ndarray, where: str) -> np.ndarray | None:
     """Stored integer labels of a split as int64; None where they are withheld.
-
-    Args:
-        values: of any integer type, or Python's integers.
-        where: for errors and warnings.
-        name_of: what to call a row in an error.
 
     Raises:
         DataError: a label is negative, or far beyond the number of images.
     """
     if withheld([values], where):
         return None
-    return bounded_labels(values, len(values), name_of or (lambda row: f"{where}[row {row}]"))
+    return bounded_labels(values, len(values), lambda row: f"{where}[row {row}]")
 
 
 def withheld(parts: Sequence[np.ndarray], where: str) -> bool:
-    """Whether all labels of a split are -1, the hub's way to withhold them; says so if they are."""
+    """Whether all labels of a split are -1, as the hub marks withheld ones; if so, logs it."""
     found = any(map(len, parts)) and all(bool((values == -1).all()) for values in parts)
     if found:
         log.warning("%s: every label is -1; the split is taken as unlabelled", where)
@@ -190,13 +183,8 @@ def bounded_labels(values: np.ndarray, images: int, name_of: Callable[[int], str
     return values.astype(np.int64)
 
 
-def numbered_class_names(splits: Sequence[StoredSplit]) -> tuple[str, ...]:
-    """Class names "0", "1", ... up to the largest label of all splits; empty if unlabelled."""
-    return numbered_up_to([split.labels for split in splits if split.labels is not None])
-
-
 def numbered_up_to(labels: Sequence[np.ndarray]) -> tuple[str, ...]:
-    """Class names "0", "1", ... up to the largest of these labels."""
+    """Class names "0", "1", ... up to the largest of these labels; empty if there are none."""
     return numbered(max((int(values.max(initial=-1)) + 1 for values in labels), default=0))
 
 
@@ -256,7 +244,7 @@ def version_and_stamp(files: Sequence[Path], root: Path) -> tuple[str, str]:
         try:
             status = file.stat()
             size, changed = status.st_size, status.st_mtime_ns
-        except OSError:  # a link that leads nowhere; whoever reads it raises or skips
+        except OSError:  # a link that leads nowhere, which raises or is skipped when it is read
             size = changed = -1
         line = os.fsencode(file.relative_to(root).as_posix()) + f"\0{size}\n".encode()
         version.update(line)
@@ -274,6 +262,17 @@ def files_by_split(path: Path, suffix: str) -> dict[Split, list[Path]]:
         return {"train": [path]}
     files = regular_files(path, f"*{suffix}")
     return by_split({file: file.stem for file in files}, str(path), "files")
+
+
+def local_source(
+    path: Path,
+    files: Sequence[Path],
+    class_names: tuple[str, ...],
+    splits: dict[Split, StoredSplit],
+) -> Source:
+    """A source made of files in the folder `path`, or of that single file."""
+    version, stamp = version_and_stamp(files, path if path.is_dir() else path.parent)
+    return Source(local_id(path), version, stamp, class_names, splits)
 
 
 def local_id(path: Path) -> str:

@@ -30,8 +30,8 @@ from exactflow.data.records import (
     check_labels,
     integer_labels,
     local_id,
-    numbered_class_names,
-    version_and_stamp,
+    local_source,
+    numbered_up_to,
 )
 from exactflow.data.splits import named_splits
 
@@ -81,16 +81,14 @@ def open_idx(folder: Path, max_pixels: int) -> Source:
     files: list[Path] = []
     for split, prefix in _prefixes(folder).items():
         images = _found(folder, _IMAGES)[prefix]
-        labels = _labels_of(prefix, images)
-        splits[split] = _open_split(images, labels, max_pixels)
-        files += [file for file in (images, labels) if file is not None]
-    name = local_id(folder)
-    class_names = _CLASS_NAMES.get(name) or numbered_class_names(list(splits.values()))
-    for split in splits.values():
-        check_labels(split.labels, class_names, str(folder))
-    labelled = any(split.labels is not None for split in splits.values())
-    version, stamp = version_and_stamp(files, folder)
-    return Source(name, version, stamp, class_names if labelled else (), splits)
+        label_file = _labels_of(prefix, images)
+        splits[split] = _open_split(images, label_file, max_pixels)
+        files += [images] if label_file is None else [images, label_file]
+    labels = [split.labels for split in splits.values() if split.labels is not None]
+    class_names = _CLASS_NAMES.get(local_id(folder)) or numbered_up_to(labels)
+    for values in labels:
+        check_labels(values, class_names, str(folder))
+    return local_source(folder, files, class_names if labels else (), splits)
 
 
 @final
@@ -108,7 +106,7 @@ class IdxRecords(Records):
         return f"{self.file}[{index}]"
 
     def read(self, indices: np.ndarray) -> Iterator[Payload]:
-        """See `Records.read`; one image at a time is in memory, and a file is read to its end."""
+        """See `Records.read`; holds one image at a time, and reads the file to its end."""
         with _opened(self.file, dims=3) as (stream, (count, height, width)):
             size = height * width
             begin = stream.tell()

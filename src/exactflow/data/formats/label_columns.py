@@ -1,9 +1,9 @@
-"""Label columns of tables: which column holds the labels, and which class each of them is."""
+"""Labels: which column of a table holds them, and which class each label of a source means."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, final
@@ -25,19 +25,21 @@ LONGEST_CLASS_NAME = 64  # characters; a longer text is a caption
 @final
 @dataclass(frozen=True)
 class Part:
-    """The labels of one file, or one table, of a split.
+    """The labels of a split, or of one file or table of it.
 
     Attributes:
-        where: what to call it in an error.
+        where: name of the file or table, for errors.
         values: the label of each row: integers, or indices into `names`.
         names: the classes that the file names; empty where its labels are numbers only.
         by_name: whether the labels themselves are names.
+        name_of: name of a row, for errors; None: made from `where`.
     """
 
     where: str
     values: np.ndarray
     names: tuple[str, ...]
     by_name: bool
+    name_of: Callable[[int], str] | None = None
 
 
 def find_label_column(types: Mapping[str, pa.DataType], where: str) -> str | None:
@@ -105,16 +107,18 @@ def read_part(column: pa.ChunkedArray, name: str, class_names: tuple[str, ...], 
 def unite(
     splits: Mapping[Split, Sequence[Part]],
 ) -> tuple[dict[Split, np.ndarray | None], tuple[str, ...]]:
-    """Labels of every split as indices into the same class names, and these.
+    """Labels of every labelled split as indices into the same class names, and these names.
 
-    Every file's labels are read by the names that it has itself. The classes are those of the
-    training split: its names in alphabetical order where labels are names, the names that its first
-    file lists where they are integers, numbers where it lists none.
+    Every file's labels are read by the names in that file. The classes are those of the training
+    split: its names in alphabetical order where labels are names, the names that its first file
+    lists where they are integers, numbers where it lists none.
 
     Raises:
         DataError: some labels are names and others integers, or a label is of no such class.
     """
-    first = splits["train"][0]
+    if not splits:
+        return {}, ()
+    first = splits.get("train", next(iter(splits.values())))[0]
     for parts in splits.values():
         for part in parts:
             if part.by_name != first.by_name:
@@ -125,13 +129,16 @@ def unite(
     found: dict[Split, list[Part] | None] = {
         split: _integers(parts) for split, parts in splits.items()
     }
-    names = first.names
     if first.by_name:
-        names = tuple(sorted({name for part in splits["train"] for name in part.names}))
-    if not names:
-        names = numbered_up_to([part.values for parts in found.values() for part in parts or ()])
+        names = tuple(sorted({name for part in splits.get("train", ()) for name in part.names}))
+    else:
+        integers = [part.values for parts in found.values() for part in parts or ()]
+        names = first.names or numbered_up_to(integers)
     labels: dict[Split, np.ndarray | None] = {
-        split: None if parts is None else np.concatenate([_of_classes(p, names) for p in parts])
+        # A file without names has numbers of the classes.
+        split: None
+        if parts is None
+        else np.concatenate([translated(p.values, p.names or names, names, p.where) for p in parts])
         for split, parts in found.items()
     }
     return labels, names if any(values is not None for values in labels.values()) else ()
@@ -142,17 +149,12 @@ def _integers(parts: Sequence[Part]) -> list[Part] | None:
     if withheld([part.values for part in parts], parts[0].where):
         return None
     images = sum(len(part.values) for part in parts)
-    labels = [bounded_labels(p.values, images, partial(_row, p.where)) for p in parts]
+    labels = [bounded_labels(p.values, images, p.name_of or partial(_row, p.where)) for p in parts]
     return [replace(part, values=values) for part, values in zip(parts, labels, strict=True)]
 
 
 def _row(where: str, row: int) -> str:
     return f"{where}[row {row}]"
-
-
-def _of_classes(part: Part, names: tuple[str, ...]) -> np.ndarray:
-    own = part.names or names  # numbers alone are numbers of the classes
-    return translated(part.values, own, names, part.where)
 
 
 def holds_images(kind: pa.DataType) -> bool:

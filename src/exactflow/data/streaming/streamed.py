@@ -60,7 +60,7 @@ def open_streamed(pattern: str, config: DataConfig) -> Source:
         remote = tuple(RemoteShard(found.url(s.name), s.size, s.sha256) for s in ours)
         records[split] = records_of(ours, CachedFiles(cache, remote))
         for shard in ours:
-            shard.tell_ignored(found.url(shard.name))
+            shard.log_ignored(found.url(shard.name))
     hashes = json.dumps([[shard.name, shard.sha256] for s in splits.values() for shard in s])
     stamp = hashlib.sha256(hashes.encode()).hexdigest()
     source = source_of(splits, records, name=found.title, stamp=stamp, where=pattern)
