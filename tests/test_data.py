@@ -403,7 +403,7 @@ def test_broken_parquet_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="labels from 0 upwards, found -2"):
         whole(file)
     write(file, file.read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"set\.parquet: expected a parquet file"):
+    with pytest.raises(DataError, match=r"set\.parquet: expected a complete parquet file"):
         whole(file)
 
 
