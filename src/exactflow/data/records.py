@@ -33,7 +33,7 @@ class Records(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call an image in an error: its file, and its row where a file holds many."""
+        """Name of an image, for errors: its file, and its row in a file of many images."""
 
     @abstractmethod
     def read(self, indices: np.ndarray) -> Iterator[Payload]:
@@ -63,7 +63,7 @@ class FileRecords(Records):
 
 @dataclass(frozen=True)
 class RowRecords(Records):
-    """Images that are the rows of some files, one after the other.
+    """Images in the rows of some files, one file after the other.
 
     Attributes:
         files: the files.
@@ -188,9 +188,9 @@ def numbered_up_to(labels: Sequence[np.ndarray]) -> tuple[str, ...]:
     return numbered(max((int(values.max(initial=-1)) + 1 for values in labels), default=0))
 
 
-def check_labels(labels: np.ndarray | None, class_names: tuple[str, ...], where: str) -> None:
+def check_labels(labels: np.ndarray, class_names: tuple[str, ...], where: str) -> None:
     """Raise a DataError for a label without a class name."""
-    if labels is not None and len(labels) and labels.max() >= len(class_names):
+    if len(labels) and labels.max() >= len(class_names):
         raise DataError(
             f"{where}: expected labels 0 .. {len(class_names) - 1}, found {labels.max()}"
         )
@@ -199,11 +199,7 @@ def check_labels(labels: np.ndarray | None, class_names: tuple[str, ...], where:
 def relabel(
     split: StoredSplit, found: tuple[str, ...], expected: tuple[str, ...], where: str
 ) -> StoredSplit:
-    """The split with labels that index `expected` in place of `found`.
-
-    Raises:
-        DataError: it has a class that the training split has not.
-    """
+    """The split with labels that index `expected` in place of `found`; see `translated`."""
     if split.labels is None:
         return split
     return replace(split, labels=translated(split.labels, found, expected, where))
@@ -215,7 +211,7 @@ def translated(
     """Labels that index `expected` in place of `found`, by the names in both.
 
     Raises:
-        DataError: a label has no name, or that of a class that the training split has not.
+        DataError: a label has no name, or a class that is missing in the training split.
     """
     check_labels(labels, found, where)
     if found == expected:
@@ -236,8 +232,8 @@ def version_and_stamp(files: Sequence[Path], root: Path) -> tuple[str, str]:
     """Identity of a list of files, without reading them.
 
     Returns:
-        The version, from relative names and sizes, the same for every copy; and the stamp, from
-        full names, sizes and modification times.
+        The version, from relative names and sizes, equal for every copy; and the stamp, from full
+        names, sizes and modification times.
     """
     version, stamp = hashlib.sha256(), hashlib.sha256(os.fsencode(root.resolve()))
     for file in files:
@@ -253,10 +249,10 @@ def version_and_stamp(files: Sequence[Path], root: Path) -> tuple[str, str]:
 
 
 def files_by_split(path: Path, suffix: str) -> dict[Split, list[Path]]:
-    """The file itself as the training split, or the files of a folder, by the split they name.
+    """The files of a folder by the split that they name; a single file is the training split.
 
     Raises:
-        DataError: some files name a split and others do not, or none is of the training split.
+        DataError: only some files name a split, or none is of the training split.
     """
     if path.is_file():
         return {"train": [path]}
@@ -276,7 +272,7 @@ def local_source(
 
 
 def local_id(path: Path) -> str:
-    """Name of a local source: the file's or folder's own, or its parent's if it is just a split."""
+    """Name of a local source: of its file or folder, or of the parent if that names a split."""
     path = path.resolve()
     stem = path.stem if path.is_file() else path.name
     return printable(path.parent.name if is_only_a_split(stem) else stem)

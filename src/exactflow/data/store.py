@@ -1,4 +1,4 @@
-"""Decoding the images of a split, in order, by several threads; into memory where they fit."""
+"""Decoding the images of a split, in order, with several threads; into memory if they fit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from exactflow.data.records import Records, StoredSplit
 
 log = logging.getLogger(__name__)
 
-RAM_LIMIT_BYTES = 2**30  # pixels of a whole source; a larger one is decoded to the cache folder
+RAM_LIMIT_BYTES = 2**30  # pixels of a source; a larger one is decoded to the cache folder
 PROGRESS_AFTER_SECONDS = 2.0
 
 _IMAGES_PER_BLOCK = 512
@@ -41,10 +41,10 @@ class Selection:
 
     Attributes:
         split: where they are stored.
-        indices: which of them, ascending, int64.
-        preprocessing: what is done to each.
+        indices: their positions there, ascending, int64.
+        preprocessing: how each is changed.
         shape: (C, H, W) that each must have afterwards.
-        shape_of: the image that `shape` was taken from, for errors.
+        shape_of: name of the image that `shape` is from, for errors.
         levels: number of values a pixel can take.
         on_error: whether an unreadable image raises or is skipped.
     """
@@ -73,7 +73,7 @@ def first_shape(
     """Shape and name of the first (under "skip": first readable) image; all others must match it.
 
     Raises:
-        DataError: it, or under "skip" every image, is unreadable.
+        DataError: that image, or under "skip" every image, is unreadable.
     """
     last: DataError | None = None
     for index, payload in enumerate(records.read(np.arange(len(records)))):
@@ -90,7 +90,7 @@ def first_shape(
 
 
 def fits_memory(images: int, shape: Shape) -> bool:
-    """Whether so many images are decoded into memory, and not into a file."""
+    """Whether this number of images is decoded into memory, and not into a file."""
     return images * math.prod(shape) <= RAM_LIMIT_BYTES
 
 

@@ -35,7 +35,7 @@ _VALIDATION = re.compile(r"val_data(\.npz)?")
 
 
 def is_batch_file(file: Path) -> bool:
-    """Whether a file has the name of one."""
+    """Whether a file has the name of a batch file."""
     return bool(_TRAIN.fullmatch(file.name) or _VALIDATION.fullmatch(file.name))
 
 
@@ -83,7 +83,7 @@ class BatchFileRecords(RowRecords):
 
 
 def _groups(folder: Path) -> dict[Split, list[Path]]:
-    """The files of each split, by number; there are training files."""
+    """The files of each split, in the order of their numbers."""
     train: dict[int, Path] = {}
     validation: list[Path] = []
     for child in sorted(folder.iterdir()):
@@ -165,10 +165,10 @@ def _read_pickle(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _numbers(value: Any, most: int) -> np.ndarray:
-    """An array, or numbers in lists, of which there may be at most so many.
+    """An array, or lists of at most `most` numbers, as an array.
 
     Raises:
-        ValueError: there are more (a list may hold another one many times), or something else.
+        ValueError: there are more (a list may contain another one many times), or other values.
     """
     if isinstance(value, list):
         count = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import final
 import numpy as np
 
 from exactflow.data.config import DataError, Split
-from exactflow.data.files import is_hidden, printable, visible
+from exactflow.data.files import folder_identity, is_hidden, printable, visible
 from exactflow.data.formats.batch_files import has_batch_files
 from exactflow.data.formats.idx import has_idx_files
 from exactflow.data.records import FileRecords, Source, StoredSplit, local_source, relabel
@@ -77,7 +76,7 @@ class _Scan:
 
 @final
 class _Lister:
-    """Lists folders, each of them once: a link to a folder above would never end."""
+    """Lists each folder once, since a link to a folder above would never end."""
 
     def __init__(self) -> None:
         self._listed: dict[tuple[int, int], Path] = {}
@@ -85,28 +84,20 @@ class _Lister:
     def __call__(self, folder: Path) -> _Listing:
         listing = _Listing([], [])
         try:
-            status = folder.stat()
-            first = self._listed.setdefault((status.st_dev, status.st_ino), folder)
+            first = self._listed.setdefault(folder_identity(folder), folder)
             if first != folder:
                 raise DataError(f"{folder}: expected each folder once, found {first} again, a link")
             with os.scandir(folder) as entries:
                 for entry in sorted(entries, key=lambda entry: entry.name):
-                    if not is_hidden(entry.name):
-                        kind = listing.folders if _is_folder(entry) else listing.files
-                        kind.append(Path(entry.path))
+                    path = Path(entry.path)
+                    if is_hidden(entry.name):
+                        continue
+                    # A link to nowhere is a file; `entry.is_dir` would raise for a ring of links.
+                    is_file = entry.is_file(follow_symlinks=False) or not path.is_dir()
+                    (listing.files if is_file else listing.folders).append(path)
         except OSError as error:
             raise DataError(f"{folder}: expected a folder to read, found: {error}") from error
         return listing
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder, or a link to one; a link that leads nowhere counts as a file."""
-    try:
-        return entry.is_dir()
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            return False
-        raise
 
 
 def _split_folders(root: Path, lister: _Lister) -> dict[Split, tuple[Path, _Listing]]:
