@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from exactflow.data.config import MEMORY, DataConfig, DataError, Split
 from exactflow.data.datasets import ImageDataset, load, load_source
-from exactflow.data.records import Source, StoredSplit, integer_labels, numbered_up_to
+from exactflow.data.records import Source, StoredSplit, bounded_labels, numbered_up_to, withheld
 from exactflow.data.sources import ArrayRecords
 
 FORMS = (
@@ -61,7 +61,7 @@ def open_memory(data: Any, levels: int = 256) -> Source:
         raise DataError(
             f"expected a label for each of {len(images):,} images, got {len(labels):,} labels"
         )
-    found = None if labels is None else integer_labels(_integers(labels), "labels")
+    found = None if labels is None else _integers(labels)
     if found is not None and not names:
         names = numbered_up_to([found])
     if found is not None and len(found) and int(found.max()) >= len(names):
@@ -156,8 +156,11 @@ def _grey_levels(images: Any, levels: int) -> np.ndarray:
     return images
 
 
-def _integers(labels: Any) -> np.ndarray:
+def _integers(labels: Any) -> np.ndarray | None:
+    """Labels as int64 (n,); None where they are withheld."""
     found = np.asarray(labels)
     if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
         raise DataError(f"expected integer labels (N,), got {found.dtype} {found.shape}")
-    return found
+    if withheld([found], "labels"):
+        return None
+    return bounded_labels(found, len(found), lambda row: f"labels[row {row}]")

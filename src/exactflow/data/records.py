@@ -143,17 +143,6 @@ class Source:
         }
 
 
-def integer_labels(values: np.ndarray, where: str) -> np.ndarray | None:
-    """Stored integer labels of a split as int64; None where they are withheld.
-
-    Raises:
-        DataError: a label is negative, or far beyond the number of images.
-    """
-    if withheld([values], where):
-        return None
-    return bounded_labels(values, len(values), lambda row: f"{where}[row {row}]")
-
-
 def withheld(parts: Sequence[np.ndarray], where: str) -> bool:
     """Whether all labels of a split are -1, as the hub marks withheld ones; if so, logs it."""
     found = any(map(len, parts)) and all(bool((values == -1).all()) for values in parts)
@@ -188,14 +177,6 @@ def numbered_up_to(labels: Sequence[np.ndarray]) -> tuple[str, ...]:
     return numbered(max((int(values.max(initial=-1)) + 1 for values in labels), default=0))
 
 
-def check_labels(labels: np.ndarray, class_names: tuple[str, ...], where: str) -> None:
-    """Raise a DataError for a label without a class name."""
-    if len(labels) and labels.max() >= len(class_names):
-        raise DataError(
-            f"{where}: expected labels 0 .. {len(class_names) - 1}, found {labels.max()}"
-        )
-
-
 def relabel(
     split: StoredSplit, found: tuple[str, ...], expected: tuple[str, ...], where: str
 ) -> StoredSplit:
@@ -213,7 +194,8 @@ def translated(
     Raises:
         DataError: a label has no name, or a class that is missing in the training split.
     """
-    check_labels(labels, found, where)
+    if len(labels) and labels.max() >= len(found):
+        raise DataError(f"{where}: expected labels 0 .. {len(found) - 1}, found {labels.max()}")
     if found == expected:
         return labels
     index_of = {name: index for index, name in enumerate(expected)}

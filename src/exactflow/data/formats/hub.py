@@ -16,8 +16,8 @@ import numpy as np
 
 from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload
-from exactflow.data.formats.label_columns import Part, find_label_column, read_part, unite
-from exactflow.data.records import Records, Source, StoredSplit
+from exactflow.data.formats.label_columns import Part, find_label_column, read_part, with_labels
+from exactflow.data.records import Records, Source
 from exactflow.data.splits import SPLIT_WORDS, named_split
 
 if TYPE_CHECKING:
@@ -50,11 +50,12 @@ def open_hub(name: str, cache_dir: str | None) -> Source:
         for split, key in found.items()
         if label is not None and label in tables[key].column_names
     }
-    labels, class_names = unite(parts)
-    splits: dict[Split, StoredSplit] = {}
-    for split, key in found.items():
-        undecoded = tables[key].cast_column(image, _datasets().Image(decode=False))
-        splits[split] = StoredSplit(HubRecords(undecoded, image, f"hub:{name}"), labels.get(split))
+    undecoded = _datasets().Image(decode=False)
+    records = {
+        split: HubRecords(tables[key].cast_column(image, undecoded), image, f"hub:{name}")
+        for split, key in found.items()
+    }
+    splits, class_names = with_labels(records, parts)
     local = Path(name).expanduser().exists()
     return Source(
         id=Path(name).name if local else name,

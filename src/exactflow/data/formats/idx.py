@@ -23,16 +23,8 @@ import numpy as np
 from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload, require_pixels
 from exactflow.data.files import open_regular, require_unpacked, visible
-from exactflow.data.records import (
-    Records,
-    Source,
-    StoredSplit,
-    check_labels,
-    integer_labels,
-    local_id,
-    local_source,
-    numbered_up_to,
-)
+from exactflow.data.formats.label_columns import Part, with_labels
+from exactflow.data.records import Records, Source, local_id, local_source
 from exactflow.data.splits import named_splits
 
 # Names before the content: train, t10k, emnist-letters-train, ...
@@ -44,16 +36,7 @@ _UNSIGNED_BYTE = 8
 # IDX files carry no names; these are the published ones.
 _CLASS_NAMES = {
     "fashion-mnist": (
-        "T-shirt/top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
+        "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot"
     )
 }
 
@@ -77,18 +60,23 @@ def open_idx(folder: Path, max_pixels: int) -> Source:
             truncated or has another name, or images and labels differ in number. Truncated image
             files are found when they are read.
     """
-    splits: dict[Split, StoredSplit] = {}
+    known = _CLASS_NAMES.get(local_id(folder))
+    names = () if known is None else tuple(known.split(", "))
+    records: dict[Split, IdxRecords] = {}
+    parts: dict[Split, list[Part]] = {}
     files: list[Path] = []
     for split, prefix in _prefixes(folder).items():
         images = _found(folder, _IMAGES)[prefix]
-        label_file = _labels_of(prefix, images)
-        splits[split] = _open_split(images, label_file, max_pixels)
-        files += [images] if label_file is None else [images, label_file]
-    labels = [split.labels for split in splits.values() if split.labels is not None]
-    class_names = _CLASS_NAMES.get(local_id(folder)) or numbered_up_to(labels)
-    for values in labels:
-        check_labels(values, class_names, str(folder))
-    return local_source(folder, files, class_names if labels else (), splits)
+        with _opened(images, dims=3) as (_, (count, height, width)):
+            require_pixels(width, height, max_pixels, str(images))
+        records[split] = IdxRecords(images, count)
+        labels = _labels_of(prefix, images)
+        if labels is not None:
+            values = _read_labels(labels, records[split])
+            parts[split] = [Part(str(labels), values, names, by_name=False)]
+        files += [images] if labels is None else [images, labels]
+    splits, class_names = with_labels(records, parts)
+    return local_source(folder, files, class_names, splits)
 
 
 @final
@@ -120,23 +108,18 @@ class IdxRecords(Records):
             _require_end(stream, self.file, (count, height, width))
 
 
-def _open_split(images: Path, labels: Path | None, max_pixels: int) -> StoredSplit:
-    with _opened(images, dims=3) as (_, (count, height, width)):
-        require_pixels(width, height, max_pixels, str(images))
-    records = IdxRecords(images, count)
-    if labels is None:
-        return StoredSplit(records, None)
-    with _opened(labels, dims=1) as (stream, (found,)):
-        if found != count:
+def _read_labels(file: Path, images: IdxRecords) -> np.ndarray:
+    with _opened(file, dims=1) as (stream, (found,)):
+        if found != images.count:
             raise DataError(
-                f"{labels}: expected {count} labels, one per image of {images.name}, found {found}"
+                f"{file}: expected {images.count} labels, one per image of {images.file.name}, "
+                f"found {found}"
             )
         content = stream.read(found)
         if len(content) != found:
-            raise _wrong_length(labels, (found,), str(len(content)))
-        _require_end(stream, labels, (found,))
-    values = np.frombuffer(content, dtype=np.uint8)
-    return StoredSplit(records, integer_labels(values, str(labels)))
+            raise _wrong_length(file, (found,), str(len(content)))
+        _require_end(stream, file, (found,))
+    return np.frombuffer(content, dtype=np.uint8)
 
 
 def _prefixes(folder: Path) -> dict[Split, str]:

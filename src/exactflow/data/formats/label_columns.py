@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 
 from exactflow.data.config import DataError, Split
-from exactflow.data.records import bounded_labels, numbered_up_to, translated, withheld
+from exactflow.data.records import (
+    Records,
+    StoredSplit,
+    bounded_labels,
+    numbered_up_to,
+    translated,
+    withheld,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -104,50 +111,53 @@ def read_part(column: pa.ChunkedArray, name: str, class_names: tuple[str, ...], 
     return Part(where, encoded.indices.to_numpy(), names, by_name=True)
 
 
-def unite(
-    splits: Mapping[Split, Sequence[Part]],
-) -> tuple[dict[Split, np.ndarray | None], tuple[str, ...]]:
-    """Labels of every labelled split as indices into the same class names, and these names.
+def with_labels(
+    records: Mapping[Split, Records], parts: Mapping[Split, Sequence[Part]]
+) -> tuple[dict[Split, StoredSplit], tuple[str, ...]]:
+    """Stored splits whose labels are indices into the same class names, and these names.
 
     Every file's labels are read by the names in that file. The classes are those of the training
     split: its names in alphabetical order where labels are names, the names that its first file
     lists where they are integers, numbers where it lists none.
 
+    Args:
+        records: the images of every split.
+        parts: the labels of every labelled split.
+
     Raises:
         DataError: some labels are names and others integers, or a label is of no such class.
     """
-    if not splits:
-        return {}, ()
-    first = splits.get("train", next(iter(splits.values())))[0]
-    for parts in splits.values():
-        for part in parts:
-            if part.by_name != first.by_name:
-                raise DataError(
-                    f"{part.where}: expected labels of the kind of those in {first.where}, "
-                    f"found {'names' if part.by_name else 'numbers'}"
-                )
-    found: dict[Split, list[Part] | None] = {
-        split: _integers(parts) for split, parts in splits.items()
+    if not parts:
+        return {split: StoredSplit(images, None) for split, images in records.items()}, ()
+    first = parts.get("train", next(iter(parts.values())))[0]
+    for part in (part for found in parts.values() for part in found):
+        if part.by_name != first.by_name:
+            raise DataError(
+                f"{part.where}: expected labels of the kind of those in {first.where}, "
+                f"found {'names' if part.by_name else 'numbers'}"
+            )
+    known = {
+        split: _integers(found)
+        for split, found in parts.items()
+        if not withheld([part.values for part in found], found[0].where)
     }
     if first.by_name:
-        names = tuple(sorted({name for part in splits.get("train", ()) for name in part.names}))
+        names = tuple(sorted({name for part in parts.get("train", ()) for name in part.names}))
     else:
-        integers = [part.values for parts in found.values() for part in parts or ()]
-        names = first.names or numbered_up_to(integers)
-    labels: dict[Split, np.ndarray | None] = {
-        # A file without names has numbers of the classes.
-        split: None
-        if parts is None
-        else np.concatenate([translated(p.values, p.names or names, names, p.where) for p in parts])
-        for split, parts in found.items()
+        values = [part.values for found in known.values() for part in found]
+        names = first.names or numbered_up_to(values)
+    labels = {  # a file without names has numbers of the classes
+        split: np.concatenate(
+            [translated(p.values, p.names or names, names, p.where) for p in found]
+        )
+        for split, found in known.items()
     }
-    return labels, names if any(values is not None for values in labels.values()) else ()
+    splits = {split: StoredSplit(images, labels.get(split)) for split, images in records.items()}
+    return splits, names if labels else ()
 
 
-def _integers(parts: Sequence[Part]) -> list[Part] | None:
-    """The parts of a split with int64 labels; None where all labels are withheld."""
-    if withheld([part.values for part in parts], parts[0].where):
-        return None
+def _integers(parts: Sequence[Part]) -> list[Part]:
+    """The parts of a split with int64 labels."""
     images = sum(len(part.values) for part in parts)
     labels = [bounded_labels(p.values, images, p.name_of or partial(_row, p.where)) for p in parts]
     return [replace(part, values=values) for part, values in zip(parts, labels, strict=True)]

@@ -19,12 +19,11 @@ from exactflow.data.formats.label_columns import (
     find_label_column,
     holds_images,
     read_part,
-    unite,
+    with_labels,
 )
 from exactflow.data.records import (
     RowRecords,
     Source,
-    StoredSplit,
     files_by_split,
     local_source,
 )
@@ -53,10 +52,7 @@ def open_parquet(path: Path) -> Source:
     parts: dict[Split, list[Part]] = {}
     for split, files in groups.items():
         records[split], parts[split] = _open_split(files, image, label)
-    labels, class_names = unite({} if label is None else parts)
-    splits: dict[Split, StoredSplit] = {
-        split: StoredSplit(found, labels.get(split)) for split, found in records.items()
-    }
+    splits, class_names = with_labels(records, {} if label is None else parts)
     files = [file for group in groups.values() for file in group]
     return local_source(path, files, class_names, splits)
 

@@ -20,12 +20,11 @@ from exactflow.core.serialization import write_atomically
 from exactflow.data.config import DataError, Split, cache_folder
 from exactflow.data.decode import Payload
 from exactflow.data.files import regular_files, visible
-from exactflow.data.formats.label_columns import Part, unite
+from exactflow.data.formats.label_columns import Part, with_labels
 from exactflow.data.formats.tar_index import Label, TarIndex, index_file, read_kept, write_index
 from exactflow.data.records import (
     Records,
     Source,
-    StoredSplit,
     files_by_split,
     local_id,
     version_and_stamp,
@@ -175,10 +174,7 @@ def source_of(
         split: [label for shard in shards for label in shard.labels]
         for split, shards in splits.items()
     }
-    united, class_names = unite(dict(_parts(labels, records, where)))
-    stored: dict[Split, StoredSplit] = {
-        split: StoredSplit(found, united.get(split)) for split, found in records.items()
-    }
+    stored, class_names = with_labels(records, dict(_parts(labels, records, where)))
     shards = [shard for found in splits.values() for shard in found]
     return Source(name, _version(shards), stamp, class_names, stored)
 

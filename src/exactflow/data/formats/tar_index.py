@@ -23,6 +23,7 @@ import numpy as np
 from exactflow.data.config import DataError
 from exactflow.data.files import sha256_of
 from exactflow.data.formats.folders import IMAGE_SUFFIXES
+from exactflow.data.formats.label_columns import LONGEST_CLASS_NAME
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,6 @@ LARGEST_PART = 2**20  # bytes of a header, and of a file that holds a label
 
 _LABEL_FIELDS = ("label", "labels", "class", "cls")  # of a .json file
 _LABEL_ENDINGS = ("cls", "json", "txt")  # the first that gives a label counts
-_LONGEST_CLASS_NAME = 64  # characters; a longer text is a caption
 _SHA256 = re.compile("[0-9a-f]{64}")
 _SHARDS = b'"shards"'  # the hash in an index file is of all that follows this
 
@@ -320,7 +320,7 @@ def _label(content: bytes, ending: str, where: str) -> Label:
     if not _is_label(value):
         raise DataError(
             f"{where}: expected an integer or a class name, of 64 bits or a line of at most "
-            f"{_LONGEST_CLASS_NAME} characters, found {str(value)[:_LONGEST_CLASS_NAME]!r}"
+            f"{LONGEST_CLASS_NAME} characters, found {str(value)[:LONGEST_CLASS_NAME]!r}"
         )
     return value
 
@@ -329,5 +329,5 @@ def _is_label(value: Any) -> TypeGuard[int | str]:
     if isinstance(value, str):
         # Half of a UTF-16 pair, which JSON can contain, can be neither stored nor shown.
         whole = not any("\ud800" <= character <= "\udfff" for character in value)
-        return whole and 0 < len(value) <= _LONGEST_CLASS_NAME and "\n" not in value
+        return whole and 0 < len(value) <= LONGEST_CLASS_NAME and "\n" not in value
     return type(value) is int and -(2**63) <= value < 2**63
