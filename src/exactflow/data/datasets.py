@@ -38,21 +38,20 @@ class ImageDataset:
 
     Attributes:
         images: (n, C, H, W) uint8 in 0 .. levels-1, read-only. A large or prepared set lies in a
-            file and is compared with its hashes as it is read; a streamed one is decoded when rows
-            of it are asked for.
+            file and is compared with its hashes as it is read; rows of a streamed one are decoded
+            when they are read.
         labels: int64 (n,) in 0 .. num_classes-1, or None.
         id: name of the set.
-        version: version of the stored data, the same for every copy of them.
+        version: version of the stored data, equal for every copy of them.
         split: "train", "validation" or "test".
         levels: number of values a pixel can take.
         class_names: one name per label; empty if unlabelled.
-        preprocessing: what was done to each stored image, for people.
-        preprocessing_hash: the same for machines.
+        preprocessing: changes of each stored image, as text.
+        preprocessing_hash: hash of these changes.
         fingerprint: sha256 (hex) of shape, levels, labels and pixels, in order; of a streamed set,
             see `StreamedImages.fingerprint`.
         skipped: names of the images left out under `on_error="skip"`.
-        shards: numbers of consecutive images that are streamed together; None where any image can
-            be had at any time.
+        shards: number of images in each streamed shard, in order; None if the set is not streamed.
     """
 
     images: np.ndarray | CheckedImages | StreamedImages
@@ -123,13 +122,13 @@ def load(config: DataConfig, split: Split) -> ImageDataset:
     unless it is at its default. Only a `limit` may be smaller.
 
     Args:
-        config: where the images are and what is done to them.
+        config: the source and the preprocessing.
         split: "train", "validation" or "test".
 
     Returns:
         The decoded split: in memory up to 1 GiB of pixels for the whole source, beyond that in a
-        prepared set in `config.cache_dir`. A split whose shards lie elsewhere is streamed
-        and never decoded as a whole.
+        prepared set in `config.cache_dir`. A split of remote shards is streamed and never decoded
+        as a whole.
 
     Raises:
         DataError: the source is missing or broken, an image cannot be read or has another shape
@@ -174,7 +173,7 @@ def identify(config: DataConfig) -> tuple[str, str]:
 
 
 def select(config: DataConfig, source: Source, split: Split) -> store.Selection:
-    """What of an opened source has to be decoded for a split; the first image is decoded here.
+    """The images to decode for a split of an opened source; the first one is decoded here.
 
     Raises:
         DataError: no image is left for the split, or none of the training images is readable.

@@ -20,14 +20,14 @@ Edition = Literal["old", "new", "n/a"]
 @final
 @dataclass(frozen=True)
 class KnownSet:
-    """What the published likelihoods of a data set were measured on.
+    """The data set that published likelihoods were measured on.
 
     Attributes:
         shape: (C, H, W).
         levels: number of values a pixel can take.
         split: the split that papers report.
         images: number of images in it, by edition; "n/a" where there is only one.
-        labelled: editions that come with labels.
+        labelled: editions that have labels.
     """
 
     shape: tuple[int, int, int]
@@ -50,7 +50,7 @@ KNOWN_SETS: Mapping[str, KnownSet] = {
 
 
 def known_names() -> dict[str, tuple[KnownSet, Edition]]:
-    """The names a set may bear only if it is that set: imagenet64-old, imagenet64-new, cifar10."""
+    """All reserved names, such as imagenet64-old and cifar10, with their facts and edition."""
     return {
         name if edition == "n/a" else f"{name}-{edition}": (facts, edition)
         for name, facts in KNOWN_SETS.items()
@@ -65,9 +65,9 @@ def require_known(
 
     Args:
         name: the name asked for.
-        config: how the set is read.
+        config: the settings it is read with.
         source: the stored set.
-        selections: what is read of every split; "train" is there.
+        selections: the images to read of every split; "train" is there.
 
     Raises:
         DataError: a fact does not fit; or the name leaves open which of two editions is meant.

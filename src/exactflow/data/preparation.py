@@ -46,7 +46,7 @@ def prepare(
     Args:
         config: the source and what is done to it; flip, translate and padding do not count.
         folder: where to write; new, empty, or left by the same call.
-        id: name of the set in place of the source's own. A name of `known.py`, such as
+        id: name of the set, instead of the source's. A name of `known.py`, such as
             "imagenet64-old", is refused unless shape, levels, number of held-out images and labels
             are those of that set.
         workers: threads that decode; None: one per core, 16 at most.
@@ -81,7 +81,7 @@ def prepare(
 
 
 def _selections(config: DataConfig, source: Source) -> dict[Split, store.Selection]:
-    """What is read of every split that has images. Raises DataError if "train" has none."""
+    """The images to read of every split that has some. Raises DataError if "train" has none."""
     counts = source.stored
     found: list[Split] = ["train"]
     for split in SPLITS[1:]:
@@ -95,7 +95,7 @@ def _selections(config: DataConfig, source: Source) -> dict[Split, store.Selecti
 
 
 def _require_ours(folder: Path, identity: Identity) -> None:
-    """Raise a DataError unless a folder is empty, or holds this very set or a part of it."""
+    """Raise a DataError unless a folder is empty, or holds this set or a part of it."""
     unfinished = folder / UNFINISHED_FILE
     if (folder / PREPARED_FILE).is_file():
         _require_same(PreparedSet.of(folder).identity, identity, folder)

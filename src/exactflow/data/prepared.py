@@ -59,22 +59,22 @@ WORDS = (
 @final
 @dataclass(frozen=True)
 class Identity:
-    """What a prepared set was made of; a preparation goes on only with an equal one.
+    """The source and settings of a prepared set; a preparation continues only an equal one.
 
     Attributes:
         format: version of the layout of the folder.
         id: name of the set.
-        version: of the stored data.
-        stamp: of the files on this disk.
-        source: as it was given.
+        version: as of `Source`, like `stamp`.
+        stamp: see there.
+        source: `DataConfig.source`.
         words: the values of `WORDS`.
         on_error: whether unreadable images were skipped.
-        preprocessing: for people.
-        preprocessing_hash: for machines.
+        preprocessing: as of `ImageDataset`, like its hash.
+        preprocessing_hash: see there.
         levels: number of values a pixel can take.
         shape: (C, H, W).
-        class_names: of the labels 0, 1, ...
-        stored: number of images in each stored split of the source, by shard if these stay whole.
+        class_names: names of the labels 0, 1, ...
+        stored: size of each stored split, as of `Source`.
         decoder: version of Pillow.
     """
 
@@ -97,7 +97,7 @@ class Identity:
 def identity_of(
     config: DataConfig, source: Source, selection: store.Selection, id: str | None = None
 ) -> Identity:
-    """What is decoded of a source under a config; `id` in place of the source's own name."""
+    """The identity of a source decoded under a config; `id` replaces the source's name."""
     return Identity(
         format=FORMAT,
         id=id or source.id,
@@ -119,14 +119,14 @@ def identity_of(
 @final
 @dataclass(frozen=True)
 class SplitFacts:
-    """What a split holds.
+    """The record of one split in prepared.json.
 
     Attributes:
         count: number of images.
         labelled: whether it has labels.
         fingerprint: as of `ImageDataset`.
-        skipped: the images left out: positions in the split, and names.
-        labels_sha256: of the file of labels, in hex; None where there is none, or in format 1.
+        skipped: positions in the split, and names, of skipped images.
+        labels_sha256: hash of the file of labels, in hex; None without labels, or in format 1.
     """
 
     count: int
@@ -225,7 +225,7 @@ def split_file(folder: Path, split: Split, kind: str) -> Path:
 
 
 def open_prepared(source: str) -> PreparedSet | None:
-    """The prepared set that a source names; None where it names anything else.
+    """The prepared set that a source names; None for any other source.
 
     Raises:
         DataError: it is unfinished, damaged, or of a newer format.
@@ -286,8 +286,8 @@ def verify(folder: Path) -> PreparedSet:
     """Read all of a prepared set, and compare it with its hashes and its fingerprints.
 
     Raises:
-        DataError: there is no such set, or it is not what was prepared; the message names the file
-            and, but for sets of format 1, the image.
+        DataError: there is no such set, or it has changed; the message names the file and, except
+            in format 1, the image.
     """
     prepared = open_prepared(str(folder.expanduser().resolve()))
     if prepared is None:

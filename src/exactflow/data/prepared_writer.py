@@ -68,7 +68,7 @@ def write_prepared(
         folder: `locked` by the caller; it holds nothing but this set, or a part of it.
         identity: of the set.
         selections: its splits.
-        title: of the progress shown; the next two are those of `shown_progress`, too.
+        title: title of the progress; as of `shown_progress`, like `after` and `quiet`.
         workers: threads that decode; None: one per core, 16 at most.
         after: seconds before progress is shown.
         quiet: show none.

@@ -199,7 +199,7 @@ def _decode_block(
     block: list[Payload],
     several: list[str],
 ) -> Iterator[list[np.ndarray | DataError]]:
-    """Start to decode the payloads at positions start, start + 1, ...; results come in order."""
+    """Start decoding the payloads at positions start, start + 1, ...; yields results in order."""
 
     def task(offset: int) -> list[np.ndarray | DataError]:
         part = block[offset : offset + _IMAGES_PER_TASK]
@@ -213,7 +213,7 @@ def _decode_block(
 def _gathered(
     selection: Selection, start: int, parts: Iterator[list[np.ndarray | DataError]]
 ) -> tuple[np.ndarray, list[int]]:
-    """The images of a block whose first position is `start`, and the positions skipped in it."""
+    """The images of a block that starts at position `start`, and the positions skipped in it."""
     images: list[np.ndarray] = []
     bad: list[int] = []
     for position, result in enumerate((result for part in parts for result in part), start):
@@ -232,7 +232,7 @@ def _gathered(
 def _try_decode(
     selection: Selection, index: int, payload: Payload, several: list[str]
 ) -> np.ndarray | DataError:
-    """The image, or the error that says why there is none."""
+    """The decoded image, or the error that it raised."""
     name = selection.split.records.name(index)
     try:
         image = decode_image(payload, name, selection.preprocessing, several)

@@ -42,7 +42,7 @@ _CLASS_NAMES = {
 
 
 def has_idx_files(folder: Path) -> bool:
-    """Whether the folder holds the images of an MNIST-style set."""
+    """Whether a folder holds the images of an MNIST-style set."""
     return bool(_found(folder, _IMAGES))
 
 
@@ -52,13 +52,13 @@ def open_idx(folder: Path, max_pixels: int) -> Source:
     What stands before "images" says the split (`splits.py`), and labels have the same name.
 
     Args:
-        folder: where they are.
+        folder: the folder.
         max_pixels: as in `DataConfig`.
 
     Raises:
         DataError: a name says no split, or two say one; a header is wrong, a label file is
-            truncated or has another name, or images and labels differ in number. Truncated image
-            files are found when they are read.
+            truncated or has another name, or images and labels differ in number. A truncated image
+            file raises when it is read.
     """
     known = _CLASS_NAMES.get(local_id(folder))
     names = () if known is None else tuple(known.split(", "))
@@ -123,7 +123,7 @@ def _read_labels(file: Path, images: IdxRecords) -> np.ndarray:
 
 
 def _prefixes(folder: Path) -> dict[Split, str]:
-    """Which prefix is which split."""
+    """The prefix of the files of each split."""
     found = list(_found(folder, _IMAGES))
     words = {prefix: _TEST.sub("test", prefix) for prefix in found}
     named = named_splits(words.values(), str(folder))
@@ -143,7 +143,7 @@ def _prefixes(folder: Path) -> dict[Split, str]:
 
 
 def _found(folder: Path, kind: re.Pattern[str]) -> dict[str, Path]:
-    """Files by what stands before their kind, uncompressed first (both lie there if unpacked)."""
+    """Files by the prefix before their kind; of a file and its compressed copy, the first."""
     found: dict[str, Path] = {}
     for child in visible(folder, "*ubyte*"):
         match = kind.fullmatch(child.name)
@@ -164,11 +164,11 @@ def _labels_of(prefix: str, images: Path) -> Path | None:
 
 @contextmanager
 def _opened(file: Path, dims: int) -> Iterator[tuple[BufferedIOBase, tuple[int, ...]]]:
-    """An IDX file of unsigned bytes with `dims` dimensions, gzipped or not, behind its header.
+    """An IDX file of unsigned bytes, gzipped or not, at its first value; and its `dims` dimensions.
 
     Raises:
-        DataError: wrong magic number, damaged, or longer or shorter than its header says; of a
-            compressed file that is known at its end.
+        DataError: wrong magic number, damaged, or longer or shorter than its header says, which
+            for a compressed file is known at its end.
     """
     try:
         with open_regular(file) as raw:

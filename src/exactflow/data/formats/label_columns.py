@@ -53,11 +53,11 @@ def find_label_column(types: Mapping[str, pa.DataType], where: str) -> str | Non
     """The column of labels, if any: one of integers, else one of strings or booleans.
 
     Args:
-        types: of all columns but that of the images.
-        where: for errors, and for the warning that names columns left out.
+        types: types of all columns but that of the images.
+        where: name of the file, for errors and for the warning about ignored columns.
 
     Raises:
-        DataError: there are several, or one of a type that is no label.
+        DataError: there are several, or one of another type.
     """
     named = [n for n in types if n in LABEL_COLUMNS and not holds_images(types[n])]  # no masks
     integers = [name for name in named if _is_integer(types[name])]
@@ -82,13 +82,13 @@ def read_part(column: pa.ChunkedArray, name: str, class_names: tuple[str, ...], 
     """The labels in a column.
 
     Args:
-        column: as it is stored.
-        name: of the column.
-        class_names: of integer labels, where the file says them.
-        where: what to call the file.
+        column: the stored column.
+        name: its name.
+        class_names: names of integer labels, if the file has them.
+        where: name of the file, for errors.
 
     Raises:
-        DataError: a label is missing, is no label, or is a text that can be no class name.
+        DataError: a label is missing or of another type, or a text cannot be a class name.
     """
     import pyarrow as pa
 

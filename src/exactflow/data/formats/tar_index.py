@@ -72,15 +72,15 @@ class TarIndex:
         """Log the numbers of ignored files."""
         if self.ignored:
             kinds = dict(self.ignored)
-            log.warning("%s: files that are left alone, by ending: %s", where, kinds)
+            log.warning("%s: ignored files, by ending: %s", where, kinds)
 
 
 def index_tar(stream: BinaryIO, name: str, size: int, sha256: str | None, where: str) -> TarIndex:
-    """Walk an archive; the arguments are those of `TarIndex`, and what to call it in errors.
+    """Walk an archive; the arguments are those of `TarIndex`, and its name for errors.
 
     Raises:
         DataError: it is damaged, cut short, or holds a stem twice; a sample has no image, or
-            several; a label is none. The message names shard and member.
+            several; a label is malformed. The message names shard and member.
     """
     ignored: Counter[str] = Counter()
     last = "its beginning"
@@ -115,7 +115,7 @@ def index_tar(stream: BinaryIO, name: str, size: int, sha256: str | None, where:
 
 
 def index_file(file: Path, name: str, *, hashed: bool = True) -> TarIndex:
-    """Walk an archive on this disk, and take the hash of its content unless it is not `hashed`.
+    """Walk an archive on this disk; `hashed` says whether to compute its SHA-256.
 
     Raises:
         DataError: as in `index_tar`, or it cannot be read.
@@ -136,7 +136,7 @@ def to_line(shard: TarIndex) -> str:
 
 
 def from_fields(fields: Any, where: str) -> TarIndex:
-    """A shard from what its line holds. Raises DataError for anything else."""
+    """A shard from the fields of its line. Raises DataError for other content."""
     try:
         members = tuple(_list_of(str, fields["members"]))
         count, name, size = len(members), fields["name"], fields["size"]
@@ -203,7 +203,7 @@ def read_index(content: bytes, where: str) -> tuple[TarIndex, ...]:
 
 
 def read_kept(file: Path) -> tuple[TarIndex, ...] | None:
-    """The shards of an index in the cache folder; None if there is none, or a damaged one."""
+    """The shards of an index in the cache folder; None if it is missing or damaged."""
     if not file.is_file():
         return None
     try:

@@ -106,7 +106,7 @@ def find_index(pattern: str, cache_dir: str | None) -> tuple[RemoteSet, tuple[Ta
     """The shards that a pattern means, and their indexes, from the cache folder or beside them.
 
     Raises:
-        DataError: there is none, it is damaged, or it lacks a shard.
+        DataError: the index is missing or damaged, or lacks a shard.
     """
     found = RemoteSet.of(pattern)
     kept = _index_path(found, cache_dir)

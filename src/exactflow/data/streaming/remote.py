@@ -1,7 +1,7 @@
 """Remote files: which URLs a pattern means, and their bytes, asked for again after failures.
 
 http(s) is read with the standard library and file:// from this disk; any other scheme (s3, gs, ...)
-with fsspec, which names the package that it needs. Nothing here knows what a shard is.
+with fsspec, whose errors name the package that it needs.
 
 Time and memory are limited whatever a server does. An answer that has not begun after TIMEOUT
 seconds, or brings fewer than LEAST bytes in that time, is abandoned, and the rest is asked for
@@ -198,9 +198,9 @@ def _write(url: str, stream: BinaryIO, chunk: bytes) -> None:
 
 
 def _changed(url: str, size: int, found: int | None) -> DataError:
-    told = "more" if found is None else f"{found:,}"
+    size_found = "more" if found is None else f"{found:,}"
     return DataError(
-        f"{url}: expected {size:,} bytes, as when it was indexed, found {told}; if it was "
+        f"{url}: expected {size:,} bytes, as when it was indexed, found {size_found}; if it was "
         f"replaced, `exactflow index` takes note of it"
     )
 
