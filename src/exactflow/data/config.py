@@ -88,27 +88,27 @@ class DataConfig:
     cache_gib: float = 20.0
 
     def __post_init__(self) -> None:
-        _require(bool(self.source), "source", "a name or a path", self.source)
-        _require(
-            self.image_size is None or self.image_size > 0, "image_size", "> 0", self.image_size
-        )
-        _require(self.max_pixels > 0, "max_pixels", "> 0", self.max_pixels)
-        _require(
-            self.image_size is None or self.image_size**2 <= self.max_pixels,
-            "image_size",
-            f"at most {math.isqrt(self.max_pixels)}, since data.max_pixels is {self.max_pixels}",
-            self.image_size,
-        )
-        _require(self.channels in (None, 1, 3), "channels", "None, 1 or 3", self.channels)
-        _require(0 <= self.translate < math.inf, "translate", ">= 0", self.translate)
-        _require(self.padding in PADDINGS, "padding", " or ".join(PADDINGS), self.padding)
-        _require(1 <= self.bits <= 8, "bits", "1 to 8", self.bits)
-        _require(self.split_seed >= 0, "split_seed", ">= 0", self.split_seed)
-        _require(self.limit is None or self.limit > 0, "limit", "> 0", self.limit)
-        _require(0 < self.cache_gib < math.inf, "cache_gib", "> 0", self.cache_gib)
-        _require(self.on_error in ("raise", "skip"), "on_error", '"raise" or "skip"', self.on_error)
-        for name in ("validation_fraction", "test_fraction"):
-            _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        side = math.isqrt(max(0, self.max_pixels))
+        largest = f"at most {side}, since data.max_pixels is {self.max_pixels}"
+        for name, holds, expected in (
+            ("source", bool(self.source), "a name or a path"),
+            ("image_size", self.image_size is None or self.image_size > 0, "> 0"),
+            ("max_pixels", self.max_pixels > 0, "> 0"),
+            ("image_size", self.image_size is None or self.image_size <= side, largest),
+            ("channels", self.channels in (None, 1, 3), "None, 1 or 3"),
+            ("translate", 0 <= self.translate < math.inf, ">= 0"),
+            ("padding", self.padding in PADDINGS, " or ".join(PADDINGS)),
+            ("bits", 1 <= self.bits <= 8, "1 to 8"),
+            ("split_seed", self.split_seed >= 0, ">= 0"),
+            ("limit", self.limit is None or self.limit > 0, "> 0"),
+            ("cache_gib", 0 < self.cache_gib < math.inf, "> 0"),
+            ("on_error", self.on_error in ("raise", "skip"), '"raise" or "skip"'),
+            ("validation_fraction", 0 <= self.validation_fraction < 1, "in [0, 1)"),
+            ("test_fraction", 0 <= self.test_fraction < 1, "in [0, 1)"),
+        ):
+            if not holds:
+                found = getattr(self, name)
+                raise DataError(f"DataConfig.{name}: expected {expected}, found {found!r}")
 
     @property
     def augmentation(self) -> Augmentation:
@@ -140,8 +140,3 @@ def located(source: str) -> str:
 def cache_folder(cache_dir: str | None) -> Path:
     """The folder that `DataConfig.cache_dir` means."""
     return Path(cache_dir or "~/.cache/exactflow").expanduser()
-
-
-def _require(holds: bool, name: str, expected: str, found: object) -> None:
-    if not holds:
-        raise DataError(f"DataConfig.{name}: expected {expected}, found {found!r}")

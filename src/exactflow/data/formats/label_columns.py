@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Literal, final
 
 import numpy as np
 
@@ -60,8 +60,8 @@ def find_label_column(types: Mapping[str, pa.DataType], where: str) -> str | Non
         DataError: there are several, or one of another type.
     """
     named = [n for n in types if n in LABEL_COLUMNS and not holds_images(types[n])]  # no masks
-    integers = [name for name in named if _is_integer(types[name])]
-    labels = integers or [name for name in named if _is_name(types[name])]
+    integers = [name for name in named if _kind(types[name]) == "integers"]
+    labels = integers or [name for name in named if _kind(types[name]) == "names"]
     if len(labels) > 1:
         raise DataError(f"{where}: expected one label column, found {', '.join(labels)}")
     if named and not labels:
@@ -98,7 +98,7 @@ def read_part(column: pa.ChunkedArray, name: str, class_names: tuple[str, ...], 
         column = column.cast(column.type.value_type)
     if pa.types.is_integer(column.type):
         return Part(where, column.to_numpy(), class_names, by_name=False)
-    if not _is_name(column.type):
+    if _kind(column.type) != "names":
         raise _wrong_type(name, column.type, where)
     encoded = column.cast(pa.large_string()).combine_chunks().dictionary_encode()
     names = tuple(encoded.dictionary.to_pylist())
@@ -176,18 +176,15 @@ def holds_images(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _is_integer(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    return pa.types.is_integer(kind.value_type if pa.types.is_dictionary(kind) else kind)
-
-
-def _is_name(kind: pa.DataType) -> bool:
+def _kind(kind: pa.DataType) -> Literal["integers", "names"] | None:
+    """What labels of this type are."""
     import pyarrow as pa
 
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_integer(kind):
+        return "integers"
     texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_boolean)
-    return any(is_text(kind) for is_text in texts)
+    return "names" if any(is_text(kind) for is_text in texts) else None
 
 
 def _wrong_type(name: str, kind: pa.DataType, where: str) -> DataError:

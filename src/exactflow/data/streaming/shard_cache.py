@@ -97,10 +97,10 @@ class ShardCache:
 
     def _present(self, shard: RemoteShard) -> _Pin | None:
         """A pin on the shard, if it is cached."""
-        if self._present_size(shard) != shard.size:
+        if not self._is_present(shard):
             return None
         with self._folder_lock():
-            if self._present_size(shard) != shard.size:  # it was removed meanwhile
+            if not self._is_present(shard):  # it was removed meanwhile
                 return None
             file = self._file(shard.sha256)
             os.utime(file)
@@ -137,7 +137,7 @@ class ShardCache:
         deadline = time.monotonic() + PATIENCE
         while True:
             with self._folder_lock():
-                if self._present_size(shard) == shard.size:
+                if self._is_present(shard):
                     return None
                 has_room = partial.exists() or self._make_room(shard.size)
                 if has_room:
@@ -157,10 +157,10 @@ class ShardCache:
                 )
             time.sleep(_PAUSE)
 
-    def _present_size(self, shard: RemoteShard) -> int | None:
+    def _is_present(self, shard: RemoteShard) -> bool:
         with suppress(FileNotFoundError):
-            return self._file(shard.sha256).stat().st_size
-        return None
+            return self._file(shard.sha256).stat().st_size == shard.size
+        return False
 
     def _completed(self, stream: BufferedRandom, shard: RemoteShard) -> Path:
         """Fetch the missing bytes and compare the hash; returns the final path."""
