@@ -87,8 +87,9 @@ def test_a_redirection_does_not_leave_https(
         asked.append(request.full_url)
         if len(asked) > 1:
             raise FileNotFoundError("the end")
-        redirecting = HTTPResponse(connection)
+        redirecting: Any = HTTPResponse(connection)
         redirecting.begin()
+        redirecting.msg = redirecting.reason  # as urllib does
         return redirecting
 
     monkeypatch.setattr(http_client._HttpHandler, "_answer", answer)

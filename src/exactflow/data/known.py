@@ -84,7 +84,7 @@ def require_known(
     taken = {each: len(selection.indices) for each, selection in selections.items()}
     found_labels = {each for each, part in source.splits.items() if part.labels is not None}
     labels = "labels" if edition in facts.labelled else "no labels"
-    expected_labels = {"train", split} if edition in facts.labelled else set()
+    expected_labels: set[str] = {"train", split} if edition in facts.labelled else set()
     checks: list[tuple[bool, str, object]] = [
         (config.on_error == "raise", "on_error=raise, since that set is complete", "skip"),
         (train.shape == facts.shape, f"images {facts.shape}", train.shape),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPMessage, HTTPResponse, HTTPSConnection
-from typing import IO, Any, final
+from typing import Any, final
 from urllib.parse import urlsplit
 from urllib.request import Request
 
@@ -93,7 +93,7 @@ class _RedirectHandler(urllib.request.HTTPRedirectHandler):
     """Follows redirections without reading their bodies, and none from https to plain text."""
 
     def redirect_request(
-        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+        self, req: Request, fp: Any, code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> Request | None:
         fp.close()  # urllib would read the body, which need not end
         if urlsplit(newurl).scheme not in ("https", urlsplit(req.full_url).scheme):
