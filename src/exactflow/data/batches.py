@@ -8,8 +8,7 @@ from exactflow.core.progress import tracked
 def batches(count: int, size: int, title: str, progress: bool) -> Iterator[slice]:
     """Row slices of batches of `size`; `progress` shows the progress on stderr.
 
-    Raises:
-        ValueError: `count` or `size` is below 1.
+    Raises a ValueError if `count` or `size` is below 1.
     """
     if count < 1 or size < 1:
         raise ValueError(f"expected images and batch_size >= 1, got {count} images, {size}")

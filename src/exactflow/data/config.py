@@ -32,8 +32,8 @@ class DataConfig:
     has stays as it is stored, whatever the seed, and a `limit` does not take the first class of a
     sorted folder only.
 
-    >>> DataConfig("digits", limit=100).bits
-    8
+    >>> DataConfig("photographs/", image_size=32, flip=True).augmentation
+    Augmentation(flip=True, translate=0.0, padding='edge')
 
     Attributes:
         source: "digits" (built in, 8x8, 17 levels), "fashion-mnist" (looked up in the usual

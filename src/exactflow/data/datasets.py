@@ -36,6 +36,10 @@ ALL = slice(None)  # rows
 class ImageDataset:
     """One split of an image set, decoded.
 
+    >>> dataset = load(DataConfig("digits"), "test")
+    >>> len(dataset), dataset.event_shape, dataset.levels, dataset.num_classes
+    (180, (1, 8, 8), 17, 10)
+
     Attributes:
         images: (n, C, H, W) uint8 in 0 .. levels-1, read-only. A large or prepared set lies in a
             file and is compared with its hashes as it is read; rows of a streamed one are decoded

@@ -147,11 +147,7 @@ class PreparedSet:
 
     @classmethod
     def of(cls, folder: Path) -> PreparedSet:
-        """The set in a folder that holds a prepared.json.
-
-        Raises:
-            DataError: it is damaged, or of a newer format.
-        """
+        """The set in a folder with a prepared.json; a DataError if it is damaged or newer."""
         file = folder / PREPARED_FILE
         try:
             content = json.loads(file.read_text())

@@ -233,8 +233,7 @@ def version_and_stamp(files: Sequence[Path], root: Path) -> tuple[str, str]:
 def files_by_split(path: Path, suffix: str) -> dict[Split, list[Path]]:
     """The files of a folder by the split that they name; a single file is the training split.
 
-    Raises:
-        DataError: only some files name a split, or none is of the training split.
+    Raises a DataError if only some files name a split, or none the training split.
     """
     if path.is_file():
         return {"train": [path]}

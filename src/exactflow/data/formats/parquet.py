@@ -138,10 +138,9 @@ def _find_columns(file: Path) -> tuple[str, str | None]:
 
 
 def _class_names(schema: pa.Schema, label: str, file: Path) -> tuple[str, ...]:
-    """The class names that the `datasets` library writes into the metadata of a file, if any.
+    """The class names that the `datasets` library writes into a file's metadata, if any.
 
-    Raises:
-        DataError: they have another layout than it writes.
+    Raises a DataError for another layout than it writes.
     """
     metadata = (schema.metadata or {}).get(b"huggingface")
     if metadata is None:

@@ -160,11 +160,7 @@ def source_of(
     stamp: str,
     where: str,
 ) -> Source:
-    """The source made of some indexed shards.
-
-    Raises:
-        DataError: a split is empty, or labels do not fit together.
-    """
+    """The source of indexed shards; a DataError for an empty split, or labels that do not fit."""
     for split, found in records.items():
         if not len(found):
             raise DataError(f"{where}: expected images for the {split} split, found none")
@@ -180,11 +176,7 @@ def source_of(
 
 
 def shard_groups(path: Path) -> dict[Split, list[Path]]:
-    """The tar files of each split.
-
-    Raises:
-        DataError: names of some files, or folders, say which split they are, and others do not.
-    """
+    """The tar files of each split. Raises a DataError if only some names say a split."""
     folders = _split_folders(path) if path.is_dir() else {}
     if not folders:
         return files_by_split(path, ".tar")

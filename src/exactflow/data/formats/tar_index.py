@@ -183,11 +183,7 @@ def write_index(shards: Sequence[TarIndex]) -> bytes:
 
 
 def read_index(content: bytes, where: str) -> tuple[TarIndex, ...]:
-    """The shards of an index file, in its order.
-
-    Raises:
-        DataError: it is no such file, or one of a newer format.
-    """
+    """The shards of an index file, in its order. Raises a DataError for any other content."""
     try:
         found = json.loads(content)
         version, lines = found["format"], list(found["shards"])

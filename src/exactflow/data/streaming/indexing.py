@@ -52,11 +52,7 @@ class RemoteSet:
 
     @classmethod
     def of(cls, pattern: str) -> RemoteSet:
-        """The shards that a pattern means: tar files, a folder, or its index.
-
-        Raises:
-            DataError: the pattern means other files.
-        """
+        """The shards that a pattern means: tar files, a folder, or its index; or a DataError."""
         urls = remote.expand(pattern)
         if len(urls) == 1 and urls[0].endswith(f"/{INDEX_FILE}"):
             return cls(urls[0].removesuffix(INDEX_FILE), ())
@@ -89,11 +85,7 @@ class RemoteSet:
         return self.root + name
 
     def by_split(self, shards: Sequence[TarIndex]) -> dict[Split, list[TarIndex]]:
-        """The shards by the split that their folder and name say (`splits.py`).
-
-        Raises:
-            DataError: some say so and others do not, or several splits but no training split.
-        """
+        """The shards by the split that their folder and name say; see `splits.by_split`."""
         shard_at = {self.url(shard.name): shard for shard in shards}
         names = {
             url: "/".join(PurePosixPath(shard.name).parts[-2:]) for url, shard in shard_at.items()

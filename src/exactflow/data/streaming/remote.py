@@ -95,11 +95,7 @@ def _require_few(count: int, pattern: str) -> None:
 
 
 def size_of(url: str) -> int:
-    """Bytes of a file.
-
-    Raises:
-        DataError: it is missing, cannot be reached, or the server does not say its size.
-    """
+    """Number of bytes of a file. Raises a DataError if it is missing or the size is unknown."""
 
     def ask() -> int | None:
         with _open(url, 0) as answer:

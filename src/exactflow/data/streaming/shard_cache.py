@@ -83,11 +83,7 @@ class ShardCache:
             pin.release()
 
     def fetch(self, shard: RemoteShard) -> None:
-        """Download a shard unless it is cached, or another process is fetching it.
-
-        Raises:
-            DataError: as in `open`.
-        """
+        """Download a shard unless it is cached, or being fetched; errors as of `open`."""
         pin = self._present(shard) or self._fetched(shard, wait=False)
         if pin is not None:
             pin.release()
