@@ -38,6 +38,7 @@ from exactflow.data import (
 from exactflow.data.augmentation import Augmentation
 from exactflow.data.checked import CheckedImages
 from exactflow.data.datasets import split_members
+from exactflow.data.loader import Share
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -403,7 +404,7 @@ def test_broken_parquet_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="labels from 0 upwards, found -2"):
         whole(file)
     write(file, file.read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"set\.parquet: expected a parquet file"):
+    with pytest.raises(DataError, match=r"set\.parquet: expected a complete parquet file"):
         whole(file)
 
 
@@ -582,8 +583,7 @@ def test_ranks_share_the_batches_of_one(world_size: int) -> None:
                     8,
                     seed=2,
                     augmentation=Augmentation(flip=True),
-                    rank=rank,
-                    world_size=world_size,
+                    share=Share(rank, world_size),
                 ),
                 6,
             )
@@ -710,8 +710,8 @@ def test_labels_go_with_their_images() -> None:
     [
         (lambda: training_batches(toy(), 23, seed=0), "batch_size: expected 1 .. 22"),
         (lambda: training_batches(toy(), 0, seed=0), "batch_size: expected 1 .. 22"),
-        (lambda: training_batches(toy(), 6, seed=0, world_size=4), "a divisor of 6, found 4"),
-        (lambda: training_batches(toy(), 6, seed=0, rank=2, world_size=2), "expected 0 .. 1"),
+        (lambda: training_batches(toy(), 6, seed=0, share=Share(0, 4)), "a divisor of 6, found 4"),
+        (lambda: training_batches(toy(), 6, seed=0, share=Share(2, 2)), "expected 0 .. 1"),
         (lambda: training_batches(toy(), 6, seed=-1), "expected >= 0"),
         (lambda: evaluation_batches(toy(), 0), "expected >= 1"),
     ],

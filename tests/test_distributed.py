@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
 
 from exactflow.core.density_flow import FittedFlow
-from exactflow.data.loader import training_batches
+from exactflow.data.loader import Share, training_batches
 from exactflow.models import registry
 from processes import carry_out
 from test_training import assert_same_bits, final_state, read_log
@@ -277,7 +277,7 @@ def test_ranks_have_their_share_of_every_micro_batch(parts: int, world_size: int
     whole = next(training_batches(data, 24, **options)).indices.chunk(parts)
     shares = [
         next(
-            training_batches(data, 24, **options, parts=parts, rank=rank, world_size=world_size)
+            training_batches(data, 24, **options, share=Share(rank, world_size, parts))
         ).indices.chunk(parts)
         for rank in range(world_size)
     ]

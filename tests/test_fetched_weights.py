@@ -1,10 +1,13 @@
 """Laws of weights that are fetched: over https alone, and only what somebody has vouched for."""
 
 import hashlib
-import urllib.error
+import io
+import urllib.request
 from collections.abc import Callable
-from http.client import HTTPMessage
+from http.client import HTTPResponse
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -76,19 +79,22 @@ def test_a_file_beyond_the_limit_is_not_read(
 def test_a_redirection_does_not_leave_https(
     first: str, target: str, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = HTTPMessage()
-    told["Location"] = target
+    head = f"HTTP/1.1 302 Found\r\nLocation: {target}\r\n\r\n".encode()
+    connection: Any = SimpleNamespace(makefile=lambda mode: io.BytesIO(head))
     asked: list[str] = []
 
-    def answer(self: object, request: object, timeout: float) -> None:
-        asked.append(request.full_url)  # pyright: ignore[reportAttributeAccessIssue]
+    def answer(self: object, kind: object, request: urllib.request.Request) -> HTTPResponse:
+        asked.append(request.full_url)
         if len(asked) > 1:
             raise FileNotFoundError("the end")
-        raise urllib.error.HTTPError(first, 302, "Found", told, None)
+        redirecting: Any = HTTPResponse(connection)
+        redirecting.begin()
+        redirecting.msg = redirecting.reason  # as urllib does
+        return redirecting
 
-    monkeypatch.setattr("urllib.request.OpenerDirector.open", answer)
+    monkeypatch.setattr(http_client._HttpHandler, "_answer", answer)
     with (
-        pytest.raises(OSError, match="a redirection to" if refused else "the end"),
+        pytest.raises(OSError, match="edirection to" if refused else "the end"),
         http_client.opened(first, 0, 60.0),
     ):
         pass

@@ -60,7 +60,7 @@ def of_format_1(folder: Path) -> None:
         (folder / f"{split}.hashes").unlink()
     file.write_text(json.dumps({**facts, "format": 1}, indent=1) + "\n")
     (folder / "preparing.lock").unlink()
-    prepared._tell_unhashed.cache_clear()
+    prepared._warn_unhashed.cache_clear()
 
 
 # Prepared sets

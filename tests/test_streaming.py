@@ -40,6 +40,7 @@ from exactflow.data import (
 )
 from exactflow.data.augmentation import Augmentation
 from exactflow.data.formats import shards, tar_index
+from exactflow.data.loader import Share
 from exactflow.data.order import epoch_order, mixed_shards, permutation
 from exactflow.data.splits import split_members
 from exactflow.data.streaming import remote, shard_cache
@@ -451,7 +452,7 @@ def test_batches_depend_on_seed_and_step_only(server: Shards, tmp_path: Path) ->
     resumed = training_batches(dataset, 8, seed=1, start=6, **change)
     assert same(whole[6:], list(islice(resumed, 5)))
     ranks = [
-        list(islice(training_batches(dataset, 8, seed=1, rank=r, world_size=2, **change), 11))
+        list(islice(training_batches(dataset, 8, seed=1, share=Share(r, 2), **change), 11))
         for r in (0, 1)
     ]
     for step, batch in enumerate(whole):

@@ -3,7 +3,7 @@
 from exactflow.data.augmentation import Augmentation
 from exactflow.data.config import DataConfig, DataError, Split
 from exactflow.data.datasets import ImageDataset, load
-from exactflow.data.loader import Batch, evaluation_batches, training_batches
+from exactflow.data.loader import Batch, Share, evaluation_batches, training_batches
 from exactflow.data.preparation import prepare
 from exactflow.data.prepared import verify
 from exactflow.data.streaming.indexing import index_shards
@@ -14,6 +14,7 @@ __all__ = [
     "DataConfig",
     "DataError",
     "ImageDataset",
+    "Share",
     "Split",
     "evaluation_batches",
     "index_shards",

@@ -14,13 +14,16 @@ from exactflow.data.order import coin_flips, uniforms
 @final
 @dataclass(frozen=True)
 class Augmentation:
-    """What training does to images; scoring never does it.
+    """Random changes of training images; images that are scored are never changed.
 
     Attributes:
         flip: mirror left to right with probability 1/2.
-        translate: move by round(U(-translate, translate)) pixels, along each axis on its own: 4.5
-            is one of -4 .. 4, all equally likely.
-        padding: what is moved in: the nearest pixel, or the image mirrored at its border.
+        translate: shift by round(U(-translate, translate)) pixels, independently along each axis:
+            4.5 gives -4 .. 4, all equally likely.
+        padding: what fills the space: the nearest pixel, or the image mirrored at its border.
+
+    >>> Augmentation(translate=1.0).of_epoch(count=4, seed=0, epoch=0).shifts.shape
+    (4, 2)
     """
 
     flip: bool = False
@@ -35,11 +38,11 @@ class Augmentation:
             raise ValueError(f'expected padding "edge" or "reflect", got {self.padding!r}')
 
     def of_epoch(self, count: int, seed: int, epoch: int) -> AugmentedEpoch:
-        """What becomes of each of `count` images in an epoch."""
+        """The changes of each of `count` images in an epoch."""
         flips = coin_flips(count, seed, epoch) if self.flip else None
         shifts = None
         if self.translate:
-            draws = [uniforms(count, "translate", seed, epoch, axis) for axis in (0, 1)]
+            draws = [uniforms(count, seed, epoch, axis) for axis in (0, 1)]
             scaled = (2 * np.stack(draws, axis=1) - 1) * self.translate
             shifts = np.rint(scaled).astype(np.int64)
         return AugmentedEpoch(flips, shifts, self.padding)
@@ -51,20 +54,20 @@ NO_AUGMENTATION = Augmentation()
 @final
 @dataclass(frozen=True, eq=False)
 class AugmentedEpoch:
-    """Flips, bool (n,), and shifts down and to the right, int64 (n, 2), of images; None: none."""
+    """Flips, bool (n,), and shifts down and to the right, int64 (n, 2), of n images, or None."""
 
     flips: np.ndarray | None
     shifts: np.ndarray | None
     padding: Literal["edge", "reflect"]
 
     def at(self, indices: np.ndarray) -> AugmentedEpoch:
-        """Of these images only."""
+        """The changes of these images only."""
         flips = None if self.flips is None else self.flips[indices]
         shifts = None if self.shifts is None else self.shifts[indices]
         return AugmentedEpoch(flips, shifts, self.padding)
 
     def apply(self, images: np.ndarray) -> np.ndarray:
-        """The images (n, C, H, W) changed; `images` itself may be."""
+        """The changed images (n, C, H, W); may overwrite `images`."""
         if self.flips is not None:
             images[self.flips] = images[self.flips, ..., ::-1]
         if self.shifts is None:

@@ -1,4 +1,4 @@
-"""Many images a batch at a time."""
+"""Work on many images, one batch at a time."""
 
 from collections.abc import Iterator
 
@@ -6,10 +6,9 @@ from exactflow.core.progress import tracked
 
 
 def batches(count: int, size: int, title: str, progress: bool) -> Iterator[slice]:
-    """Rows of each batch of `size`, with progress over batches if there is to be `progress`.
+    """Row slices of batches of `size`; `progress` shows the progress on stderr.
 
-    Raises:
-        ValueError: no images, or batches of none.
+    Raises a ValueError if `count` or `size` is below 1.
     """
     if count < 1 or size < 1:
         raise ValueError(f"expected images and batch_size >= 1, got {count} images, {size}")

@@ -1,4 +1,4 @@
-"""Files that are trusted only as far as they agree with hashes that were written beside them."""
+"""Files whose content is compared with hashes that were written with it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class CheckedImages:
     """Images in a file, uint8 (n, C, H, W), each compared with its hash when it is first read.
 
     Args:
-        file: holds them one after the other.
-        shape: (n, C, H, W).
-        hashes: a file that holds the hash of each; None checks nothing.
-        remedy: what to do about an image that is not what it was.
-        rows: which of them these are, in order; None: all.
+        file: holds the images one after the other.
+        shape: (n, C, H, W) of the file.
+        hashes: a file with the hash of each; None checks nothing.
+        remedy: what the error of a changed image advises.
+        rows: the rows of the file to use, in order; None: all.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class CheckedImages:
         """A copy of one image, or of some, as of an array.
 
         Raises:
-            DataError: an image is not the one whose hash was written down.
+            DataError: an image has another hash than was recorded.
         """
         if isinstance(rows, int | np.integer):
             return self[np.array([rows])][0]
@@ -84,15 +84,16 @@ class CheckedImages:
         return self[:].astype(dtype or np.uint8, copy=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CheckedImages, (*self._arguments, self._rows)  # a map's contents would be copied
+        # Pickling a memory map would copy its content.
+        return CheckedImages, (*self._arguments, self._rows)
 
 
 def sealed(fields: dict[str, Any]) -> dict[str, Any]:
-    """JSON-able fields, with a hash of them all."""
+    """JSON-able fields and a hash of all of them."""
     return {**fields, "sha256": json_hash(fields)}
 
 
 def is_intact(fields: dict[str, Any]) -> bool:
-    """Whether fields are what was sealed."""
+    """Whether `sealed` made the fields, and none has changed."""
     rest = {name: value for name, value in fields.items() if name != "sha256"}
     return fields.get("sha256") == json_hash(rest)

@@ -1,4 +1,4 @@
-"""Names of classes, and the class that a word means."""
+"""Names of classes, and the number of the class that a word means."""
 
 import difflib
 from collections.abc import Sequence
@@ -7,20 +7,23 @@ SHOWN = 10  # names in an error
 
 
 def numbered(count: int) -> tuple[str, ...]:
-    """The names "0", "1", ... of classes that have no other."""
+    """The names "0", "1", ... of classes without other names."""
     return tuple(str(number) for number in range(count))
 
 
 def class_number(word: str, names: Sequence[str], of: str) -> int:
-    """The class of that name; or of that number, unless classes are called by numbers.
+    """The class of that name; or of that number, unless names are numbers themselves.
+
+    >>> class_number("dog", ("cat", "dog"), of="the model"), class_number("0", ("cat", "dog"), "")
+    (1, 0)
 
     Args:
         word: name or number.
-        names: of the classes 0, 1, ...
-        of: whose classes these are, for errors.
+        names: names of the classes 0, 1, ...
+        of: owner of the classes, for errors.
 
     Raises:
-        ValueError: there is none, with the nearest name.
+        ValueError: there is no such class; the message has the nearest name.
     """
     if word in names:
         return names.index(word)
@@ -32,6 +35,6 @@ def class_number(word: str, names: Sequence[str], of: str) -> int:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names for people, not all of very many."""
+    """Names as text, the first ten of a longer list."""
     shown = ", ".join(names[:SHOWN])
     return shown if len(names) <= SHOWN else f"{shown}, ... ({len(names):,} in all)"

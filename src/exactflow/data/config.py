@@ -1,4 +1,4 @@
-"""What decides which pixels are read: the config a run records, and the error of this package."""
+"""The configuration that decides which pixels are read, and the error of this package."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PADDINGS = ("edge", "reflect")
 SPLITS: tuple[Split, ...] = get_args(Split)
 MAX_PIXELS = 89_478_485  # from here on Pillow warns: a quarter of a GiB in RGB
 BUILT_IN = ("digits", "fashion-mnist")  # sources that are no path
-MEMORY = "memory"  # of images that a program handed over, and nobody finds again
+MEMORY = "memory"  # source of images that a program passed, which cannot be opened again
 
 
 @final
 class DataError(ValueError):
-    """Data that cannot be read as asked; the message says where, what was expected, what found."""
+    """Data cannot be read as asked; the message says where, what was expected, what was found."""
 
 
 @final
@@ -28,28 +28,31 @@ class DataConfig:
     """Everything that decides which pixels are read.
 
     A split's members are chosen in the *split order*, a permutation of the stored images seeded by
-    `split_seed`; what was chosen is then read in stored order. So a test split that the source
-    brings itself stays as it is stored, whatever the seed, and a `limit` does not take the first
-    class of a sorted folder only.
+    `split_seed`; the chosen images are then read in stored order. So a test split that the source
+    has stays as it is stored, whatever the seed, and a `limit` does not take the first class of a
+    sorted folder only.
+
+    >>> DataConfig("photographs/", image_size=32, flip=True).augmentation
+    Augmentation(flip=True, translate=0.0, padding='edge')
 
     Attributes:
         source: "digits" (built in, 8x8, 17 levels), "fashion-mnist" (looked up in the usual
             places), a folder of IDX files, of images, or of image-net.org's batch files, a .parquet
             or .tar file or a folder of them, URLs of tar shards to be streamed (`streaming/`), a
             set that `exactflow prepare` wrote, or "hub:owner/name" (or "hub:/local/path") for the
-            `datasets` library. In a prepared set, fields from `image_size` to `split_seed` at their
-            defaults mean: as it was prepared.
+            `datasets` library. For a prepared set, a default in the fields from `image_size` to
+            `split_seed` means: as it was prepared.
         image_size: pixels; resize the short side to it (see `decode.py` for the filters), then cut
             the central square. None keeps every image as it is stored.
         channels: None as stored, 1 grey (ITU-R 601), 3 RGB.
         flip: random horizontal flips; like the next two in training only, applied by the loader.
-        translate: random shifts of up to so many pixels, see `Augmentation`.
-        padding: what a shift moves in, see `Augmentation`.
+        translate: random shifts of up to this many pixels, see `Augmentation`.
+        padding: what fills the space of a shift, see `Augmentation`.
         bits: bits kept per channel; the pixel is `v >> (8 - bits)`, with `2**bits` levels.
         validation: path or URLs of a separate validation set. It may not lie inside the training
             folder, where it would be trained on.
-        validation_fraction: part of the training images cut off for validation, where the source
-            has no validation split of its own.
+        validation_fraction: fraction of the training images used for validation, if the source has
+            no validation split of its own.
         test_fraction: the same for the test split; it is cut first, so that the test images do not
             depend on `validation_fraction`.
         split_seed: seed of the split order.
@@ -57,11 +60,11 @@ class DataConfig:
             subset of a larger one. It counts before unreadable images are skipped.
         on_error: "raise", or "skip" to leave out (and log, and count) images that cannot be read.
             Broken containers (IDX, parquet) always raise.
-        max_pixels: an image of more pixels is refused before it is read, as it is stored and as it
-            is resized; the bytes of a file are limited by it too, to 4 for each pixel and 1 MiB.
-        cache_dir: folder where large sets are decoded to, and shards from elsewhere are kept;
-            None means ~/.cache/exactflow.
-        cache_gib: GiB of shards from elsewhere that are kept there at most, by all sets together.
+        max_pixels: most pixels of an image, stored or resized; a larger one is refused before it is
+            read. A file may have 4 bytes for each pixel and 1 MiB more.
+        cache_dir: folder for decoded large sets and downloaded shards; None means
+            ~/.cache/exactflow.
+        cache_gib: most GiB of downloaded shards there, of all sets together.
 
     Raises:
         DataError: a field is out of its range.
@@ -85,36 +88,36 @@ class DataConfig:
     cache_gib: float = 20.0
 
     def __post_init__(self) -> None:
-        _require(bool(self.source), "source", "a name or a path", self.source)
-        _require(
-            self.image_size is None or self.image_size > 0, "image_size", "> 0", self.image_size
-        )
-        _require(self.max_pixels > 0, "max_pixels", "> 0", self.max_pixels)
-        _require(
-            self.image_size is None or self.image_size**2 <= self.max_pixels,
-            "image_size",
-            f"at most {math.isqrt(self.max_pixels)}, since data.max_pixels is {self.max_pixels}",
-            self.image_size,
-        )
-        _require(self.channels in (None, 1, 3), "channels", "None, 1 or 3", self.channels)
-        _require(0 <= self.translate < math.inf, "translate", ">= 0", self.translate)
-        _require(self.padding in PADDINGS, "padding", " or ".join(PADDINGS), self.padding)
-        _require(1 <= self.bits <= 8, "bits", "1 to 8", self.bits)
-        _require(self.split_seed >= 0, "split_seed", ">= 0", self.split_seed)
-        _require(self.limit is None or self.limit > 0, "limit", "> 0", self.limit)
-        _require(0 < self.cache_gib < math.inf, "cache_gib", "> 0", self.cache_gib)
-        _require(self.on_error in ("raise", "skip"), "on_error", '"raise" or "skip"', self.on_error)
-        for name in ("validation_fraction", "test_fraction"):
-            _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        side = math.isqrt(max(0, self.max_pixels))
+        largest = f"at most {side}, since data.max_pixels is {self.max_pixels}"
+        for name, holds, expected in (
+            ("source", bool(self.source), "a name or a path"),
+            ("image_size", self.image_size is None or self.image_size > 0, "> 0"),
+            ("max_pixels", self.max_pixels > 0, "> 0"),
+            ("image_size", self.image_size is None or self.image_size <= side, largest),
+            ("channels", self.channels in (None, 1, 3), "None, 1 or 3"),
+            ("translate", 0 <= self.translate < math.inf, ">= 0"),
+            ("padding", self.padding in PADDINGS, " or ".join(PADDINGS)),
+            ("bits", 1 <= self.bits <= 8, "1 to 8"),
+            ("split_seed", self.split_seed >= 0, ">= 0"),
+            ("limit", self.limit is None or self.limit > 0, "> 0"),
+            ("cache_gib", 0 < self.cache_gib < math.inf, "> 0"),
+            ("on_error", self.on_error in ("raise", "skip"), '"raise" or "skip"'),
+            ("validation_fraction", 0 <= self.validation_fraction < 1, "in [0, 1)"),
+            ("test_fraction", 0 <= self.test_fraction < 1, "in [0, 1)"),
+        ):
+            if not holds:
+                found = getattr(self, name)
+                raise DataError(f"DataConfig.{name}: expected {expected}, found {found!r}")
 
     @property
     def augmentation(self) -> Augmentation:
-        """What the loader does to training images."""
+        """The loader's changes of training images."""
         return Augmentation(self.flip, self.translate, self.padding)
 
 
 def is_remote(source: str) -> bool:
-    """Whether a source is named by URLs."""
+    """Whether a source is a pattern of URLs."""
     return "://" in source
 
 
@@ -125,7 +128,7 @@ def is_path(source: str) -> bool:
 
 
 def located(source: str) -> str:
-    """A source as it is found from any folder: relative paths of this machine made absolute."""
+    """A source with relative paths of this machine made absolute."""
     if is_path(source):
         return str(Path(source).expanduser().absolute())
     local = Path(source.removeprefix("hub:")).expanduser()
@@ -137,8 +140,3 @@ def located(source: str) -> str:
 def cache_folder(cache_dir: str | None) -> Path:
     """The folder that `DataConfig.cache_dir` means."""
     return Path(cache_dir or "~/.cache/exactflow").expanduser()
-
-
-def _require(holds: bool, name: str, expected: str, found: object) -> None:
-    if not holds:
-        raise DataError(f"DataConfig.{name}: expected {expected}, found {found!r}")

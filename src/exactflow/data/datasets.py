@@ -1,4 +1,4 @@
-"""Image sets with their identity: what is measured on them can say on which pixels.
+"""Image sets with their identity, so that every number names the pixels it was measured on.
 
 `load` opens a source (`sources.py`), chooses the members of a split, and decodes them once
 (`store.py`). Sources are described in `DataConfig`.
@@ -30,39 +30,32 @@ log = logging.getLogger(__name__)
 
 ALL = slice(None)  # rows
 
-__all__ = [
-    "DataConfig",
-    "DataError",
-    "ImageDataset",
-    "Split",
-    "load",
-    "select",
-    "split_members",
-]
-
 
 @final
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
     """One split of an image set, decoded.
 
+    >>> dataset = load(DataConfig("digits"), "test")
+    >>> len(dataset), dataset.event_shape, dataset.levels, dataset.num_classes
+    (180, (1, 8, 8), 17, 10)
+
     Attributes:
         images: (n, C, H, W) uint8 in 0 .. levels-1, read-only. A large or prepared set lies in a
-            file and is compared with its hashes as it is read; a streamed one is decoded when rows
-            of it are asked for.
+            file and is compared with its hashes as it is read; rows of a streamed one are decoded
+            when they are read.
         labels: int64 (n,) in 0 .. num_classes-1, or None.
         id: name of the set.
-        version: version of the stored data, the same for every copy of them.
+        version: version of the stored data, equal for every copy of them.
         split: "train", "validation" or "test".
         levels: number of values a pixel can take.
         class_names: one name per label; empty if unlabelled.
-        preprocessing: what was done to each stored image, for people.
-        preprocessing_hash: the same for machines.
+        preprocessing: changes of each stored image, as text.
+        preprocessing_hash: hash of these changes.
         fingerprint: sha256 (hex) of shape, levels, labels and pixels, in order; of a streamed set,
             see `StreamedImages.fingerprint`.
         skipped: names of the images left out under `on_error="skip"`.
-        shards: numbers of consecutive images that are streamed together; None where any image can
-            be had at any time.
+        shards: number of images in each streamed shard, in order; None if the set is not streamed.
     """
 
     images: np.ndarray | CheckedImages | StreamedImages
@@ -109,7 +102,7 @@ class ImageDataset:
         return epoch_order(self.shards, len(self), seed, epoch)
 
     def describe(self) -> dict[str, Any]:
-        """The identity as JSON-able values, for whoever prints a number measured on this set."""
+        """The identity as JSON-able values, to stand beside numbers measured on this set."""
         return {
             "id": self.id,
             "version": self.version,
@@ -128,18 +121,18 @@ class ImageDataset:
 def load(config: DataConfig, split: Split) -> ImageDataset:
     """Read one split of the set that `config` describes.
 
-    A prepared set (`exactflow prepare`) is mapped as it was decoded, with the identity that its
-    source has: splits are those of the words it was prepared with, and a word that differs is
-    refused unless it is at its default. Only a `limit` may be smaller.
+    A prepared set (`exactflow prepare`) is mapped as it was decoded, with the identity of its
+    source: splits are those of the settings it was prepared with, and another setting is refused
+    unless it is at its default. Only a `limit` may be smaller.
 
     Args:
-        config: where the images are and what is done to them.
+        config: the source and the preprocessing.
         split: "train", "validation" or "test".
 
     Returns:
         The decoded split: in memory up to 1 GiB of pixels for the whole source, beyond that in a
-        prepared set in `config.cache_dir`. A split whose shards lie elsewhere is streamed
-        and never decoded as a whole.
+        prepared set in `config.cache_dir`. A split of remote shards is streamed and never decoded
+        as a whole.
 
     Raises:
         DataError: the source is missing or broken, an image cannot be read or has another shape
@@ -150,25 +143,25 @@ def load(config: DataConfig, split: Split) -> ImageDataset:
         raise DataError(f"split: expected one of {', '.join(SPLITS)}, found {split!r}")
     prepared = open_prepared(config.source)
     if prepared is not None:
-        return _dataset(prepared.identity, split, read_prepared(prepared, config, split))
+        return _dataset(prepared.identity, split, *read_prepared(prepared, config, split))
     return load_source(open_source(config), config, split)
 
 
 def load_source(source: Source, config: DataConfig, split: Split) -> ImageDataset:
-    """The same of a source that is open, whatever `config.source` says."""
+    """One split of an opened source; as `load`, but `config.source` does not count."""
     selection = select(config, source, split)
     identity = identity_of(config, source, selection)
     if selection.split.shards is not None:
         images = StreamedImages(selection)
         stored = selection.split.labels
         labels = None if stored is None else stored[selection.indices]
-        streamed = store.Decoded(images, labels, (), images.fingerprint(labels))
-        return _dataset(identity, split, streamed, images.shards)
+        fingerprint = images.fingerprint(labels)
+        return _dataset(identity, split, images, labels, fingerprint, shards=images.shards)
     counts = (len(part.records) for part in source.splits.values())
     images_read = sum(min(count, config.limit or count) for count in counts)
     if store.fits_memory(images_read, selection.shape):
-        return _dataset(identity, split, store.decode_to_memory(selection))
-    return _dataset(identity, split, cached(selection, identity, split, config.cache_dir))
+        return _dataset(identity, split, *store.decode_to_memory(selection))
+    return _dataset(identity, split, *cached(selection, identity, split, config.cache_dir))
 
 
 def identify(config: DataConfig) -> tuple[str, str]:
@@ -184,7 +177,7 @@ def identify(config: DataConfig) -> tuple[str, str]:
 
 
 def select(config: DataConfig, source: Source, split: Split) -> store.Selection:
-    """What of an opened source has to be decoded for a split; the first image is decoded here.
+    """The images to decode for a split of an opened source; the first one is decoded here.
 
     Raises:
         DataError: no image is left for the split, or none of the training images is readable.
@@ -210,26 +203,27 @@ def select(config: DataConfig, source: Source, split: Split) -> store.Selection:
 def _dataset(
     identity: Identity,
     split: Split,
-    decoded: store.Decoded,
+    images: np.ndarray | CheckedImages | StreamedImages,
+    labels: np.ndarray | None,
+    fingerprint: str,
+    skipped: tuple[str, ...] = (),
     shards: tuple[int, ...] | None = None,
 ) -> ImageDataset:
-    if decoded.skipped:
-        count = len(decoded.images) + len(decoded.skipped)
-        log.warning(
-            "%s: skipped %d of %d %s images", identity.id, len(decoded.skipped), count, split
-        )
+    if skipped:
+        count = len(images) + len(skipped)
+        log.warning("%s: skipped %d of %d %s images", identity.id, len(skipped), count, split)
     return ImageDataset(
-        images=decoded.images,
-        labels=decoded.labels,
+        images=images,
+        labels=labels,
         id=identity.id,
         version=identity.version,
         split=split,
         levels=identity.levels,
-        class_names=() if decoded.labels is None else tuple(identity.class_names),
+        class_names=() if labels is None else tuple(identity.class_names),
         preprocessing=identity.preprocessing,
         preprocessing_hash=identity.preprocessing_hash,
-        fingerprint=decoded.fingerprint,
-        skipped=decoded.skipped,
+        fingerprint=fingerprint,
+        skipped=skipped,
         shards=shards,
     )
 

@@ -1,13 +1,13 @@
-"""From one stored image to its integers: the only file that changes pixels.
+"""Decoding and preprocessing of one stored image: the only file that changes pixels.
 
 Resizing uses BOX (area average, the filter of downsampled ImageNet) to shrink and BILINEAR to
 enlarge. Both have non-negative weights, so a resized value is a mean of stored ones: nothing rings,
 nothing is clipped, and a set with 17 levels keeps 17 levels. JPEG's fast "draft" scaling is not
 used and EXIF orientation is not applied, as in the published pipelines.
 
-Formats are those of `_KINDS` and no other: Pillow knows more, and hands an EPS to Ghostscript
-whatever the name of its file. What a file says of itself (depth, size, frames) is asked before its
-pixels are read.
+Only the formats of `_KINDS` are read: Pillow knows more, and passes an EPS to Ghostscript whatever
+the name of its file. Depth, size and frames in a file's header are checked before its pixels are
+read.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from exactflow.core.serialization import json_hash
 from exactflow.data.config import MAX_PIXELS, DataError
 from exactflow.data.files import open_regular
 
-# What a source hands over for one image: encoded bytes, the file that holds them, or decoded
-# pixels, (H, W) or (H, W, 3) uint8. None stands for a missing value in a table.
+# One stored image: encoded bytes, the file that holds them, or decoded pixels, (H, W) or
+# (H, W, 3) uint8. None is a missing value in a table.
 Payload = bytes | Path | np.ndarray | None
 
 _GREY_MODES = frozenset({"1", "L", "LA"})
 _COLOUR_MODES = frozenset({"RGB", "RGBA", "P", "PA", "CMYK"})
 
-# The formats that are read, by how their files begin.
+# The formats that are read, by the first bytes of a file.
 _KINDS: tuple[tuple[re.Pattern[bytes], type[ImageFile.ImageFile]], ...] = (
     (re.compile(rb"BM"), BmpImageFile),
     (re.compile(rb"GIF8[79]a"), GifImageFile),
@@ -57,9 +57,12 @@ _NO_PAGE = 1 | 4
 @final
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to every stored image; fields as in `DataConfig`.
+    """How every stored image is changed; fields as in `DataConfig`.
 
     `max_pixels` changes no pixel, so it is in neither `text` nor `hash`.
+
+    >>> Preprocessing(image_size=32, channels=3).text
+    'short side to 32 (box down, bilinear up), centre crop; RGB; 8 bits'
     """
 
     image_size: int | None = None
@@ -78,7 +81,7 @@ class Preprocessing:
 
     @property
     def hash(self) -> str:
-        """First 16 hex digits of the sha256 of everything `text` says."""
+        """First 16 hex digits of the sha256 of all settings."""
         fields = {
             "image_size": self.image_size,
             "channels": self.channels,
@@ -96,8 +99,8 @@ def decode_image(
 
     Args:
         payload: the stored image.
-        name: what to call it in an error.
-        preprocessing: what to do to it.
+        name: name of the image, for errors.
+        preprocessing: how to change it.
         several: the name is added to it if the image has further frames, which are not read.
 
     Returns:
@@ -156,7 +159,7 @@ def _open(payload: Payload, name: str, max_pixels: int) -> tuple[Image.Image, bo
 
 
 def _read_file(file: Path, name: str, max_pixels: int) -> bytes:
-    """All bytes of a file, unless they are more than those of the largest image unpacked."""
+    """All bytes of a file, unless they are more than the largest unpacked image has."""
     limit = 4 * max_pixels + 2**20
     with open_regular(file) as stream:
         found = os.fstat(stream.fileno()).st_size
@@ -179,7 +182,7 @@ def _image_file(encoded: bytes, name: str) -> ImageFile.ImageFile:
 
 
 def _bits(image: ImageFile.ImageFile) -> int:
-    """Bits of a channel in the file; asked before `load`, which may drop all but 8 in silence."""
+    """Bits of a channel in the file; `load` would silently drop all but 8."""
     if isinstance(image, TiffImageFile):
         return int(np.max(image.tag_v2.get(BITSPERSAMPLE, 1)))
     arguments = [tile.args if isinstance(tile.args, tuple) else (tile.args,) for tile in image.tile]
@@ -192,11 +195,7 @@ def _bits(image: ImageFile.ImageFile) -> int:
 
 
 def _has_more_frames(image: ImageFile.ImageFile, encoded: bytes, name: str) -> bool:
-    """Whether there are frames after the first.
-
-    Raises:
-        DataError: they are pages of a TIFF, each of which is an image.
-    """
+    """Whether there are frames after the first. Raises a DataError for pages of a TIFF."""
     if isinstance(image, TiffImageFile):
         pages = TiffImageFile(io.BytesIO(encoded))
         for page in range(1, pages.n_frames):
@@ -205,7 +204,7 @@ def _has_more_frames(image: ImageFile.ImageFile, encoded: bytes, name: str) -> b
                 raise DataError(f"{name}: expected a TIFF of one page, found several")
         return False
     if isinstance(image, GifImageFile):
-        return GifImageFile(io.BytesIO(encoded)).is_animated  # looks ahead, and loses its place
+        return GifImageFile(io.BytesIO(encoded)).is_animated  # moves on in its file
     return isinstance(image, PngImageFile | WebPImageFile) and image.is_animated
 
 
@@ -216,7 +215,7 @@ def _to_grey_or_rgb(image: Image.Image, name: str) -> Image.Image:
             f"found mode {image.mode}"
         )
     if image.has_transparency_data:
-        # Compositing would need a background colour that nobody stated; only a useless alpha goes.
+        # Compositing would need a background colour, so only a fully opaque alpha is dropped.
         with_alpha = image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
         lowest = with_alpha.getchannel("A").getextrema()[0]
         if lowest != 255:
@@ -236,7 +235,7 @@ def _resize(image: Image.Image, size: int, name: str, max_pixels: int) -> Image.
 
 
 def _crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The central (size, size) square; cut here, since Pillow's own limit holds for its `crop`."""
+    """The central (size, size) square; Pillow's own `crop` has another limit of pixels."""
     height, width = pixels.shape[:2]
     left, top = (width - size) // 2, (height - size) // 2
     return pixels[top : top + size, left : left + size]

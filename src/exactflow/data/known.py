@@ -1,4 +1,4 @@
-"""Facts about published sets, which tell a set that bears such a name from one that may not.
+"""Facts about published sets, which a set must have to bear one of their names.
 
 Two downsampled ImageNets have one name: the PixelRNN download of 2016, PNG files (old), and the
 labelled release of image-net.org, batch files (new), which is anti-aliased and easier.
@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, final
 
-from exactflow.data.config import DataError, Split
+from exactflow.data.config import DataConfig, DataError, Split
+from exactflow.data.records import Source
+from exactflow.data.store import Selection
 
 Edition = Literal["old", "new", "n/a"]
 
@@ -18,14 +20,14 @@ Edition = Literal["old", "new", "n/a"]
 @final
 @dataclass(frozen=True)
 class KnownSet:
-    """What the published likelihoods of a data set were measured on.
+    """The data set that published likelihoods were measured on.
 
     Attributes:
         shape: (C, H, W).
         levels: number of values a pixel can take.
         split: the split that papers report.
         images: number of images in it, by edition; "n/a" where there is only one.
-        labelled: editions that come with labels.
+        labelled: editions that have labels.
     """
 
     shape: tuple[int, int, int]
@@ -48,7 +50,7 @@ KNOWN_SETS: Mapping[str, KnownSet] = {
 
 
 def known_names() -> dict[str, tuple[KnownSet, Edition]]:
-    """The names a set may bear only if it is that set: imagenet64-old, imagenet64-new, cifar10."""
+    """All reserved names, such as imagenet64-old and cifar10, with their facts and edition."""
     return {
         name if edition == "n/a" else f"{name}-{edition}": (facts, edition)
         for name, facts in KNOWN_SETS.items()
@@ -56,30 +58,16 @@ def known_names() -> dict[str, tuple[KnownSet, Edition]]:
     }
 
 
-@final
-@dataclass(frozen=True)
-class Claim:
-    """What a set that asks for a name is.
-
-    Attributes:
-        shape: (C, H, W) of its images.
-        levels: number of values a pixel can take.
-        stored: number of images in each stored split.
-        taken: number of them that are read.
-        labelled: stored splits that have labels.
-        resized: whether images are changed in size or cut.
-    """
-
-    shape: tuple[int, int, int]
-    levels: int
-    stored: Mapping[Split, int]
-    taken: Mapping[Split, int]
-    labelled: frozenset[Split]
-    resized: bool
-
-
-def require_known(name: str, claim: Claim) -> None:
+def require_known(
+    name: str, config: DataConfig, source: Source, selections: Mapping[Split, Selection]
+) -> None:
     """Refuse a published set's name for a set that is not that one; any other name is free.
+
+    Args:
+        name: the name asked for.
+        config: the settings it is read with.
+        source: the stored set.
+        selections: the images to read of every split; "train" is there.
 
     Raises:
         DataError: a fact does not fit; or the name leaves open which of two editions is meant.
@@ -91,19 +79,23 @@ def require_known(name: str, claim: Claim) -> None:
         return
     facts, edition = known_names()[name]
     split, count = facts.split, facts.images[edition]
+    train = selections["train"]
+    stored = len(source.splits[split].records) if split in source.splits else 0
+    taken = {each: len(selection.indices) for each, selection in selections.items()}
+    found_labels = {each for each, part in source.splits.items() if part.labels is not None}
     labels = "labels" if edition in facts.labelled else "no labels"
-    expected_labels = frozenset({"train", split}) if edition in facts.labelled else frozenset()
-    found_count = claim.stored.get(split, 0)
+    expected_labels: set[str] = {"train", split} if edition in facts.labelled else set()
     checks: list[tuple[bool, str, object]] = [
-        (claim.shape == facts.shape, f"images {facts.shape}", claim.shape),
-        (claim.levels == facts.levels, f"{facts.levels} levels", claim.levels),
-        (not claim.resized, "images as they are stored", "data.image_size"),
-        (found_count == count, f"{count:,} stored {split} images", f"{found_count:,}"),
-        (claim.taken.get(split) == count, "all of them, without data.limit", claim.taken),
+        (config.on_error == "raise", "on_error=raise, since that set is complete", "skip"),
+        (train.shape == facts.shape, f"images {facts.shape}", train.shape),
+        (train.levels == facts.levels, f"{facts.levels} levels", train.levels),
+        (config.image_size is None, "images as they are stored", "data.image_size"),
+        (stored == count, f"{count:,} stored {split} images", f"{stored:,}"),
+        (taken.get(split) == count, "all of them, without data.limit", taken),
         (
-            claim.labelled & {"train", split} == expected_labels,
+            found_labels & {"train", split} == expected_labels,
             f"{labels} in train and {split}",
-            f"labels in {', '.join(sorted(claim.labelled)) or 'none'}",
+            f"labels in {', '.join(sorted(found_labels)) or 'none'}",
         ),
     ]
     for holds, expected, found in checks:

@@ -40,12 +40,48 @@ class Batch:
     Attributes:
         images: uint8 (B, C, H, W), in 0 .. levels-1.
         labels: int64 (B,), in 0 .. num_classes-1; None if the set is unlabelled.
-        indices: int64 (B,), where in the data set they are.
+        indices: int64 (B,), positions in the data set.
     """
 
     images: Tensor
     labels: Tensor | None
     indices: Tensor
+
+
+@final
+@dataclass(frozen=True)
+class Share:
+    """The rows of a batch that one of several processes gets.
+
+    A batch is divided into `parts` micro-batches of consecutive rows, and each of these into
+    `world_size` equal shares, of which rank r gets the r-th.
+
+    >>> Share(rank=1, world_size=2, parts=2).rows(8).tolist()
+    [2, 3, 6, 7]
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    parts: int = 1
+
+    def rows(self, batch_size: int) -> np.ndarray:
+        """Row numbers, int64 (batch_size // world_size,).
+
+        Raises:
+            ValueError: `parts * world_size` does not divide `batch_size`, or there is no such rank.
+        """
+        if self.world_size < 1 or self.parts < 1 or batch_size % (self.world_size * self.parts):
+            raise ValueError(
+                f"world_size times parts: expected a divisor of {batch_size}, "
+                f"found {self.world_size} times {self.parts}"
+            )
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank: expected 0 .. {self.world_size - 1}, found {self.rank}")
+        shares = np.arange(batch_size).reshape(self.parts, self.world_size, -1)
+        return shares[:, self.rank].ravel()
+
+
+WHOLE = Share()
 
 
 def training_batches(
@@ -56,51 +92,38 @@ def training_batches(
     start: int = 0,
     augmentation: Augmentation = NO_AUGMENTATION,
     num_workers: int = 0,
-    parts: int = 1,
-    rank: int = 0,
-    world_size: int = 1,
+    share: Share = WHOLE,
 ) -> Iterator[Batch]:
     """Shuffled batches without end.
 
-    An epoch is `len(dataset) // batch_size` batches; what is left over of its permutation is
-    dropped, another part in every epoch.
+    An epoch is `len(dataset) // batch_size` batches; the rest of its permutation, different images
+    in every epoch, is dropped.
 
     Args:
-        dataset: where the images are.
+        dataset: the images.
         batch_size: images per step, over all ranks.
         seed: of the order and the augmentation, >= 0.
         start: global index of the first batch, >= 0: the number of steps taken so far.
         augmentation: random changes, a function of (seed, epoch, index).
         num_workers: processes that gather batches ahead; 0 gathers in this one.
-        parts: micro-batches, runs of the rows of a batch, of each of which a rank has its share.
-        rank: whose shares are given.
-        world_size: number of ranks; `parts * world_size` must divide `batch_size`.
+        share: the rows that this process gets of every batch.
 
     Returns:
-        An endless iterator over batches of `batch_size // world_size` images.
+        An endless iterator over batches of `batch_size // share.world_size` images.
 
     Raises:
         ValueError: at once, if an argument is out of its range.
-        RuntimeError: at once, in a process that another one started and that has come here by
-            importing its script.
-        ProcessLostError: on the way, if one of the processes ended.
+        RuntimeError: at once, in a worker process that is still importing the script of its parent.
+        ProcessLostError: while batches are read, if a worker process ended.
     """
     if not 1 <= batch_size <= len(dataset):
         raise ValueError(
             f"batch_size: expected 1 .. {len(dataset)}, the number of training images, "
             f"found {batch_size}"
         )
-    if world_size < 1 or parts < 1 or batch_size % (world_size * parts):
-        raise ValueError(
-            f"world_size times parts: expected a divisor of {batch_size}, "
-            f"found {world_size} times {parts}"
-        )
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank: expected 0 .. {world_size - 1}, found {rank}")
+    rows = share.rows(batch_size)
     if seed < 0 or start < 0:
         raise ValueError(f"seed and start: expected >= 0, found {seed} and {start}")
-    shares = np.arange(batch_size).reshape(parts, world_size, -1)
-    rows = shares[:, rank].ravel()
     reach, side = augmentation.translate, min(dataset.event_shape[1:])
     if reach >= side - 0.5:
         raise ValueError(f"translate: expected less than the image's {side} pixels, found {reach}")
@@ -111,7 +134,7 @@ def training_batches(
 def evaluation_batches(
     dataset: ImageDataset, batch_size: int, *, num_workers: int = 0
 ) -> Iterator[Batch]:
-    """Every image once, in order and as it is; the last batch may be smaller.
+    """Every image once, in order and unchanged; the last batch may be smaller.
 
     Raises:
         ValueError: at once, if `batch_size` is not positive.
@@ -128,7 +151,7 @@ def evaluation_batches(
 @final
 @dataclass(frozen=True, eq=False)
 class _Request:
-    """Indices of one batch, int64 (B,), and how its images are changed."""
+    """Indices of one batch, int64 (B,), and changes of its images."""
 
     indices: np.ndarray
     augmentation: AugmentedEpoch | None
@@ -183,23 +206,23 @@ def _gather_all(
 
 
 def _from_workers(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    """The batches of processes; raises ProcessLostError when one of these has ended."""
+    """The batches of worker processes; raises ProcessLostError when one of these has ended."""
     others, in_main_thread = active_children(), current_thread() is main_thread()
-    heard = signal.getsignal(signal.SIGCHLD) if in_main_thread and _HAS_SIGCHLD else None
+    handler = signal.getsignal(signal.SIGCHLD) if in_main_thread and _HAS_SIGCHLD else None
     batches = iter(loader)
-    if heard is not None:
-        # PyTorch would raise wherever it hears of an end, in the midst of anything; it also finds
-        # out while it waits for a batch.
-        signal.signal(signal.SIGCHLD, heard)
+    if handler is not None:
+        # PyTorch's own handler raises at any point of the program when a worker ends; PyTorch also
+        # notices the end while it waits for a batch.
+        signal.signal(signal.SIGCHLD, handler)
     workers = {p.sentinel: p for p in active_children() if p not in others}
     try:
         yield from batches
     except Exception as error:
         ended = [workers[s] for s in wait(list(workers), timeout=1.0) if isinstance(s, int)]
         for process in ended:
-            process.join(1.0)  # its files close shortly before it can be asked how it ended
+            process.join(1.0)  # its files close shortly before its exit code is known
         lost = next((process for process in ended if process.exitcode), None)
-        if lost is None:  # one that had no more to do is not to blame
+        if lost is None:  # a worker that finished its work is not the cause
             raise
         code = lost.exitcode or 0
         if code < 0:
@@ -213,12 +236,12 @@ def _from_workers(loader: DataLoader[Batch]) -> Iterator[Batch]:
 
 
 def _exit_with_parent(worker: int) -> None:
-    """Let this process outlive orders to stop that all processes of a job get.
+    """Ignore stop signals that a whole job gets; end this process when its parent asks for it.
 
-    The one that trains has a step to end, and to save; it ends this one when it needs it no more.
+    The parent finishes and saves its step first, and needs batches for that.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":  # where a signal tells its sender
+    if sys.platform == "linux":  # where the sender of a signal is known
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
@@ -232,7 +255,7 @@ def _end_with_parent(parent: int) -> None:
 
 @final
 class _RequestedBatches(Dataset[Batch]):
-    """Lets the workers of a torch DataLoader answer requests."""
+    """Adapts `_gather` to the workers of a torch DataLoader."""
 
     def __init__(self, dataset: ImageDataset) -> None:
         self._dataset = dataset

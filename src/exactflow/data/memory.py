@@ -1,4 +1,4 @@
-"""Images that are in memory as a source: arrays, tensors, and data sets of other libraries."""
+"""Sources in memory: arrays, tensors, and data sets of other libraries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from exactflow.data.config import MEMORY, DataConfig, DataError, Split
 from exactflow.data.datasets import ImageDataset, load, load_source
-from exactflow.data.records import Source, StoredSplit, integer_labels, numbered_up_to
+from exactflow.data.records import Source, StoredSplit, bounded_labels, numbered_up_to, withheld
 from exactflow.data.sources import ArrayRecords
 
 FORMS = (
@@ -26,20 +26,23 @@ _IMAGE_COLUMNS, _LABEL_COLUMNS = ("image", "img"), ("label", "labels")
 def load_data(
     data: Any, split: Split | None = None, *, levels: int = 256, **reading: Any
 ) -> ImageDataset:
-    """Images of a named source, or those in memory, as everything here takes them.
+    """Images of a named source, or from memory, as an `ImageDataset`.
+
+    >>> len(load_data(np.zeros((5, 8, 8), dtype=np.uint8)))
+    5
 
     Args:
         data: name of a source or a `DataConfig`; an array (N, H, W) or (N, H, W, C), a tensor
             (N, C, H, W), or a pair of one of these and its labels; a torch `Dataset` of
             (image, label); or a Hugging Face dataset with columns `image` and `label`. Images are
             uint8, or floats in [0, 1], which are rounded to grey levels. An `ImageDataset` is
-            given back.
-        split: of a source, "train" by default. Of images in memory all, by default.
+            returned unchanged.
+        split: by default "train" of a source, and all images from memory.
         levels: number of grey levels of images in memory, 0 .. levels-1.
         reading: fields of `DataConfig`: image_size, limit, validation_fraction, ...
 
     Raises:
-        DataError: it is none of these, or an image or a label is not as expected.
+        DataError: `data` is none of these, or an image or a label is not as expected.
     """
     if isinstance(data, ImageDataset):
         return data
@@ -58,7 +61,7 @@ def open_memory(data: Any, levels: int = 256) -> Source:
         raise DataError(
             f"expected a label for each of {len(images):,} images, got {len(labels):,} labels"
         )
-    found = None if labels is None else integer_labels(_integers(labels), "labels")
+    found = None if labels is None else _integers(labels)
     if found is not None and not names:
         names = numbered_up_to([found])
     if found is not None and len(found) and int(found.max()) >= len(names):
@@ -87,7 +90,7 @@ def _parts(data: Any, levels: int) -> tuple[np.ndarray, Any, tuple[str, ...]]:
 
 
 def _table(data: Any, levels: int) -> tuple[np.ndarray, Any, tuple[str, ...]]:
-    """The same of a Hugging Face dataset."""
+    """As `_parts`, of a Hugging Face dataset."""
     columns = data.column_names
     image = next((name for name in _IMAGE_COLUMNS if name in columns), None)
     label = next((name for name in _LABEL_COLUMNS if name in columns), None)
@@ -99,7 +102,7 @@ def _table(data: Any, levels: int) -> tuple[np.ndarray, Any, tuple[str, ...]]:
 
 
 def _items(data: Any, levels: int) -> tuple[np.ndarray, Any, tuple[str, ...]]:
-    """The same of a torch `Dataset` of (image, label), or of images alone."""
+    """As `_parts`, of a torch `Dataset` of (image, label) or of images."""
     items = [data[index] for index in range(len(data))]
     if not all(isinstance(item, tuple | list) for item in items):
         return _stacked(items, levels), None, ()
@@ -109,7 +112,7 @@ def _items(data: Any, levels: int) -> tuple[np.ndarray, Any, tuple[str, ...]]:
 
 
 def _stacked(items: Any, levels: int) -> np.ndarray:
-    """Images that came one by one, all of one shape."""
+    """Separate images of one shape as one array."""
     one = [_grey_levels(_pixels(item)[None], levels) for item in items]
     if not one:
         raise DataError("expected images, got none")
@@ -153,8 +156,11 @@ def _grey_levels(images: Any, levels: int) -> np.ndarray:
     return images
 
 
-def _integers(labels: Any) -> np.ndarray:
+def _integers(labels: Any) -> np.ndarray | None:
+    """Labels as int64 (n,); None where they are withheld."""
     found = np.asarray(labels)
     if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
         raise DataError(f"expected integer labels (N,), got {found.dtype} {found.shape}")
-    return found
+    if withheld([found], "labels"):
+        return None
+    return bounded_labels(found, len(found), lambda row: f"labels[row {row}]")

@@ -1,4 +1,4 @@
-"""Which class of a model each class of a set is, by its name."""
+"""The class of a model that each class of a data set is, by name."""
 
 import numpy as np
 
@@ -8,15 +8,15 @@ from exactflow.data.datasets import ImageDataset
 
 
 def classes_in(model: GenerativeModel, dataset: ImageDataset) -> np.ndarray:
-    """The number in a conditional model of every class of a set, by its name.
+    """The number in a conditional model of every class of a data set, by name.
 
-    Where one of the two names no classes, numbers are numbers of the model's classes.
+    If either of the two has no class names, numbers are numbers of the model's classes.
 
     Returns:
         int64 (dataset.num_classes,), to be indexed with the set's labels.
 
     Raises:
-        ValueError: the set has no labels, or a class that the model has not.
+        ValueError: the set has no labels, or a class that is missing in the model.
     """
     if dataset.labels is None:
         raise ValueError(

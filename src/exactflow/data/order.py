@@ -12,11 +12,11 @@ from typing import Literal
 
 import numpy as np
 
-# Each use draws from a stream of its own, so that equal seeds do not make equal orders.
+# Each use has its own stream, so that equal seeds do not give equal orders.
 _STREAMS = {"split": 0, "epoch": 1, "flip": 2, "translate": 3, "shard": 4}
-_Stream = Literal["split", "epoch", "flip", "translate", "shard"]
 
-# Shards whose images are mixed with each other: as many as hold so many images, and not fewer.
+# Images of as many shards are mixed with each other as hold MIXED_IMAGES, and of MIXED_SHARDS at
+# least.
 MIXED_IMAGES = 10_000
 MIXED_SHARDS = 4
 
@@ -29,10 +29,10 @@ def permutation(count: int, stream: Literal["split", "epoch", "shard"], *key: in
 def epoch_order(shards: Sequence[int] | None, count: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which the `count` images of a set are shown in an epoch, int64.
 
-    Without shards it is any permutation. Images that come in shards, of so many images each, are
-    shown shard group by shard group: the shards are permuted and taken `mixed_shards` at a time,
-    and the images of a group are permuted. Every image comes once; both permutations are functions
-    of (seed, epoch), so an order needs no state and no buffer to be gone on with.
+    Without shards it is a permutation of all images. Images in shards, of `shards` images each, are
+    shown group by group: the shards are permuted and taken `mixed_shards` at a time, and the images
+    of a group are permuted. Every image comes once; both permutations are functions of
+    (seed, epoch), so training resumes without any saved state or buffer.
     """
     if shards is None:
         return permutation(count, "epoch", seed, epoch)
@@ -45,7 +45,7 @@ def epoch_order(shards: Sequence[int] | None, count: int, seed: int, epoch: int)
 
 
 def mixed_shards(shards: Sequence[int]) -> int:
-    """How many shards are mixed, of some with so many images each."""
+    """Number of shards that are mixed with each other, given the number of images in each."""
     return max(MIXED_SHARDS, -(-MIXED_IMAGES * len(shards) // max(1, sum(shards))))
 
 
@@ -54,12 +54,12 @@ def coin_flips(count: int, *key: int) -> np.ndarray:
     return (_words(count, "flip", *key) >> np.uint64(63)).astype(bool)
 
 
-def uniforms(count: int, stream: Literal["translate"], *key: int) -> np.ndarray:
-    """One float64 in [0, 1) per index; entry i depends on the stream, the key and i alone."""
-    return (_words(count, stream, *key) >> np.uint64(11)) * 2.0**-53
+def uniforms(count: int, *key: int) -> np.ndarray:
+    """One float64 in [0, 1) per index, for shifts; entry i depends on the key and i alone."""
+    return (_words(count, "translate", *key) >> np.uint64(11)) * 2.0**-53
 
 
-def _words(count: int, stream: _Stream, *key: int) -> np.ndarray:
+def _words(count: int, stream: str, *key: int) -> np.ndarray:
     seeds = np.random.SeedSequence([_STREAMS[stream], *key])
     words = np.random.Philox(seeds).random_raw(count)
     return np.asarray(words, dtype=np.uint64)

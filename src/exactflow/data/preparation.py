@@ -1,4 +1,4 @@
-"""Decoding a whole source once into a folder that is read at once from then on."""
+"""Preparing a source: every split is decoded once into a folder, which is then read directly."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from pathlib import Path
 from exactflow.data import store
 from exactflow.data.config import SPLITS, DataConfig, DataError, Split, is_path
 from exactflow.data.datasets import ImageDataset, load, select
-from exactflow.data.known import Claim, known_names, require_known
+from exactflow.data.known import require_known
 from exactflow.data.prepared import (
     PREPARED_FILE,
     UNFINISHED_FILE,
     Identity,
+    PreparedSet,
     identity_of,
     open_prepared,
 )
-from exactflow.data.prepared_writer import LOCK_FILE, held, write_prepared
+from exactflow.data.prepared_writer import LOCK_FILE, locked, write_prepared
 from exactflow.data.records import Source
 from exactflow.data.sources import open_source
 from exactflow.data.splits import split_members
@@ -34,28 +35,28 @@ def prepare(
     workers: int | None = None,
     progress: bool = False,
 ) -> dict[Split, ImageDataset]:
-    """Decode every split of a source into a folder, or go on with what an interrupted call left.
+    """Decode every split of a source into a folder, or continue an interrupted call.
 
     `DataConfig(source=folder)` then reads it without decoding or hashing anything, with the id,
-    version, preprocessing and fingerprint that the source itself gives under the same words:
-    numbers agree, and a run begun on one goes on with the other. The splits are cut here, by the
+    version, preprocessing and fingerprint that the source itself has under the same settings:
+    numbers agree, and a run begun on one continues with the other. The splits are cut here, by the
     fractions, the seed and the limit of `config`, and kept; a set prepared with a limit holds no
     more.
 
     Args:
-        config: the source and what is done to it; flip, translate and padding belong to training.
+        config: the source and what is done to it; flip, translate and padding do not count.
         folder: where to write; new, empty, or left by the same call.
-        id: name of the set in place of the source's own. A name of `known.py`, such as
+        id: name of the set, instead of the source's. A name of `known.py`, such as
             "imagenet64-old", is refused unless shape, levels, number of held-out images and labels
             are those of that set.
         workers: threads that decode; None: one per core, 16 at most.
-        progress: whether to say on stderr how far it is.
+        progress: whether to show progress on stderr.
 
     Returns:
         The splits that have images, as `load` gives them.
 
     Raises:
-        DataError: the source is not readable as asked, the folder holds anything else, another
+        DataError: the source cannot be read as asked, the folder holds anything else, another
             process is writing it, or the name is another set's.
         ImportError: a library of the `data` extra is missing.
     """
@@ -68,9 +69,9 @@ def prepare(
     source = open_source(config)
     selections = _selections(config, source)
     identity = identity_of(config, source, selections["train"], id)
-    _require_name(config, source, selections, identity.id)
+    require_known(identity.id, config, source, selections)
     folder.mkdir(parents=True, exist_ok=True)
-    with held(folder):
+    with locked(folder):
         _require_ours(folder, identity)
         write_prepared(
             folder, identity, selections, title="preparing", workers=workers, quiet=not progress
@@ -80,7 +81,7 @@ def prepare(
 
 
 def _selections(config: DataConfig, source: Source) -> dict[Split, store.Selection]:
-    """Of every split that has images. Raises DataError if that of training has none."""
+    """The images to read of every split that has some. Raises DataError if "train" has none."""
     counts = source.stored
     found: list[Split] = ["train"]
     for split in SPLITS[1:]:
@@ -93,30 +94,11 @@ def _selections(config: DataConfig, source: Source) -> dict[Split, store.Selecti
     return {split: select(config, source, split) for split in found}
 
 
-def _require_name(
-    config: DataConfig, source: Source, selections: dict[Split, store.Selection], id: str
-) -> None:
-    """Refuse a published set's name where the facts do not fit, before anything is decoded."""
-    if id in known_names() and config.on_error == "skip":
-        raise DataError(f"id {id}: expected on_error=raise, since that set is complete, found skip")
-    claim = Claim(
-        shape=selections["train"].shape,
-        levels=selections["train"].levels,
-        stored={split: len(stored.records) for split, stored in source.splits.items()},
-        taken={split: len(selection.indices) for split, selection in selections.items()},
-        labelled=frozenset(s for s, stored in source.splits.items() if stored.labels is not None),
-        resized=config.image_size is not None,
-    )
-    require_known(id, claim)
-
-
 def _require_ours(folder: Path, identity: Identity) -> None:
-    """Raise a DataError unless a folder is empty, or holds this very set or a part of it."""
+    """Raise a DataError unless a folder is empty, or holds this set or a part of it."""
     unfinished = folder / UNFINISHED_FILE
     if (folder / PREPARED_FILE).is_file():
-        prepared = open_prepared(str(folder.resolve()))
-        assert prepared is not None
-        _require_same(prepared.identity, identity, folder)
+        _require_same(PreparedSet.of(folder).identity, identity, folder)
     elif unfinished.is_file():
         _require_same(Identity(**json.loads(unfinished.read_text())), identity, folder)
     else:
@@ -128,7 +110,7 @@ def _require_ours(folder: Path, identity: Identity) -> None:
 def _require_same(found: Identity, wanted: Identity, folder: Path) -> None:
     ours = asdict(wanted)
     for name, value in asdict(found).items():
-        if value == ours[name] or name == "format":  # one that was begun earlier goes on
+        if value == ours[name] or name == "format":  # an older format is continued
             continue
         what = "the files of the source have changed" if name == "stamp" else f"{name} {value!r}"
         expected = "the same files" if name == "stamp" else repr(ours[name])

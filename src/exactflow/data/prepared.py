@@ -1,19 +1,18 @@
-"""Reading a prepared set: pixels decoded before, mapped, with their identity.
+"""Prepared sets: folders of decoded pixels with their identity, and how they are read.
 
 `prepare` writes such a folder for a whole source. `load` keeps one in the cache folder for each
 split that is too large for memory.
 
 A prepared set is a folder:
 
-    prepared.json   identity, words, and what every split holds; written last
+    prepared.json   identity, settings, and what every split holds; written last
     SPLIT.bin       pixels, uint8 (n, C, H, W), one image after the other
     SPLIT.hashes    a hash of each image, with which it is compared when it is first read
     SPLIT.labels    int64, little-endian; missing where the split is unlabelled
 
 Beside them stays preparing.lock, which is empty. Sets of format 1 have no hashes, neither of images
-nor of labels nor of prepared.json.
-
-While it is written there is preparing.json in place of prepared.json, and a journal per split.
+nor of labels nor of prepared.json. An unfinished set has preparing.json in place of prepared.json,
+and a journal per split, SPLIT.journal.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ _REMEDY = "prepare the source again into another folder"
 
 log = logging.getLogger(__name__)
 
-# The words of `DataConfig` that decide which pixels are stored, and in which split.
+# The fields of `DataConfig` that decide which pixels are stored, and in which split.
 WORDS = (
     "image_size",
     "channels",
@@ -60,22 +59,22 @@ WORDS = (
 @final
 @dataclass(frozen=True)
 class Identity:
-    """What a prepared set was made of; a preparation goes on only with an equal one.
+    """The source and settings of a prepared set; a preparation continues only an equal one.
 
     Attributes:
         format: version of the layout of the folder.
         id: name of the set.
-        version: of the stored data.
-        stamp: of the files on this disk.
-        source: as it was given.
+        version: as of `Source`, like `stamp`.
+        stamp: see there.
+        source: `DataConfig.source`.
         words: the values of `WORDS`.
         on_error: whether unreadable images were skipped.
-        preprocessing: for people.
-        preprocessing_hash: for machines.
+        preprocessing: as of `ImageDataset`, like its hash.
+        preprocessing_hash: see there.
         levels: number of values a pixel can take.
         shape: (C, H, W).
-        class_names: of the labels 0, 1, ...
-        stored: number of images in each stored split of the source, by shard if these stay whole.
+        class_names: names of the labels 0, 1, ...
+        stored: size of each stored split, as of `Source`.
         decoder: version of Pillow.
     """
 
@@ -98,7 +97,7 @@ class Identity:
 def identity_of(
     config: DataConfig, source: Source, selection: store.Selection, id: str | None = None
 ) -> Identity:
-    """What is decoded of a source under a config; `id` in place of the source's own name."""
+    """The identity of a source decoded under a config; `id` replaces the source's name."""
     return Identity(
         format=FORMAT,
         id=id or source.id,
@@ -120,14 +119,14 @@ def identity_of(
 @final
 @dataclass(frozen=True)
 class SplitFacts:
-    """What a split holds.
+    """The record of one split in prepared.json.
 
     Attributes:
         count: number of images.
         labelled: whether it has labels.
         fingerprint: as of `ImageDataset`.
-        skipped: the images left out: positions in the split, and names.
-        labels_sha256: of the file of labels, in hex; None where there is none, or in format 1.
+        skipped: positions in the split, and names, of skipped images.
+        labels_sha256: hash of the file of labels, in hex; None without labels, or in format 1.
     """
 
     count: int
@@ -146,7 +145,32 @@ class PreparedSet:
     identity: Identity
     splits: dict[Split, SplitFacts]
 
-    def write(self) -> bytes:
+    @classmethod
+    def of(cls, folder: Path) -> PreparedSet:
+        """The set in a folder with a prepared.json; a DataError if it is damaged or newer."""
+        file = folder / PREPARED_FILE
+        try:
+            content = json.loads(file.read_text())
+            intact = is_intact(content)
+            content.pop("sha256", None)
+            found = content.pop("format")
+            if found not in (UNHASHED, FORMAT):
+                raise DataError(f"{file}: expected format {UNHASHED} or {FORMAT}, found {found}")
+            if found != UNHASHED and not intact:
+                raise DataError(
+                    f"{file}: expected what `prepare` writes, found it damaged or changed"
+                )
+            splits = {
+                name: SplitFacts(**{**facts, "skipped": [tuple(pair) for pair in facts["skipped"]]})
+                for name, facts in content.pop("splits").items()
+            }
+            return cls(folder, Identity(format=found, **content), splits)
+        except DataError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            raise DataError(f"{file}: expected what `prepare` writes, found: {error!r}") from error
+
+    def to_json(self) -> bytes:
         """The content of prepared.json."""
         splits = {name: asdict(facts) for name, facts in self.splits.items()}
         text = json.dumps(sealed({**asdict(self.identity), "splits": splits}), indent=1)
@@ -157,20 +181,20 @@ class PreparedSet:
 
         Args:
             split: which.
-            remedy: what to do about an image that is not what it was.
+            remedy: what the errors advise.
 
         Raises:
-            DataError: a file has not the size that was recorded, or labels are others.
+            DataError: a file has not the recorded size, or other labels than were written.
         """
         facts = self.splits[split]
         channels, height, width = self.identity.shape
         hashed = self.identity.format != UNHASHED
-        pixels, hashes = pixel_file(self.folder, split), hash_file(self.folder, split)
+        pixels, hashes = (split_file(self.folder, split, kind) for kind in ("bin", "hashes"))
         sizes = {pixels: facts.count * channels * height * width}
         if hashed:
             sizes[hashes] = facts.count * HASH_BYTES
         if facts.labelled:
-            sizes[label_file(self.folder, split)] = 8 * facts.count
+            sizes[split_file(self.folder, split, "labels")] = 8 * facts.count
         for file, expected in sizes.items():
             found = file.stat().st_size if file.is_file() else None
             if found != expected:
@@ -178,10 +202,11 @@ class PreparedSet:
         shape = facts.count, channels, height, width
         images = CheckedImages(pixels, shape, hashes if hashed else None, remedy)
         labels = self._labels(split, remedy) if facts.labelled else None
-        return store.Decoded(images, labels, tuple(n for _, n in facts.skipped), facts.fingerprint)
+        return store.Decoded(images, labels, facts.fingerprint, tuple(n for _, n in facts.skipped))
 
     def _labels(self, split: Split, remedy: str) -> np.ndarray:
-        file, expected = label_file(self.folder, split), self.splits[split].labels_sha256
+        file = split_file(self.folder, split, "labels")
+        expected = self.splits[split].labels_sha256
         content = file.read_bytes()
         if expected is not None and hashlib.sha256(content).hexdigest() != expected:
             raise DataError(
@@ -190,23 +215,13 @@ class PreparedSet:
         return np.frombuffer(content, dtype="<i8").astype(np.int64)
 
 
-def pixel_file(folder: Path, split: Split) -> Path:
-    """Where the pixels of a split are."""
-    return folder / f"{split}.bin"
-
-
-def label_file(folder: Path, split: Split) -> Path:
-    """Where its labels are."""
-    return folder / f"{split}.labels"
-
-
-def hash_file(folder: Path, split: Split) -> Path:
-    """Where the hashes of its images are, unless it is of format 1."""
-    return folder / f"{split}.hashes"
+def split_file(folder: Path, split: Split, kind: str) -> Path:
+    """Where the "bin", "hashes", "labels" or "journal" of a split is."""
+    return folder / f"{split}.{kind}"
 
 
 def open_prepared(source: str) -> PreparedSet | None:
-    """The prepared set that a source names; None where it names anything else.
+    """The prepared set that a source names; None for any other source.
 
     Raises:
         DataError: it is unfinished, damaged, or of a newer format.
@@ -214,40 +229,22 @@ def open_prepared(source: str) -> PreparedSet | None:
     if not is_path(source):
         return None
     folder = Path(source).expanduser()
-    file = folder / PREPARED_FILE
-    if not file.is_file():
-        if (folder / UNFINISHED_FILE).is_file():
-            raise DataError(
-                f"{folder}: expected a finished set, found one that `prepare` was writing; "
-                f"the same command goes on with it"
-            )
-        return None
-    try:
-        content = json.loads(file.read_text())
-        intact = is_intact(content)
-        content.pop("sha256", None)
-        found = content.pop("format")
-        if found not in (UNHASHED, FORMAT):
-            raise DataError(f"{file}: expected format {UNHASHED} or {FORMAT}, found {found}")
-        if found != UNHASHED and not intact:
-            raise DataError(f"{file}: expected what `prepare` writes, found it damaged or changed")
-        splits = {
-            name: SplitFacts(**{**facts, "skipped": [tuple(pair) for pair in facts["skipped"]]})
-            for name, facts in content.pop("splits").items()
-        }
-        return PreparedSet(folder, Identity(format=found, **content), splits)
-    except DataError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise DataError(f"{file}: expected what `prepare` writes, found: {error!r}") from error
+    if (folder / PREPARED_FILE).is_file():
+        return PreparedSet.of(folder)
+    if (folder / UNFINISHED_FILE).is_file():
+        raise DataError(
+            f"{folder}: expected a finished set, found one that `prepare` was writing; "
+            f"the same command goes on with it"
+        )
+    return None
 
 
 def read_prepared(prepared: PreparedSet, config: DataConfig, split: Split) -> store.Decoded:
     """One split, or the part of it that a smaller `limit` takes; both are mapped.
 
     Raises:
-        DataError: a word differs from what the set was prepared with, the set has no such split,
-            or a file has not the size that was recorded.
+        DataError: a setting differs from what the set was prepared with, the set has no such
+            split, or a file has not the recorded size.
     """
     _require_same_words(prepared, config)
     identity = prepared.identity
@@ -256,7 +253,7 @@ def read_prepared(prepared: PreparedSet, config: DataConfig, split: Split) -> st
     limit = min(config.limit or len(members), len(members))
     _, wanted = split_members(replace(made, limit=limit), split, identity.stored)
     if identity.format == UNHASHED:
-        _tell_unhashed(prepared.folder)
+        _warn_unhashed(prepared.folder)
     whole = prepared.read(split)
     if len(wanted) == len(members):
         return whole
@@ -268,11 +265,11 @@ def read_prepared(prepared: PreparedSet, config: DataConfig, split: Split) -> st
     images = whole.images.part(rows)
     labels = None if whole.labels is None else whole.labels[rows]
     names = tuple(skipped[index] for index in wanted.tolist() if index in skipped)
-    return store.Decoded(images, labels, names, store.fingerprint(images, labels, identity.levels))
+    return store.Decoded(images, labels, store.fingerprint(images, labels, identity.levels), names)
 
 
 @cache
-def _tell_unhashed(folder: Path) -> None:
+def _warn_unhashed(folder: Path) -> None:
     log.warning(
         "%s: prepared by an earlier version, without hashes: damage to its images would not be "
         "noticed; `exactflow prepare %s --verify` compares all of them with their fingerprint",
@@ -285,8 +282,8 @@ def verify(folder: Path) -> PreparedSet:
     """Read all of a prepared set, and compare it with its hashes and its fingerprints.
 
     Raises:
-        DataError: there is no such set, or it is not what was prepared; the message names the file
-            and, but for sets of format 1, the image.
+        DataError: there is no such set, or it has changed; the message names the file and, except
+            in format 1, the image.
     """
     prepared = open_prepared(str(folder.expanduser().resolve()))
     if prepared is None:
@@ -296,14 +293,17 @@ def verify(folder: Path) -> PreparedSet:
         found = store.fingerprint(read.images, read.labels, prepared.identity.levels)
         if found != facts.fingerprint:
             raise DataError(
-                f"{pixel_file(prepared.folder, split)}: expected the fingerprint "
+                f"{split_file(prepared.folder, split, 'bin')}: expected the fingerprint "
                 f"{facts.fingerprint}, which was written down, found {found}: {_REMEDY}"
             )
     return prepared
 
 
 def _require_same_words(prepared: PreparedSet, config: DataConfig) -> None:
-    """A word at its default means: as prepared. A limit may be smaller, and a larger one is all."""
+    """Raise a DataError for a setting that is neither at its default nor as it was prepared.
+
+    A limit may be smaller; a larger one means all images.
+    """
     for name, recorded in prepared.identity.words.items():
         given = getattr(config, name)
         if name != "limit" and given not in (recorded, getattr(DataConfig(), name)):

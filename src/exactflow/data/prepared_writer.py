@@ -1,9 +1,9 @@
-"""Writing a prepared set: pixels are appended block by block, and any interruption is gone on from.
+"""Writing a prepared set: pixels are appended block by block; an interrupted call can be continued.
 
 A journal beside the pixels says which blocks are complete. Both are on disk before the next block
-begins: after a kill or a power cut, the same call cuts off what the journal does not list and goes
-on. The result depends on the source and the words alone, not on interruptions, nor on the number of
-workers.
+begins: after a kill or a power cut, the same call cuts off what the journal does not list and
+continues. The result depends on the source and the settings alone, neither on interruptions nor on
+the number of workers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import PIL
@@ -27,16 +27,14 @@ from exactflow.core.serialization import write_atomically
 from exactflow.data import store
 from exactflow.data.checked import hashes_of
 from exactflow.data.config import SPLITS, DataError, Split, cache_folder
+from exactflow.data.journal import read_journal
 from exactflow.data.prepared import (
     PREPARED_FILE,
     UNFINISHED_FILE,
     Identity,
     PreparedSet,
     SplitFacts,
-    hash_file,
-    label_file,
-    open_prepared,
-    pixel_file,
+    split_file,
 )
 
 log = logging.getLogger(__name__)
@@ -47,7 +45,7 @@ LOCK_FILE = "preparing.lock"
 @final
 @dataclass(frozen=True)
 class _Done:
-    """What is safely on disk of a split: images consumed, images written, positions skipped."""
+    """What is on disk of a split: number of images read and written, positions skipped."""
 
     read: int
     written: int
@@ -64,13 +62,13 @@ def write_prepared(
     after: float = 0.0,
     quiet: bool = False,
 ) -> None:
-    """Decode what a folder lacks of a set; nothing where the set is finished.
+    """Decode what is missing of a set in a folder; nothing if the set is finished.
 
     Args:
-        folder: `held` by the caller; what it holds is this very set, or a part of it.
+        folder: `locked` by the caller; it holds nothing but this set, or a part of it.
         identity: of the set.
         selections: its splits.
-        title: of the progress shown; the next two are those of `shown_progress`, too.
+        title: title of the progress; as of `shown_progress`, like `after` and `quiet`.
         workers: threads that decode; None: one per core, 16 at most.
         after: seconds before progress is shown.
         quiet: show none.
@@ -89,21 +87,21 @@ def write_prepared(
         facts: dict[Split, SplitFacts] = {
             split: _facts(selections[split], done[split], folder, split) for split in selections
         }
-        write_atomically(folder / PREPARED_FILE, PreparedSet(folder, identity, facts).write())
+        write_atomically(folder / PREPARED_FILE, PreparedSet(folder, identity, facts).to_json())
     for split in SPLITS:
-        _journal_file(folder, split).unlink(missing_ok=True)
+        split_file(folder, split, "journal").unlink(missing_ok=True)
     (folder / UNFINISHED_FILE).unlink(missing_ok=True)
 
 
 @contextmanager
-def held(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a folder against other processes; the lock goes with the process, however it ends.
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Lock a folder against other processes; the lock ends with the process, however it ends.
 
-    Its file stays: another process may have opened it already, and would hold what nobody sees.
-    What a kill left of files that are written under another name first is removed.
+    The lock's file stays: another process may have opened it already, and would lock a removed one.
+    Partial files that a killed process left are removed.
 
     Raises:
-        DataError: another process is writing it, and that one is not to be waited for.
+        DataError: another process is writing the folder, unless `wait` says to wait for it.
     """
     try:
         with FileLock(folder / LOCK_FILE, blocking=wait):
@@ -117,16 +115,14 @@ def held(folder: Path, *, wait: bool = False) -> Iterator[None]:
 def cached(
     selection: store.Selection, identity: Identity, split: Split, cache_dir: str | None
 ) -> store.Decoded:
-    """A split from a prepared set in the cache folder, decoded to it before unless it is there.
+    """A split from a prepared set in the cache folder, which is made if missing or damaged.
 
-    What is damaged is decoded again. A process that wants a split which another one decodes waits.
-
-    Raises:
-        DataError: an image is unreadable or of another shape, and is not to be skipped.
+    A process that wants a split which another one is decoding waits. Errors are those of
+    `write_prepared`.
     """
     folder = cache_folder(cache_dir) / "decoded" / _cache_key(selection, identity.stamp)
     folder.mkdir(parents=True, exist_ok=True)
-    with held(folder, wait=True):
+    with locked(folder, wait=True):
         if (folder / PREPARED_FILE).is_file():
             try:
                 return _read(folder, split)
@@ -144,16 +140,15 @@ def cached(
                 title="decoding images",
                 after=store.PROGRESS_AFTER_SECONDS,
             )
-        except DataError:  # whoever mends the source makes another one of it
+        except DataError:  # a mended source has another key
             _clear(folder)
             raise
         return _read(folder, split)
 
 
 def _read(folder: Path, split: Split) -> store.Decoded:
-    prepared = open_prepared(str(folder.resolve()))
-    assert prepared is not None
-    return prepared.read(split, f"remove {folder}, and its images are decoded again")
+    remedy = f"remove {folder}, and its images are decoded again"
+    return PreparedSet.of(folder.resolve()).read(split, remedy)
 
 
 def _clear(folder: Path) -> None:
@@ -163,7 +158,7 @@ def _clear(folder: Path) -> None:
 
 
 def _cache_key(selection: store.Selection, stamp: str) -> str:
-    """Names the prepared set: equal for equal pixels, labels and rules only."""
+    """Name of the prepared set: equal for equal pixels, labels and settings only."""
     digest = hashlib.sha256(selection.indices.tobytes())
     if selection.split.labels is not None:
         digest.update(selection.split.labels[selection.indices].tobytes())
@@ -174,34 +169,23 @@ def _cache_key(selection: store.Selection, stamp: str) -> str:
 
 
 def _resume(selection: store.Selection, folder: Path, split: Split) -> _Done:
-    """What the journal lists; whatever lies behind it in the files is cut off."""
-    pixels, journal = pixel_file(folder, split), _journal_file(folder, split)
-    for file in (pixels, journal):
-        file.touch()
+    """What the journal lists; pixels beyond it are cut off."""
+    pixels = split_file(folder, split, "bin")
+    pixels.touch()
     image_bytes = int(np.prod(selection.shape))
-    held = pixels.stat().st_size // image_bytes
-    done, length = _Done(0, 0, ()), 0
-    for line in journal.read_bytes().splitlines(keepends=True):
-        entry = _entry(line)
-        if entry is None or done.written + entry.written > held:
-            break
-        skipped = (*done.skipped, *entry.skipped)
-        done = _Done(done.read + entry.read, done.written + entry.written, skipped)
-        length += len(line)
-    os.truncate(journal, length)
+    present = pixels.stat().st_size // image_bytes
+    done = _Done(0, 0, ())
+
+    def add(entry: Any) -> None:
+        nonlocal done
+        written = done.written + entry["written"]
+        if written > present:
+            raise ValueError("the pixels are not on disk")
+        done = _Done(done.read + entry["read"], written, (*done.skipped, *entry["skipped"]))
+
+    read_journal(split_file(folder, split, "journal"), add)
     os.truncate(pixels, done.written * image_bytes)
     return done
-
-
-def _entry(line: bytes) -> _Done | None:
-    """A line of a journal; None if it was not written to its end."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        content = json.loads(line)
-        return _Done(content["read"], content["written"], tuple(content["skipped"]))
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def _append(
@@ -213,11 +197,10 @@ def _append(
     advance: Callable[[int], None],
 ) -> _Done:
     """Decode what is missing; each block's pixels are on disk before its line of the journal."""
-    pixels, journal = pixel_file(folder, split), _journal_file(folder, split)
+    pixels, journal = split_file(folder, split, "bin"), split_file(folder, split, "journal")
     read, written, skipped = done.read, done.written, list(done.skipped)
-    several: list[str] = []
     with pixels.open("ab") as images, journal.open("ab") as lines:
-        for block, bad in store.decode_blocks(selection, several, start=read, workers=workers):
+        for block, bad in store.decode_blocks(selection, start=read, workers=workers):
             entry = _Done(len(block) + len(bad), len(block), tuple(bad))
             for stream, content in ((images, block.data), (lines, _text(entry).encode() + b"\n")):
                 stream.write(content)
@@ -225,20 +208,19 @@ def _append(
                 os.fsync(stream.fileno())
             read, written, skipped = read + entry.read, written + entry.written, [*skipped, *bad]
             advance(entry.read)
-    store.tell_animations(several)
     store.require_some(written, read)
     return _Done(read, written, tuple(skipped))
 
 
 def _facts(selection: store.Selection, done: _Done, folder: Path, split: Split) -> SplitFacts:
-    """What is recorded of a split whose pixels are all there; its labels are written here."""
+    """What is recorded of a split whose pixels are complete; writes its labels and hashes."""
     labels, names = store.without_skipped(selection, list(done.skipped))
     stored = None if labels is None else labels.astype("<i8").tobytes()
     if stored is not None:
-        write_atomically(label_file(folder, split), stored)
+        write_atomically(split_file(folder, split, "labels"), stored)
     shape = (done.written, *selection.shape)
-    images = np.memmap(pixel_file(folder, split), np.uint8, "r", shape=shape)
-    write_atomically(hash_file(folder, split), hashes_of(images).tobytes())
+    images = np.memmap(split_file(folder, split, "bin"), np.uint8, "r", shape=shape)
+    write_atomically(split_file(folder, split, "hashes"), hashes_of(images).tobytes())
     return SplitFacts(
         count=done.written,
         labelled=labels is not None,
@@ -246,10 +228,6 @@ def _facts(selection: store.Selection, done: _Done, folder: Path, split: Split) 
         skipped=list(zip(done.skipped, names, strict=True)),
         labels_sha256=None if stored is None else hashlib.sha256(stored).hexdigest(),
     )
-
-
-def _journal_file(folder: Path, split: Split) -> Path:
-    return folder / f"{split}.journal"
 
 
 def _text(value: Identity | _Done) -> str:

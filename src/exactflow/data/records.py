@@ -21,7 +21,7 @@ from exactflow.data.splits import Stored, by_split, is_only_a_split
 
 log = logging.getLogger(__name__)
 
-MANY_CLASSES = 2**16  # more are believed where there are as many images
+MANY_CLASSES = 2**16  # a larger label is accepted only in a set of more images
 
 
 class Records(ABC):
@@ -33,7 +33,7 @@ class Records(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call an image in an error: its file, and its row where a file holds many."""
+        """Name of an image, for errors: its file, and its row in a file of many images."""
 
     @abstractmethod
     def read(self, indices: np.ndarray) -> Iterator[Payload]:
@@ -63,7 +63,7 @@ class FileRecords(Records):
 
 @dataclass(frozen=True)
 class RowRecords(Records):
-    """Images that are the rows of some files, one after the other.
+    """Images in the rows of some files, one file after the other.
 
     Attributes:
         files: the files.
@@ -104,8 +104,8 @@ class StoredSplit:
     Attributes:
         records: its images.
         labels: int64 (len(records),), indices into the source's class names; or None.
-        shards: numbers of images of the shards that it is streamed from, which stay whole where it
-            is cut; None where any image can be had at any time.
+        shards: number of images in each shard that it is streamed from, which are not divided
+            between splits; None where every image can be read at any time.
     """
 
     records: Records
@@ -120,8 +120,8 @@ class Source:
 
     Attributes:
         id: its name in tables.
-        version: changes when the stored data do, the same for every copy of them.
-        stamp: changes when the files on this disk do (names, sizes, times); keys the cache.
+        version: changes with the stored data; equal for every copy of them.
+        stamp: changes with the files on this disk (names, sizes, times); part of the cache's key.
         class_names: names of the labels 0, 1, ...; empty if unlabelled.
         splits: the stored splits; "train" is always there.
         levels: number of values a pixel can take before `bits` is applied.
@@ -136,33 +136,15 @@ class Source:
 
     @property
     def stored(self) -> dict[Split, Stored]:
-        """What there is of each split, for `split_members`; JSON gives it back as it is."""
+        """Size of each split, for `split_members`; JSON keeps it unchanged."""
         return {
             name: len(split.records) if split.shards is None else list(split.shards)
             for name, split in self.splits.items()
         }
 
 
-def integer_labels(
-    values: np.ndarray, where: str, name_of: Callable[[int], str] | None = None
-) -> np.ndarray | None:
-    """Stored integer labels of a split as int64; None where they are withheld.
-
-    Args:
-        values: of any integer type, or Python's integers.
-        where: for errors and warnings.
-        name_of: what to call a row in an error.
-
-    Raises:
-        DataError: a label is negative, or far beyond the number of images.
-    """
-    if withheld([values], where):
-        return None
-    return bounded_labels(values, len(values), name_of or (lambda row: f"{where}[row {row}]"))
-
-
 def withheld(parts: Sequence[np.ndarray], where: str) -> bool:
-    """Whether all labels of a split are -1, the hub's way to withhold them; says so if they are."""
+    """Whether all labels of a split are -1, as the hub marks withheld ones; if so, logs it."""
     found = any(map(len, parts)) and all(bool((values == -1).all()) for values in parts)
     if found:
         log.warning("%s: every label is -1; the split is taken as unlabelled", where)
@@ -190,32 +172,15 @@ def bounded_labels(values: np.ndarray, images: int, name_of: Callable[[int], str
     return values.astype(np.int64)
 
 
-def numbered_class_names(splits: Sequence[StoredSplit]) -> tuple[str, ...]:
-    """Class names "0", "1", ... up to the largest label of all splits; empty if unlabelled."""
-    return numbered_up_to([split.labels for split in splits if split.labels is not None])
-
-
 def numbered_up_to(labels: Sequence[np.ndarray]) -> tuple[str, ...]:
-    """Class names "0", "1", ... up to the largest of these labels."""
+    """Class names "0", "1", ... up to the largest of these labels; empty if there are none."""
     return numbered(max((int(values.max(initial=-1)) + 1 for values in labels), default=0))
-
-
-def check_labels(labels: np.ndarray | None, class_names: tuple[str, ...], where: str) -> None:
-    """Raise a DataError for a label without a class name."""
-    if labels is not None and len(labels) and labels.max() >= len(class_names):
-        raise DataError(
-            f"{where}: expected labels 0 .. {len(class_names) - 1}, found {labels.max()}"
-        )
 
 
 def relabel(
     split: StoredSplit, found: tuple[str, ...], expected: tuple[str, ...], where: str
 ) -> StoredSplit:
-    """The split with labels that index `expected` in place of `found`.
-
-    Raises:
-        DataError: it has a class that the training split has not.
-    """
+    """The split with labels that index `expected` in place of `found`; see `translated`."""
     if split.labels is None:
         return split
     return replace(split, labels=translated(split.labels, found, expected, where))
@@ -227,9 +192,10 @@ def translated(
     """Labels that index `expected` in place of `found`, by the names in both.
 
     Raises:
-        DataError: a label has no name, or that of a class that the training split has not.
+        DataError: a label has no name, or a class that is missing in the training split.
     """
-    check_labels(labels, found, where)
+    if len(labels) and labels.max() >= len(found):
+        raise DataError(f"{where}: expected labels 0 .. {len(found) - 1}, found {labels.max()}")
     if found == expected:
         return labels
     index_of = {name: index for index, name in enumerate(expected)}
@@ -248,15 +214,15 @@ def version_and_stamp(files: Sequence[Path], root: Path) -> tuple[str, str]:
     """Identity of a list of files, without reading them.
 
     Returns:
-        The version, from relative names and sizes, the same for every copy; and the stamp, from
-        full names, sizes and modification times.
+        The version, from relative names and sizes, equal for every copy; and the stamp, from full
+        names, sizes and modification times.
     """
     version, stamp = hashlib.sha256(), hashlib.sha256(os.fsencode(root.resolve()))
     for file in files:
         try:
             status = file.stat()
             size, changed = status.st_size, status.st_mtime_ns
-        except OSError:  # a link that leads nowhere; whoever reads it raises or skips
+        except OSError:  # a link that leads nowhere, which raises or is skipped when it is read
             size = changed = -1
         line = os.fsencode(file.relative_to(root).as_posix()) + f"\0{size}\n".encode()
         version.update(line)
@@ -265,10 +231,9 @@ def version_and_stamp(files: Sequence[Path], root: Path) -> tuple[str, str]:
 
 
 def files_by_split(path: Path, suffix: str) -> dict[Split, list[Path]]:
-    """The file itself as the training split, or the files of a folder, by the split they name.
+    """The files of a folder by the split that they name; a single file is the training split.
 
-    Raises:
-        DataError: some files name a split and others do not, or none is of the training split.
+    Raises a DataError if only some files name a split, or none the training split.
     """
     if path.is_file():
         return {"train": [path]}
@@ -276,8 +241,19 @@ def files_by_split(path: Path, suffix: str) -> dict[Split, list[Path]]:
     return by_split({file: file.stem for file in files}, str(path), "files")
 
 
+def local_source(
+    path: Path,
+    files: Sequence[Path],
+    class_names: tuple[str, ...],
+    splits: dict[Split, StoredSplit],
+) -> Source:
+    """A source made of files in the folder `path`, or of that single file."""
+    version, stamp = version_and_stamp(files, path if path.is_dir() else path.parent)
+    return Source(local_id(path), version, stamp, class_names, splits)
+
+
 def local_id(path: Path) -> str:
-    """Name of a local source: the file's or folder's own, or its parent's if it is just a split."""
+    """Name of a local source: of its file or folder, or of the parent if that names a split."""
     path = path.resolve()
     stem = path.stem if path.is_file() else path.name
     return printable(path.parent.name if is_only_a_split(stem) else stem)

@@ -1,4 +1,4 @@
-"""Which source a name means, and the two that need no file format of their own."""
+"""Opening the source that a name means."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from exactflow.data.config import MEMORY, DataConfig, DataError, is_remote
 from exactflow.data.decode import Payload
-from exactflow.data.files import visible
+from exactflow.data.files import folder_identity, visible
 from exactflow.data.formats.batch_files import has_batch_files, is_batch_file, open_batch_files
 from exactflow.data.formats.folders import IMAGE_SUFFIXES, open_folder
 from exactflow.data.formats.hub import open_hub
@@ -29,11 +29,11 @@ _DEBIAN_DATASETS = Path("/usr/share/datasets")
 
 
 def open_source(config: DataConfig) -> Source:
-    """Open what `config.source` and `config.validation` name; nothing is decoded.
+    """Open the sources that `config` names; nothing is decoded.
 
     Raises:
-        DataError: it does not exist, is not what its format says, or the validation set lies
-            inside the training set, or the other way round.
+        DataError: a source is missing or broken, or the validation set lies inside the training
+            set, or the other way round.
         ImportError: a library of the `data` extra is missing.
     """
     path: Path | None = None
@@ -68,7 +68,7 @@ def open_source(config: DataConfig) -> Source:
 
 
 def open_digits() -> Source:
-    """The 1,797 handwritten digits that scikit-learn carries: 8x8, values 0 .. 16, ten classes."""
+    """The 1,797 handwritten digits in scikit-learn: 8x8, values 0 .. 16, ten classes."""
     from sklearn.datasets import load_digits  # slow to import, and only needed here
 
     images, labels = load_digits(return_X_y=True)
@@ -87,7 +87,7 @@ def open_digits() -> Source:
 @final
 @dataclass(frozen=True, eq=False)
 class ArrayRecords(Records):
-    """Images that lie decoded in memory, uint8 (n, H, W) or (n, H, W, 3)."""
+    """Decoded images in memory, uint8 (n, H, W) or (n, H, W, 3)."""
 
     images: np.ndarray
     source: str
@@ -103,7 +103,7 @@ class ArrayRecords(Records):
 
 
 def _open_path(path: Path, config: DataConfig) -> Source:
-    """Open a parquet or a tar file, or a folder by what lies in it."""
+    """Open a parquet or a tar file, or a folder by the files in it."""
     if path.suffix.lower() == ".parquet" and path.is_file():
         return open_parquet(path)
     if path.suffix.lower() == ".tar" and path.is_file():
@@ -134,7 +134,7 @@ def _open_path(path: Path, config: DataConfig) -> Source:
 
 
 def _refuse_held_out(path: Path) -> None:
-    """Refuse a folder of which every file says that it is for validation, or for testing."""
+    """Refuse a folder whose files all have names of validation or test splits."""
     for suffix in (".parquet", ".tar"):
         names = [file.stem for file in visible(path, f"*{suffix}")]
         found = set(named_splits(names, str(path)).values())
@@ -174,27 +174,11 @@ def _require_apart(training: Path, validation: Path) -> None:
         )
 
 
-def _require_other_folders(source: Source, other: Source) -> None:
-    """Refuse a validation folder that a link inside the training folder leads to."""
-    trained_on = {_identity(folder): folder for folder in _folders_of(source)}
-    for folder in _folders_of(other):
-        if _identity(folder) in trained_on:
-            raise DataError(
-                f"validation: expected images outside of the training data, found {folder}, which "
-                f"is also {trained_on[_identity(folder)]}"
-            )
-
-
-def _folders_of(source: Source) -> list[Path]:
-    """The folders that hold image files of their own."""
+def _image_folders(source: Source) -> dict[tuple[int, int], Path]:
+    """The folders that hold image files, by device and number on it."""
     parts = [part.records for part in source.splits.values()]
     files = [file for part in parts if isinstance(part, FileRecords) for file in part.files]
-    return list(dict.fromkeys(file.parent for file in files))
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino
+    return {folder_identity(folder): folder for folder in {file.parent: None for file in files}}
 
 
 def _with_validation(source: Source, other: Source, path: str) -> Source:
@@ -208,7 +192,13 @@ def _with_validation(source: Source, other: Source, path: str) -> Source:
             f"validation: expected one set of images with {source.levels} levels, found {path} "
             f"with {other.levels} levels and the splits {', '.join(other.splits)}"
         )
-    _require_other_folders(source, other)
+    trained_on = _image_folders(source)
+    for identity, folder in _image_folders(other).items():  # a link may lead to the same folder
+        if identity in trained_on:
+            raise DataError(
+                f"validation: expected images outside of the training data, found {folder}, which "
+                f"is also {trained_on[identity]}"
+            )
     split = relabel(other.splits["train"], other.class_names, source.class_names, path)
     return replace(
         source,

@@ -1,8 +1,8 @@
 """Which stored images make up a split, and which split a name says.
 
-One rule for folders, files, shards and splits of the hub: a name says a split if it holds one of
-the words below, between characters that are no letters or where small letters turn into a capital.
-`photos-train-0000`, `val_2`, `TestImages` and `testing` do; `latest` and `trainer` do not.
+The rule for folders, files, shards and splits of the hub: a name says a split if it contains one of
+the words below, delimited by characters other than letters or by a change from small letters to a
+capital. `photos-train-0000`, `val_2`, `TestImages` and `testing` do; `latest` and `trainer` do not.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 from exactflow.data.config import DataConfig, DataError, Split
 from exactflow.data.order import permutation
 
-# What a source stores of a split: so many images, or shards of so many images that stay whole.
+# Size of a stored split: its number of images, or that of each shard, which is never divided.
 Stored = int | Sequence[int]
 
 _Item = TypeVar("_Item")
 
-# Those of the `datasets` library, which reads eval as test, and what else people call them; the
-# first that a hub's set has is taken.
+# The words of the `datasets` library, which reads eval as test, and other common ones; of several
+# in a set of the hub, the first here is taken.
 SPLIT_WORDS: Mapping[str, Split] = {
     **dict.fromkeys(("train", "training", "trainset", "trainval"), "train"),
     **dict.fromkeys(
@@ -33,23 +33,19 @@ SPLIT_WORDS: Mapping[str, Split] = {
 }
 _BETWEEN_WORDS = re.compile(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])")
 
-# What makes a name one that says nothing but the split. Names of sets depend on it, and those are
-# kept in runs and cards: it stays as it was.
+# Words of names that say nothing but a split. The names of sets in saved runs and cards depend on
+# them, so this list does not change.
 _ONLY_A_SPLIT = ("train", "validation", "valid", "val", "test")
 
 
 def says_a_split(name: str) -> bool:
     """Whether a name says one split, or several."""
-    return bool(_said(name))
+    return bool(_split_words(name))
 
 
 def named_split(name: str) -> Split | None:
-    """The split that a name says.
-
-    Raises:
-        DataError: it says two.
-    """
-    found = _said(name)
+    """The split that a name says, if any. Raises a DataError if it says two."""
+    found = _split_words(name)
     if len(found) > 1:
         raise DataError(
             f"{name}: expected a name that says one split at most, found {' and '.join(found)}"
@@ -58,18 +54,18 @@ def named_split(name: str) -> Split | None:
 
 
 def named_splits(names: Iterable[str], where: str) -> dict[str, Split | None]:
-    """The split that each of some names says, which lie together.
+    """The split that each of the names in one place says, if any.
 
     Raises:
         DataError: a name says two, or the names have two words for one split, such as val and
-            valid: are they one split or two?
+            valid, which may be one split or two.
     """
     words: dict[Split, str] = {}
     named: dict[str, Split | None] = {}
     for name in names:
         split = named[name] = named_split(name)
         if split is not None:
-            (word,) = _said(name)
+            (word,) = _split_words(name)
             if words.setdefault(split, word) != word:
                 raise DataError(
                     f"{where}: expected one word for the {split} split, found {words[split]} and "
@@ -84,12 +80,12 @@ def by_split(names: Mapping[_Item, str], where: str, kind: str) -> dict[Split, l
     Where no name says a split, or all say the same, all together are the training split.
 
     Args:
-        names: of the items, in their order.
-        where: they lie, for errors.
-        kind: what they are, for errors.
+        names: names of the items, in their order.
+        where: place of the items, for errors.
+        kind: what the items are, for errors.
 
     Raises:
-        DataError: some say a split and others do not, or none is of the training split.
+        DataError: only some say a split, or none is of the training split.
     """
     named = named_splits(names.values(), where)
     if len(set(named.values())) <= 1:
@@ -121,14 +117,14 @@ def is_only_a_split(name: str) -> bool:
 
 
 def refuse_mixed_splits(names: Iterable[str], where: str) -> None:
-    """Raise a DataError if every one of some images says a split, and not all the same.
+    """Raise a DataError if the names of all images say a split, and not all the same one.
 
-    A single `test.png` may be a picture of a test; where all images have such names, training on
-    those of the test split is what nobody wants.
+    A single `test.png` may be an image of a test; where all images have such names, those of the
+    test split would be trained on.
     """
     found: dict[Split, str] = {}
     for name in names:
-        words = [word for part in PurePath(name).parts for word in _said(part)]
+        words = [word for part in PurePath(name).parts for word in _split_words(part)]
         if not words:
             return
         for word in words:
@@ -140,12 +136,13 @@ def refuse_mixed_splits(names: Iterable[str], where: str) -> None:
         )
 
 
-def _said(name: str) -> list[str]:
+def _split_words(name: str) -> list[str]:
     """The words for splits in a name; the first word for each split."""
-    words = dict.fromkeys(word.lower() for word in _BETWEEN_WORDS.split(name))
-    return list(
-        {SPLIT_WORDS[word]: word for word in reversed(words) if word in SPLIT_WORDS}.values()
-    )[::-1]
+    found: dict[Split, str] = {}
+    for word in _BETWEEN_WORDS.split(name):
+        if word.lower() in SPLIT_WORDS:
+            found.setdefault(SPLIT_WORDS[word.lower()], word.lower())
+    return list(found.values())
 
 
 def split_members(
@@ -153,14 +150,14 @@ def split_members(
 ) -> tuple[Split, np.ndarray]:
     """Which stored images make up a split.
 
-    What the source does not store is cut from its training split, in the split order: test first,
-    then validation, the rest is for training. Where shards stay whole, it is an order of shards,
-    and the fractions are of their number: a small split or limit needs few of them.
+    A split that the source does not store is cut from its training split, in the split order: test
+    first, then validation; the rest is for training. Shards are not divided: the order is one of
+    shards, and the fractions are of their number, so that a small split or limit needs few of them.
 
     Args:
-        config: its fractions, seed and limit are used.
+        config: gives the fractions, the seed and the limit.
         split: the split asked for.
-        counts: what is in each stored split; "train" is always there.
+        counts: size of each stored split; "train" is always there.
 
     Returns:
         The stored split and the indices in it, ascending, int64.

@@ -1,4 +1,4 @@
-"""Decoding the images of a split, in order, by several threads; into memory where they fit."""
+"""Decoding the images of a split, in order, with several threads; into memory if they fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, final
+from typing import Literal, NamedTuple, final
 
 import numpy as np
 
@@ -22,18 +22,13 @@ from exactflow.data.config import DataError
 from exactflow.data.decode import Payload, Preprocessing, decode_image
 from exactflow.data.records import Records, StoredSplit
 
-if TYPE_CHECKING:
-    from exactflow.data.streaming.streamed import StreamedImages
-
-    Images = np.ndarray | CheckedImages | StreamedImages
-
 log = logging.getLogger(__name__)
 
-RAM_LIMIT_BYTES = 2**30  # pixels of a whole source; a larger one is decoded to the cache folder
+RAM_LIMIT_BYTES = 2**30  # pixels of a source; a larger one is decoded to the cache folder
 PROGRESS_AFTER_SECONDS = 2.0
 
 _IMAGES_PER_BLOCK = 512
-_IMAGES_PER_TASK = 32  # enough to hide what a thread's task costs, small enough to share evenly
+_IMAGES_PER_TASK = 32  # enough to hide the cost of a task, few enough to share evenly
 _DECODING_THREADS = min(16, os.cpu_count() or 1)  # Pillow's decoders release the GIL
 
 Shape = tuple[int, int, int]
@@ -46,10 +41,10 @@ class Selection:
 
     Attributes:
         split: where they are stored.
-        indices: which of them, ascending, int64.
-        preprocessing: what is done to each.
+        indices: their positions there, ascending, int64.
+        preprocessing: how each is changed.
         shape: (C, H, W) that each must have afterwards.
-        shape_of: the image that `shape` was taken from, for errors.
+        shape_of: name of the image that `shape` is from, for errors.
         levels: number of values a pixel can take.
         on_error: whether an unreadable image raises or is skipped.
     """
@@ -63,15 +58,13 @@ class Selection:
     on_error: Literal["raise", "skip"]
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Decoded:
-    """Images (n, C, H, W) uint8, labels int64 (n,) or None, and the names of those left out."""
+class Decoded(NamedTuple):
+    """Images (n, C, H, W) uint8, labels int64 (n,) or None, and the names of skipped images."""
 
-    images: Images
+    images: np.ndarray | CheckedImages
     labels: np.ndarray | None
-    skipped: tuple[str, ...]
     fingerprint: str
+    skipped: tuple[str, ...]
 
 
 def first_shape(
@@ -80,7 +73,7 @@ def first_shape(
     """Shape and name of the first (under "skip": first readable) image; all others must match it.
 
     Raises:
-        DataError: it, or under "skip" every image, is unreadable.
+        DataError: that image, or under "skip" every image, is unreadable.
     """
     last: DataError | None = None
     for index, payload in enumerate(records.read(np.arange(len(records)))):
@@ -97,28 +90,22 @@ def first_shape(
 
 
 def fits_memory(images: int, shape: Shape) -> bool:
-    """Whether so many images are decoded into memory, and not into a file."""
+    """Whether this number of images is decoded into memory, and not into a file."""
     return images * math.prod(shape) <= RAM_LIMIT_BYTES
 
 
 def decode_to_memory(selection: Selection) -> Decoded:
-    """Decode into one array, read-only so that it stays what its fingerprint says.
-
-    Raises:
-        DataError: an image is unreadable or of another shape, and is not to be skipped.
-    """
-    several: list[str] = []
+    """Decode into one read-only array; errors are those of `decode_blocks`."""
     total = len(selection.indices)
     with shown_progress(total, "decoding images", after=PROGRESS_AFTER_SECONDS) as advance:
-        images, skipped = decode_array(selection, several, advance=advance)
-    tell_animations(several)
+        images, skipped = decode_array(selection, advance=advance)
     require_some(len(images), total)
     images.setflags(write=False)
     labels, names = without_skipped(selection, skipped)
-    return Decoded(images, labels, names, fingerprint(images, labels, selection.levels))
+    return Decoded(images, labels, fingerprint(images, labels, selection.levels), names)
 
 
-def fingerprint(images: Images, labels: np.ndarray | None, levels: int) -> str:
+def fingerprint(images: np.ndarray | CheckedImages, labels: np.ndarray | None, levels: int) -> str:
     """sha256 (hex) of the shape, the levels, the labels and all pixels, in order."""
     header = {"shape": list(images.shape), "levels": levels, "labelled": labels is not None}
     digest = hashlib.sha256(json.dumps(header).encode())
@@ -131,23 +118,20 @@ def fingerprint(images: Images, labels: np.ndarray | None, levels: int) -> str:
 
 def decode_array(
     selection: Selection,
-    several: list[str],
     *,
     workers: int | None = None,
+    animations: list[str] | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> tuple[np.ndarray, list[int]]:
     """All images of a selection, and the positions that were skipped.
 
-    Args:
-        selection: what to decode.
-        several: as in `decode_blocks`, like `workers` and the errors.
-        workers: threads.
-        advance: called with the number of images of each block.
+    Arguments and errors are those of `decode_blocks`; `advance` is called with the number of images
+    of each block.
     """
     images = np.empty((len(selection.indices), *selection.shape), dtype=np.uint8)
     count = 0
     skipped: list[int] = []
-    for block, bad in decode_blocks(selection, several, workers=workers):
+    for block, bad in decode_blocks(selection, workers=workers, animations=animations):
         images[count : count + len(block)] = block
         count += len(block)
         skipped += bad
@@ -157,18 +141,18 @@ def decode_array(
 
 def decode_blocks(
     selection: Selection,
-    several: list[str],
     *,
     start: int = 0,
     workers: int | None = None,
+    animations: list[str] | None = None,
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
     """Decode from position `start` of the selection on, in order, one block ahead.
 
     Args:
         selection: what to decode.
-        several: names of animations are added to it, for `tell_animations`.
-        start: where to begin.
+        start: first position.
         workers: threads that decode; None: one per core. They change nothing but the time.
+        animations: the names of animations are added to it; None: a warning tells their number.
 
     Returns:
         Blocks of decoded images (k, C, H, W), each with the positions that were skipped in it.
@@ -176,6 +160,7 @@ def decode_blocks(
     Raises:
         DataError: an image is unreadable or of another shape, and is not to be skipped.
     """
+    several: list[str] = [] if animations is None else animations
     total = len(selection.indices)
     payloads = selection.split.records.read(selection.indices[start:])
     ahead: deque[tuple[int, Iterator[list[np.ndarray | DataError]]]] = deque()
@@ -187,10 +172,12 @@ def decode_blocks(
                 yield _gathered(selection, *ahead.popleft())
         for first, parts in ahead:
             yield _gathered(selection, first, parts)
+    if animations is None:
+        warn_of_animations(several)
 
 
-def tell_animations(several: Sequence[str]) -> None:
-    """Log how many images have further frames, which are not read."""
+def warn_of_animations(several: Sequence[str]) -> None:
+    """Log the number of images that have further frames, which are not read."""
     if several:
         log.warning(
             "%d images are animations, of which the first frame is read, %s first",
@@ -212,7 +199,7 @@ def _decode_block(
     block: list[Payload],
     several: list[str],
 ) -> Iterator[list[np.ndarray | DataError]]:
-    """Start to decode the payloads at positions start, start + 1, ...; results come in order."""
+    """Start decoding the payloads at positions start, start + 1, ...; yields results in order."""
 
     def task(offset: int) -> list[np.ndarray | DataError]:
         part = block[offset : offset + _IMAGES_PER_TASK]
@@ -226,7 +213,7 @@ def _decode_block(
 def _gathered(
     selection: Selection, start: int, parts: Iterator[list[np.ndarray | DataError]]
 ) -> tuple[np.ndarray, list[int]]:
-    """The images of a block whose first position is `start`, and the positions skipped in it."""
+    """The images of a block that starts at position `start`, and the positions skipped in it."""
     images: list[np.ndarray] = []
     bad: list[int] = []
     for position, result in enumerate((result for part in parts for result in part), start):
@@ -245,7 +232,7 @@ def _gathered(
 def _try_decode(
     selection: Selection, index: int, payload: Payload, several: list[str]
 ) -> np.ndarray | DataError:
-    """The image, or the error that says why there is none."""
+    """The decoded image, or the error that it raised."""
     name = selection.split.records.name(index)
     try:
         image = decode_image(payload, name, selection.preprocessing, several)

@@ -20,7 +20,7 @@ from exactflow.core.progress import Advance, shown_progress
 from exactflow.core.randomness import derive_seed, generator
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
-from exactflow.data.loader import Batch, training_batches
+from exactflow.data.loader import Batch, Share, training_batches
 from exactflow.parallel import shared_batch as shared
 from exactflow.parallel.process_group import Processes, joined
 from exactflow.training import checkpoint as disk
@@ -210,9 +210,7 @@ class _Run:
             start=start,
             augmentation=self.augmentation,
             num_workers=num_workers,
-            parts=self.config.accumulate,
-            rank=rank,
-            world_size=count,
+            share=Share(rank, count, self.config.accumulate),
         )
 
     def _advance(self, batch: Batch, stop: StopRequest) -> float:

@@ -1,8 +1,7 @@
-"""Pickles of arrays and plain values, from people one need not trust.
+"""Reading pickles of arrays and plain values from untrusted files.
 
-A pickle is a program. Here it may call what builds an array and nothing else, and its operations
-are counted before it is run: each takes a byte or more of the file, and at most some sixty of
-memory.
+A pickle is a program. Here it may call only what builds an array, and its operations are counted
+before it is run: each takes a byte or more of the file, and at most about sixty of memory.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any, final
 
 import numpy as np
 
-# Operations besides those that the images of a file need, which are of 192 bytes at least.
+# Operations besides those for the images of a file, which have 192 bytes each at least.
 _MOST_OPERATIONS = 2**22
 _BYTES_PER_OPERATION = 64
 
@@ -32,11 +31,11 @@ _MEMOS = ("PUT", "BINPUT", "LONG_BINPUT")
 
 
 def load_arrays(stream: BufferedReader) -> Any:
-    """What a pickle holds.
+    """The content of a pickle.
 
     Raises:
-        UnpicklingError, EOFError, ...: it asks for anything but arrays and plain values, is damaged
-            or cut short, or would become far larger than its file.
+        UnpicklingError, EOFError, ...: it holds anything but arrays and plain values, is damaged or
+            cut short, or would become far larger than its file.
     """
     _check_operations(stream)
     stream.seek(0)
@@ -44,7 +43,7 @@ def load_arrays(stream: BufferedReader) -> Any:
 
 
 def _check_operations(stream: BufferedReader) -> None:
-    """Walk over the operations; their arguments are passed over."""
+    """Raise an error for unknown or too many operations; arguments are skipped."""
     most = _MOST_OPERATIONS + os.fstat(stream.fileno()).st_size // _BYTES_PER_OPERATION
     for done in range(most):
         code = stream.read(1)
@@ -67,7 +66,7 @@ def _check_operations(stream: BufferedReader) -> None:
         else:
             value = stream.read(argument.n)
         if operation.name in _MEMOS:
-            # Space is made for all numbers below it.
+            # Unpickling reserves space for all numbers below it.
             number = int(value) if operation.name == "PUT" else int.from_bytes(value, "little")
             if number > done:
                 raise pickle.UnpicklingError(f"memory for {number} values after {done} operations")
@@ -75,7 +74,7 @@ def _check_operations(stream: BufferedReader) -> None:
 
 
 def _line(stream: BufferedReader) -> bytes:
-    """Pass over a line; returns how it ends."""
+    """Skip a line; returns its end."""
     while True:
         part = stream.readline(2**16)
         if not part:
@@ -85,26 +84,26 @@ def _line(stream: BufferedReader) -> bytes:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes in the protocols of Python 2."""
+    """Bytes as Python 3 writes them in the protocols of Python 2."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"text in the encoding {encoding!r}")
     return text.encode("latin1")
 
 
 def _no_bytes() -> bytes:
-    """How it writes none; with a number, `bytes` would make as many zeros."""
+    """Empty bytes in these protocols; `bytes` itself would make zeros from a number."""
     return b""
 
 
 def _empty_array(kind: str, shape: tuple[int, ...], code: bytes) -> np.ndarray:
-    """What every array begins as; its state is set afterwards, and has to have its size."""
+    """The empty array that unpickling starts from; its state, of matching size, is set later."""
     if kind != _NDARRAY or shape != (0,):
         raise pickle.UnpicklingError(f"an array {shape} without values")
     return np.ndarray((0,), dtype=np.int8)
 
 
-# What the pickle of an array may call, by every name that versions of NumPy have given it. The
-# class itself is an argument only: called, it would make an array of any size from a few bytes.
+# What the pickle of an array may call, by its names in all versions of NumPy. The class itself may
+# only be an argument: a call of it would make an array of any size from a few bytes.
 _NDARRAY = "numpy.ndarray"
 _frombuffer = np.ndarray((0,)).__reduce_ex__(5)[0]
 _scalar = np.uint8(0).__reduce__()[0]
@@ -121,7 +120,7 @@ _ADMITTED: Mapping[tuple[str, str], Any] = {
 
 @final
 class _ArraysOnly(pickle.Unpickler):
-    """Reads arrays and plain values; whatever else a pickle asks for is refused, and not run."""
+    """Reads arrays and plain values; refuses to load anything else."""
 
     def find_class(self, module: str, name: str, /) -> Any:
         if (module, name) not in _ADMITTED:

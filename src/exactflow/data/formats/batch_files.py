@@ -7,17 +7,15 @@ Each holds `data`, (N, 3 S S) uint8 with the planes of red, green and blue one a
 `labels` from 1 on, and in training files `mean`, which is not needed. This is the *new* of the two
 downsampled ImageNets (`known.py`): the old one, PixelRNN's download of 2016, is folders of PNG.
 
-A pickle is a program: see `array_pickles.py` for what may be run.
+A pickle is a program: `array_pickles.py` says what may be run.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import pickle
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,43 +23,19 @@ from typing import Any, final
 
 import numpy as np
 
+from exactflow.data.classes import numbered
 from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload
 from exactflow.data.files import is_hidden, open_regular, require_unpacked
 from exactflow.data.formats.array_pickles import load_arrays
-from exactflow.data.records import (
-    Records,
-    RowRecords,
-    Source,
-    StoredSplit,
-    bounded_labels,
-    local_id,
-    version_and_stamp,
-)
+from exactflow.data.records import RowRecords, Source, StoredSplit, bounded_labels, local_source
 
 _TRAIN = re.compile(r"train_data_batch_(\d+)(\.npz)?")
 _VALIDATION = re.compile(r"val_data(\.npz)?")
 
-# All that a damaged pickle or archive makes its reader raise.
-_BROKEN = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    zlib.error,
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-
 
 def is_batch_file(file: Path) -> bool:
-    """Whether a file has the name of one."""
+    """Whether a file has the name of a batch file."""
     return bool(_TRAIN.fullmatch(file.name) or _VALIDATION.fullmatch(file.name))
 
 
@@ -81,19 +55,16 @@ def open_batch_files(path: Path) -> Source:
             archives lie together.
     """
     groups: dict[Split, list[Path]] = {"train": [path]} if path.is_file() else _groups(path)
-    opened: dict[Split, tuple[Records, np.ndarray]] = {}
+    splits: dict[Split, StoredSplit] = {}
+    classes = 0
     for split, files in groups.items():
-        labels = [_read(file)[1] for file in files]
-        counts = tuple(len(part) for part in labels)
-        opened[split] = (BatchFileRecords(tuple(files), counts), np.concatenate(labels))
-    classes = max(int(labels.max()) for _, labels in opened.values())
-    splits: dict[Split, StoredSplit] = {
-        split: StoredSplit(records, labels - 1) for split, (records, labels) in opened.items()
-    }
+        parts = [_read(file)[1] for file in files]
+        records = BatchFileRecords(tuple(files), tuple(map(len, parts)))
+        labels = np.concatenate(parts)
+        splits[split] = StoredSplit(records, labels - 1)
+        classes = max(classes, int(labels.max()))
     files = [file for group in groups.values() for file in group]
-    version, stamp = version_and_stamp(files, path if path.is_dir() else path.parent)
-    names = tuple(str(label) for label in range(1, classes + 1))
-    return Source(local_id(path), version, stamp, names, splits)
+    return local_source(path, files, numbered(classes + 1)[1:], splits)
 
 
 @final
@@ -112,7 +83,7 @@ class BatchFileRecords(RowRecords):
 
 
 def _groups(folder: Path) -> dict[Split, list[Path]]:
-    """The files of each split, by number; there are training files."""
+    """The files of each split, in the order of their numbers."""
     train: dict[int, Path] = {}
     validation: list[Path] = []
     for child in sorted(folder.iterdir()):
@@ -147,7 +118,7 @@ def _read(file: Path) -> tuple[np.ndarray, np.ndarray]:
         data, labels = _read_archive(file) if file.suffix == ".npz" else _read_pickle(file)
     except DataError:
         raise
-    except _BROKEN as error:
+    except Exception as error:  # damaged pickles and archives make their readers raise anything
         raise DataError(f"{file}: expected a whole batch file, found: {error!r}") from error
     data = _whole_numbers(data, "data", 0, 255, file).astype(np.uint8)
     labels = _whole_numbers(labels, "labels", 1, None, file)
@@ -194,10 +165,10 @@ def _read_pickle(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _numbers(value: Any, most: int) -> np.ndarray:
-    """An array, or numbers in lists, of which there may be at most so many.
+    """An array, or lists of at most `most` numbers, as an array.
 
     Raises:
-        ValueError: there are more (a list may hold another one many times), or something else.
+        ValueError: there are more (a list may contain another one many times), or other values.
     """
     if isinstance(value, list):
         count = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from dataclasses import dataclass
@@ -12,17 +11,10 @@ from typing import final
 import numpy as np
 
 from exactflow.data.config import DataError, Split
-from exactflow.data.files import is_hidden, printable, visible
+from exactflow.data.files import folder_identity, is_hidden, printable, visible
 from exactflow.data.formats.batch_files import has_batch_files
 from exactflow.data.formats.idx import has_idx_files
-from exactflow.data.records import (
-    FileRecords,
-    Source,
-    StoredSplit,
-    local_id,
-    relabel,
-    version_and_stamp,
-)
+from exactflow.data.records import FileRecords, Source, StoredSplit, local_source, relabel
 from exactflow.data.splits import is_split_word, named_split, named_splits, refuse_mixed_splits
 
 log = logging.getLogger(__name__)
@@ -38,7 +30,7 @@ def open_folder(root: Path) -> Source:
     With a folder in the root whose name says train (`splits.py`), those that say train, validation
     and test are its splits; without one, the root is the training split. Inside a split,
     sub-folders are the classes (sorted by name, searched in depth), or all images lie loose and are
-    unlabelled. Links are followed; what is hidden is left alone.
+    unlabelled. Links are followed; hidden files and folders are ignored.
 
     Raises:
         DataError: loose images beside folders; a split folder without one of training, which would
@@ -60,14 +52,13 @@ def open_folder(root: Path) -> Source:
     files = [file for found in scanned.values() for file in found.files]
     if folders["train"][0] == root:
         refuse_mixed_splits((str(file.relative_to(root)) for file in files), str(root))
-    version, stamp = version_and_stamp(files, root)
-    return Source(local_id(root), version, stamp, class_names, splits)
+    return local_source(root, files, class_names, splits)
 
 
 @final
 @dataclass(frozen=True)
 class _Listing:
-    """What is in a folder, sorted by name, without what is hidden."""
+    """The folders and files in a folder, sorted by name, without hidden ones."""
 
     folders: list[Path]
     files: list[Path]
@@ -85,7 +76,7 @@ class _Scan:
 
 @final
 class _Lister:
-    """Lists folders, each of them once: a link to a folder above would never end."""
+    """Lists each folder once, since a link to a folder above would never end."""
 
     def __init__(self) -> None:
         self._listed: dict[tuple[int, int], Path] = {}
@@ -93,32 +84,24 @@ class _Lister:
     def __call__(self, folder: Path) -> _Listing:
         listing = _Listing([], [])
         try:
-            status = folder.stat()
-            first = self._listed.setdefault((status.st_dev, status.st_ino), folder)
+            first = self._listed.setdefault(folder_identity(folder), folder)
             if first != folder:
                 raise DataError(f"{folder}: expected each folder once, found {first} again, a link")
             with os.scandir(folder) as entries:
                 for entry in sorted(entries, key=lambda entry: entry.name):
-                    if not is_hidden(entry.name):
-                        kind = listing.folders if _is_folder(entry) else listing.files
-                        kind.append(Path(entry.path))
+                    path = Path(entry.path)
+                    if is_hidden(entry.name):
+                        continue
+                    # A link to nowhere is a file; `entry.is_dir` would raise for a ring of links.
+                    is_file = entry.is_file(follow_symlinks=False) or not path.is_dir()
+                    (listing.files if is_file else listing.folders).append(path)
         except OSError as error:
             raise DataError(f"{folder}: expected a folder to read, found: {error}") from error
         return listing
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is one, or a link to one; a link that leads nowhere is a file that is missing."""
-    try:
-        return entry.is_dir()
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            return False
-        raise
-
-
 def _split_folders(root: Path, lister: _Lister) -> dict[Split, tuple[Path, _Listing]]:
-    """Which folder is which split, and what is in it."""
+    """The folder of each split, and its listing."""
     listing = lister(root)
     named = named_splits([child.name for child in listing.folders], str(root))
     if "train" not in named.values():
@@ -144,28 +127,27 @@ def _split_folders(root: Path, lister: _Lister) -> dict[Split, tuple[Path, _List
 
 
 def _scan(folder: Path, listing: _Listing, lister: _Lister) -> _Scan:
-    if listing.folders:
-        _refuse_loose_images(folder, listing, "class folders")
-        _refuse_split_names(folder, listing.folders)
-        files = [_images_below(child, lister) for child in listing.folders]
-        for child, found in zip(listing.folders, files, strict=True):
-            if not found:
-                raise DataError(
-                    f"{child}: expected images of this class, found none{_other_source(child)}"
-                )
-        scan = _Scan(
-            files=tuple(file for found in files for file in found),
-            class_names=tuple(printable(child.name) for child in listing.folders),
-            labels=np.repeat(np.arange(len(files)), [len(found) for found in files]),
-        )
-    else:
-        scan = _Scan(tuple(_images(folder, listing.files)))
-        if not scan.files:
+    if not listing.folders:
+        files = tuple(_images(folder, listing.files))
+        if not files:
             raise DataError(
                 f"{folder}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), IDX files or "
                 f"parquet files, found none{_other_source(folder)}"
             )
-    return scan
+        return _Scan(files)
+    _refuse_loose_images(folder, listing, "class folders")
+    _refuse_split_names(folder, listing.folders)
+    classes = [_images_below(child, lister) for child in listing.folders]
+    for child, found in zip(listing.folders, classes, strict=True):
+        if not found:
+            raise DataError(
+                f"{child}: expected images of this class, found none{_other_source(child)}"
+            )
+    return _Scan(
+        files=tuple(file for found in classes for file in found),
+        class_names=tuple(printable(child.name) for child in listing.folders),
+        labels=np.repeat(np.arange(len(classes)), [len(found) for found in classes]),
+    )
 
 
 def _images_below(folder: Path, lister: _Lister) -> list[Path]:
@@ -180,7 +162,7 @@ def _images_below(folder: Path, lister: _Lister) -> list[Path]:
 
 
 def _images(folder: Path, files: list[Path]) -> list[Path]:
-    """Those that are images by their names; others are counted in the log."""
+    """Those with an image's suffix; the number of others is logged."""
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     others = [file for file in files if file.suffix.lower() not in IMAGE_SUFFIXES]
     if others:
@@ -206,7 +188,7 @@ def _refuse_split_names(folder: Path, classes: list[Path]) -> None:
 
 
 def _other_source(folder: Path) -> str:
-    """The end of an error: where in or below the folder there is a source of another kind."""
+    """The end of an error message: a source of another kind in or below the folder, if any."""
     for below in (folder, *visible(folder, "*"), *visible(folder, "*/*")):
         if not below.is_dir():
             continue

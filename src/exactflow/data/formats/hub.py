@@ -16,8 +16,8 @@ import numpy as np
 
 from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload
-from exactflow.data.formats.label_columns import Part, find_label_column, read_part, unite
-from exactflow.data.records import Records, Source, StoredSplit
+from exactflow.data.formats.label_columns import Part, find_label_column, read_part, with_labels
+from exactflow.data.records import Records, Source
 from exactflow.data.splits import SPLIT_WORDS, named_split
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def open_hub(name: str, cache_dir: str | None) -> Source:
     """Open "owner/name" of the hub, or a local path that `datasets` can load.
 
     The splits that are called train, validation and test are used (or by the next word for them
-    in `splits.py`), others are left alone; where none is called train, those whose names say so.
+    in `splits.py`), others are ignored; where none is called train, those whose names say so.
 
     Args:
         name: repository id or path, without the "hub:".
@@ -50,11 +50,12 @@ def open_hub(name: str, cache_dir: str | None) -> Source:
         for split, key in found.items()
         if label is not None and label in tables[key].column_names
     }
-    labels, class_names = unite(parts) if parts else ({}, ())
-    splits: dict[Split, StoredSplit] = {
-        split: StoredSplit(_records(tables[key], image, name), labels.get(split))
+    undecoded = _datasets().Image(decode=False)
+    records = {
+        split: HubRecords(tables[key].cast_column(image, undecoded), image, f"hub:{name}")
         for split, key in found.items()
     }
+    splits, class_names = with_labels(records, parts)
     local = Path(name).expanduser().exists()
     return Source(
         id=Path(name).name if local else name,
@@ -88,7 +89,7 @@ class HubRecords(Records):
 
 
 def _splits(keys: list[str], name: str) -> dict[Split, str]:
-    """Which table is which split: those called so; if none is called train, those that say so."""
+    """Name of each split's table: a split word, or, if none is called train, one that has it."""
     found: dict[Split, str] = {}
     called = {key.lower(): key for key in keys}
     for word, split in SPLIT_WORDS.items():
@@ -150,13 +151,8 @@ def _find_columns(table: Dataset, name: str) -> tuple[str, str | None]:
     return images[0], find_label_column(types, f"hub:{name}")
 
 
-def _records(table: Dataset, image: str, name: str) -> HubRecords:
-    undecoded = table.cast_column(image, _datasets().Image(decode=False))
-    return HubRecords(undecoded, image, f"hub:{name}")
-
-
 def _labels(table: Dataset, label: str, where: str) -> Part:
-    """The labels of a table, by the names that it gives them itself."""
+    """The labels of a table, with the class names that it has itself."""
     feature = table.features[label]
     names = tuple(feature.names) if isinstance(feature, _datasets().ClassLabel) else ()
     column = table.select_columns(label).with_format("arrow")[:][label]
@@ -164,7 +160,7 @@ def _labels(table: Dataset, label: str, where: str) -> Part:
 
 
 def _stamp(tables: DatasetDict) -> str:
-    """From the Arrow files that hold the tables."""
+    """Hash of names, sizes and times of the Arrow files that hold the tables."""
     stamp = hashlib.sha256()
     for files in tables.cache_files.values():
         for entry in files:

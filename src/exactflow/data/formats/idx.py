@@ -23,16 +23,8 @@ import numpy as np
 from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload, require_pixels
 from exactflow.data.files import open_regular, require_unpacked, visible
-from exactflow.data.records import (
-    Records,
-    Source,
-    StoredSplit,
-    check_labels,
-    integer_labels,
-    local_id,
-    numbered_class_names,
-    version_and_stamp,
-)
+from exactflow.data.formats.label_columns import Part, with_labels
+from exactflow.data.records import Records, Source, local_id, local_source
 from exactflow.data.splits import named_splits
 
 # Names before the content: train, t10k, emnist-letters-train, ...
@@ -44,22 +36,13 @@ _UNSIGNED_BYTE = 8
 # IDX files carry no names; these are the published ones.
 _CLASS_NAMES = {
     "fashion-mnist": (
-        "T-shirt/top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
+        "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot"
     )
 }
 
 
 def has_idx_files(folder: Path) -> bool:
-    """Whether the folder holds the images of an MNIST-style set."""
+    """Whether a folder holds the images of an MNIST-style set."""
     return bool(_found(folder, _IMAGES))
 
 
@@ -69,28 +52,31 @@ def open_idx(folder: Path, max_pixels: int) -> Source:
     What stands before "images" says the split (`splits.py`), and labels have the same name.
 
     Args:
-        folder: where they are.
+        folder: the folder.
         max_pixels: as in `DataConfig`.
 
     Raises:
         DataError: a name says no split, or two say one; a header is wrong, a label file is
-            truncated or has another name, or images and labels differ in number. Truncated image
-            files are found when they are read.
+            truncated or has another name, or images and labels differ in number. A truncated image
+            file raises when it is read.
     """
-    splits: dict[Split, StoredSplit] = {}
+    known = _CLASS_NAMES.get(local_id(folder))
+    names = () if known is None else tuple(known.split(", "))
+    records: dict[Split, IdxRecords] = {}
+    parts: dict[Split, list[Part]] = {}
     files: list[Path] = []
     for split, prefix in _prefixes(folder).items():
         images = _found(folder, _IMAGES)[prefix]
+        with _opened(images, dims=3) as (_, (count, height, width)):
+            require_pixels(width, height, max_pixels, str(images))
+        records[split] = IdxRecords(images, count)
         labels = _labels_of(prefix, images)
-        splits[split] = _open_split(images, labels, max_pixels)
-        files += [file for file in (images, labels) if file is not None]
-    name = local_id(folder)
-    class_names = _CLASS_NAMES.get(name) or numbered_class_names(list(splits.values()))
-    for split in splits.values():
-        check_labels(split.labels, class_names, str(folder))
-    labelled = any(split.labels is not None for split in splits.values())
-    version, stamp = version_and_stamp(files, folder)
-    return Source(name, version, stamp, class_names if labelled else (), splits)
+        if labels is not None:
+            values = _read_labels(labels, records[split])
+            parts[split] = [Part(str(labels), values, names, by_name=False)]
+        files += [images] if labels is None else [images, labels]
+    splits, class_names = with_labels(records, parts)
+    return local_source(folder, files, class_names, splits)
 
 
 @final
@@ -108,7 +94,7 @@ class IdxRecords(Records):
         return f"{self.file}[{index}]"
 
     def read(self, indices: np.ndarray) -> Iterator[Payload]:
-        """See `Records.read`; one image at a time is in memory, and a file is read to its end."""
+        """See `Records.read`; holds one image at a time, and reads the file to its end."""
         with _opened(self.file, dims=3) as (stream, (count, height, width)):
             size = height * width
             begin = stream.tell()
@@ -122,27 +108,22 @@ class IdxRecords(Records):
             _require_end(stream, self.file, (count, height, width))
 
 
-def _open_split(images: Path, labels: Path | None, max_pixels: int) -> StoredSplit:
-    with _opened(images, dims=3) as (_, (count, height, width)):
-        require_pixels(width, height, max_pixels, str(images))
-    records = IdxRecords(images, count)
-    if labels is None:
-        return StoredSplit(records, None)
-    with _opened(labels, dims=1) as (stream, (found,)):
-        if found != count:
+def _read_labels(file: Path, images: IdxRecords) -> np.ndarray:
+    with _opened(file, dims=1) as (stream, (found,)):
+        if found != images.count:
             raise DataError(
-                f"{labels}: expected {count} labels, one per image of {images.name}, found {found}"
+                f"{file}: expected {images.count} labels, one per image of {images.file.name}, "
+                f"found {found}"
             )
         content = stream.read(found)
         if len(content) != found:
-            raise _wrong_length(labels, (found,), str(len(content)))
-        _require_end(stream, labels, (found,))
-    values = np.frombuffer(content, dtype=np.uint8)
-    return StoredSplit(records, integer_labels(values, str(labels)))
+            raise _wrong_length(file, (found,), str(len(content)))
+        _require_end(stream, file, (found,))
+    return np.frombuffer(content, dtype=np.uint8)
 
 
 def _prefixes(folder: Path) -> dict[Split, str]:
-    """Which prefix is which split."""
+    """The prefix of the files of each split."""
     found = list(_found(folder, _IMAGES))
     words = {prefix: _TEST.sub("test", prefix) for prefix in found}
     named = named_splits(words.values(), str(folder))
@@ -162,7 +143,7 @@ def _prefixes(folder: Path) -> dict[Split, str]:
 
 
 def _found(folder: Path, kind: re.Pattern[str]) -> dict[str, Path]:
-    """Files by what stands before their kind, uncompressed first (both lie there if unpacked)."""
+    """Files by the prefix before their kind; of a file and its compressed copy, the first."""
     found: dict[str, Path] = {}
     for child in visible(folder, "*ubyte*"):
         match = kind.fullmatch(child.name)
@@ -183,11 +164,11 @@ def _labels_of(prefix: str, images: Path) -> Path | None:
 
 @contextmanager
 def _opened(file: Path, dims: int) -> Iterator[tuple[BufferedIOBase, tuple[int, ...]]]:
-    """An IDX file of unsigned bytes with `dims` dimensions, gzipped or not, behind its header.
+    """An IDX file of unsigned bytes, gzipped or not, at its first value; and its `dims` dimensions.
 
     Raises:
-        DataError: wrong magic number, damaged, or longer or shorter than its header says; of a
-            compressed file that is known at its end.
+        DataError: wrong magic number, damaged, or longer or shorter than its header says, which
+            for a compressed file is known at its end.
     """
     try:
         with open_regular(file) as raw:

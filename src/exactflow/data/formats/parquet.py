@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,15 +19,13 @@ from exactflow.data.formats.label_columns import (
     find_label_column,
     holds_images,
     read_part,
-    unite,
+    with_labels,
 )
 from exactflow.data.records import (
     RowRecords,
     Source,
-    StoredSplit,
     files_by_split,
-    local_id,
-    version_and_stamp,
+    local_source,
 )
 
 if TYPE_CHECKING:
@@ -47,28 +46,15 @@ def open_parquet(path: Path) -> Source:
         DataError: a file is broken, or there is not exactly one column of images.
         ImportError: pyarrow is missing; the message names the extra.
     """
-    root = path if path.is_dir() else path.parent
     groups = files_by_split(path, ".parquet")
-    columns = _find_columns(groups["train"][0])
+    image, label = _find_columns(groups["train"][0])
     records: dict[Split, ParquetRecords] = {}
     parts: dict[Split, list[Part]] = {}
     for split, files in groups.items():
-        records[split], parts[split] = _open_split(files, columns)
-    labels, class_names = ({}, ()) if columns.label is None else unite(parts)
-    splits: dict[Split, StoredSplit] = {
-        split: StoredSplit(found, labels.get(split)) for split, found in records.items()
-    }
-    version, stamp = version_and_stamp([f for files in groups.values() for f in files], root)
-    return Source(local_id(path), version, stamp, class_names, splits)
-
-
-@final
-@dataclass(frozen=True)
-class Columns:
-    """Where the images and the labels are."""
-
-    image: str
-    label: str | None
+        records[split], parts[split] = _open_split(files, image, label)
+    splits, class_names = with_labels(records, {} if label is None else parts)
+    files = [file for group in groups.values() for file in group]
+    return local_source(path, files, class_names, splits)
 
 
 @final
@@ -84,18 +70,14 @@ class ParquetRecords(RowRecords):
 
     def read_file(self, file: Path, rows: np.ndarray) -> Iterator[Payload]:
         """See `RowRecords.read_file`; row groups without any of these are not read."""
-        pa = _pyarrow()
-        try:
-            with pa.parquet.ParquetFile(file) as parquet:
-                start = 0
-                for group in range(parquet.num_row_groups):
-                    stop = start + parquet.metadata.row_group(group).num_rows
-                    wanted = rows[(rows >= start) & (rows < stop)]
-                    if len(wanted):
-                        yield from self._read_group(parquet, group, wanted - start)
-                    start = stop
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file}: expected a complete parquet file, found: {error}") from error
+        with _opened(file) as parquet:
+            start = 0
+            for group in range(parquet.num_row_groups):
+                stop = start + parquet.metadata.row_group(group).num_rows
+                wanted = rows[(rows >= start) & (rows < stop)]
+                if len(wanted):
+                    yield from self._read_group(parquet, group, wanted - start)
+                start = stop
 
     def _read_group(self, parquet: ParquetFile, group: int, rows: np.ndarray) -> Iterator[Payload]:
         start = 0
@@ -107,30 +89,43 @@ class ParquetRecords(RowRecords):
                 yield value["bytes"] if isinstance(value, dict) else value
 
 
-def _open_split(files: Sequence[Path], columns: Columns) -> tuple[ParquetRecords, list[Part]]:
-    pa = _pyarrow()
+def _open_split(
+    files: Sequence[Path], image: str, label: str | None
+) -> tuple[ParquetRecords, list[Part]]:
+    """The images in a column of some files, and their labels in another one, if any."""
     counts: list[int] = []
     labels: list[Part] = []
     for file in files:
-        try:
-            with pa.parquet.ParquetFile(file) as parquet:
-                _require_columns(file, parquet.schema_arrow, columns)
-                counts.append(parquet.metadata.num_rows)
-                if columns.label is not None:
-                    column = parquet.read([columns.label]).column(0)
-                    names = _class_names(parquet.schema_arrow, columns.label, file)
-                    labels.append(read_part(column, columns.label, names, str(file)))
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file}: expected a complete parquet file, found: {error}") from error
-    return ParquetRecords(tuple(files), tuple(counts), columns.image), labels
+        with _opened(file) as parquet:
+            schema = parquet.schema_arrow
+            for name in (image, label):
+                if name is not None and name not in schema.names:
+                    found = ", ".join(schema.names)
+                    raise DataError(f"{file}: expected the column {name}, found {found}")
+            counts.append(parquet.metadata.num_rows)
+            if label is not None:
+                column = parquet.read([label]).column(0)
+                labels.append(
+                    read_part(column, label, _class_names(schema, label, file), str(file))
+                )
+    return ParquetRecords(tuple(files), tuple(counts), image), labels
 
 
-def _find_columns(file: Path) -> Columns:
+@contextmanager
+def _opened(file: Path) -> Iterator[ParquetFile]:
+    """An open file. Raises DataError if it is broken, also where it is read."""
     pa = _pyarrow()
     try:
-        schema = pa.parquet.read_schema(file)
+        with pa.parquet.ParquetFile(file) as parquet:
+            yield parquet
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: expected a parquet file, found: {error}") from error
+        raise DataError(f"{file}: expected a complete parquet file, found: {error}") from error
+
+
+def _find_columns(file: Path) -> tuple[str, str | None]:
+    """The columns of the images and of the labels, if any."""
+    with _opened(file) as parquet:
+        schema = parquet.schema_arrow
     candidates = [field.name for field in schema if holds_images(field.type)]
     preferred = [name for name in candidates if name in _IMAGE_COLUMNS] or candidates
     if len(preferred) != 1:
@@ -139,23 +134,16 @@ def _find_columns(file: Path) -> Columns:
             f"found {', '.join(preferred) or 'none'} among {', '.join(schema.names)}"
         )
     others = {field.name: field.type for field in schema if field.name != preferred[0]}
-    return Columns(preferred[0], find_label_column(others, str(file)))
+    return preferred[0], find_label_column(others, str(file))
 
 
-def _require_columns(file: Path, schema: pa.Schema, columns: Columns) -> None:
-    for name in (columns.image, columns.label):
-        if name is not None and name not in schema.names:
-            raise DataError(f"{file}: expected the column {name}, found {', '.join(schema.names)}")
+def _class_names(schema: pa.Schema, label: str, file: Path) -> tuple[str, ...]:
+    """The class names that the `datasets` library writes into a file's metadata, if any.
 
-
-def _class_names(schema: pa.Schema, label: str | None, file: Path) -> tuple[str, ...]:
-    """The class names that `datasets` leaves in the metadata of a file, if any.
-
-    Raises:
-        DataError: they are not laid out as it does.
+    Raises a DataError for another layout than it writes.
     """
     metadata = (schema.metadata or {}).get(b"huggingface")
-    if metadata is None or label is None:
+    if metadata is None:
         return ()
     where = f"{file}: expected metadata as the datasets library writes them"
     try:
@@ -164,17 +152,13 @@ def _class_names(schema: pa.Schema, label: str | None, file: Path) -> tuple[str,
         raise DataError(f"{where}, found: {error}") from error
     for key in ("info", "features", label, "names"):
         if not isinstance(found, dict):
-            raise DataError(f"{where}, found {_shown(found)} in place of what holds {key!r}")
+            raise DataError(f"{where}, found {found!r:.60} in place of what holds {key!r}")
         found = found.get(key)
         if found is None:
             return ()
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise DataError(f"{where}, found {_shown(found)} in place of class names")
+        raise DataError(f"{where}, found {found!r:.60} in place of class names")
     return tuple(found)
-
-
-def _shown(value: object) -> str:
-    return repr(value)[:60]
 
 
 def _pyarrow() -> ModuleType:

@@ -1,6 +1,6 @@
 """Tar shards as webdataset lays them out: the files of a sample lie together and share a stem.
 
-An archive is walked once (`tar_index.py`); from then on images are read at the offsets found.
+An archive is walked once (`tar_index.py`); images are then read at the offsets that were found.
 """
 
 from __future__ import annotations
@@ -20,24 +20,20 @@ from exactflow.core.serialization import write_atomically
 from exactflow.data.config import DataError, Split, cache_folder
 from exactflow.data.decode import Payload
 from exactflow.data.files import regular_files, visible
+from exactflow.data.formats.label_columns import Part, with_labels
 from exactflow.data.formats.tar_index import Label, TarIndex, index_file, read_kept, write_index
 from exactflow.data.records import (
     Records,
     Source,
-    StoredSplit,
-    check_labels,
     files_by_split,
-    integer_labels,
     local_id,
-    numbered_class_names,
-    relabel,
     version_and_stamp,
 )
 from exactflow.data.splits import named_split, named_splits, refuse_mixed_splits, says_a_split
 
 log = logging.getLogger(__name__)
 
-KEEP_INDEX_FROM = 1000  # images; fewer are soon walked again
+KEEP_INDEX_FROM = 1000  # images; the index of a smaller set is made again each time
 
 
 def has_shards(folder: Path) -> bool:
@@ -50,11 +46,11 @@ def open_shards(path: Path, cache_dir: str | None = None) -> Source:
 
     Files or folders whose names say train, validation and test (`splits.py`) are the splits;
     otherwise all files are the training split. The stem of a sample is its path up to the
-    first dot of the file name. A sample has one image, and a label or not: a .cls or .txt file with
-    an integer or a class name, or a .json file with an integer, a name, or a field "label",
-    "labels", "class" or "cls". Files of other kinds are counted and left alone.
+    first dot of the file name. A sample has one image, and perhaps a label: a .cls or .txt file
+    with an integer or a class name, or a .json file with an integer, a name, or a field "label",
+    "labels", "class" or "cls". Files of other kinds are counted and ignored.
 
-    The index of a larger set is kept in the cache folder as long as no file changes.
+    The index of a larger set is kept in the cache folder until a file changes.
 
     Raises:
         DataError: a shard is damaged, cut short, or holds a stem twice; a sample has no image, or
@@ -80,14 +76,14 @@ class ShardFiles(ABC):
 
     @abstractmethod
     def name(self, shard: int) -> str:
-        """What to call a shard in an error."""
+        """Name of a shard, for errors."""
 
     @abstractmethod
     def open(self, shard: int) -> AbstractContextManager[BinaryIO]:
-        """A whole shard, at any position.
+        """A whole shard as a seekable stream.
 
         Raises:
-            DataError: it cannot be had.
+            DataError: it cannot be read.
         """
 
 
@@ -112,10 +108,10 @@ class TarRecords(Records):
 
     Attributes:
         files: the shards.
-        shard: of each image, which of them; ascending.
-        offset: where its bytes begin there.
-        size: how many there are.
-        members: its name there.
+        shard: number of each image's shard, ascending.
+        offset: where the bytes of each image begin in its shard.
+        size: number of bytes of each image.
+        members: name of each image in its shard.
     """
 
     files: ShardFiles
@@ -164,11 +160,7 @@ def source_of(
     stamp: str,
     where: str,
 ) -> Source:
-    """What some indexed shards hold.
-
-    Raises:
-        DataError: a split is empty, or labels do not fit together.
-    """
+    """The source of indexed shards; a DataError for an empty split, or labels that do not fit."""
     for split, found in records.items():
         if not len(found):
             raise DataError(f"{where}: expected images for the {split} split, found none")
@@ -178,17 +170,13 @@ def source_of(
         split: [label for shard in shards for label in shard.labels]
         for split, shards in splits.items()
     }
-    stored, class_names = _labelled(labels, records, where)
+    stored, class_names = with_labels(records, dict(_parts(labels, records, where)))
     shards = [shard for found in splits.values() for shard in found]
     return Source(name, _version(shards), stamp, class_names, stored)
 
 
 def shard_groups(path: Path) -> dict[Split, list[Path]]:
-    """The tar files of each split.
-
-    Raises:
-        DataError: names of some files, or folders, say which split they are, and others do not.
-    """
+    """The tar files of each split. Raises a DataError if only some names say a split."""
     folders = _split_folders(path) if path.is_dir() else {}
     if not folders:
         return files_by_split(path, ".tar")
@@ -243,12 +231,12 @@ def _indexed(
             except OSError as error:
                 log.warning("%s: the index of %s is not kept: %s", kept, root, error)
     for file, shard in zip(files, shards, strict=True):
-        shard.tell_ignored(str(file))
+        shard.log_ignored(str(file))
     return shards
 
 
 def _version(shards: Sequence[TarIndex]) -> str:
-    """Of names and sizes of files, names, sizes and labels of images: equal for every copy."""
+    """Hash of names and sizes of files, names, sizes and labels of images: equal for copies."""
     files = hashlib.sha256()
     for shard in shards:
         files.update(_bytes_of(f"{shard.name}\0{shard.size}\n"))
@@ -261,49 +249,26 @@ def _version(shards: Sequence[TarIndex]) -> str:
 
 
 def _bytes_of(text: str) -> bytes:
-    """The bytes of names as they are stored, which need not be UTF-8."""
+    """The bytes of names as they are stored, perhaps not in UTF-8."""
     return text.encode(errors="surrogateescape")
 
 
-def _labelled(
+def _parts(
     labels: Mapping[Split, Sequence[Label]], records: Mapping[Split, TarRecords], path: str
-) -> tuple[dict[Split, StoredSplit], tuple[str, ...]]:
-    """The stored splits with their labels as indices, and the class names."""
-    splits: dict[Split, StoredSplit] = {}
-    named = _has_names(labels["train"], records["train"])
-    names = _class_names(labels["train"]) if named else ()
+) -> Iterator[tuple[Split, list[Part]]]:
+    """The labels of each labelled split. Raises DataError where two samples differ in kind."""
     for split, found in labels.items():
-        where = f"{path} ({split})"
+        kind = type(found[0])
+        for index, label in enumerate(found):
+            if type(label) is not kind:
+                raise DataError(
+                    f"{records[split].name(index)}: expected a label like the first sample's, "
+                    f"{found[0]!r}, found {label!r}"
+                )
         if found[0] is None:
-            _has_names(found, records[split])
-            splits[split] = StoredSplit(records[split], None)
-        elif _has_names(found, records[split]) != named:
-            raise DataError(f"{where}: expected labels of the kind of the training split's")
-        elif named:
-            ours = _class_names(found)
-            index_of = {name: index for index, name in enumerate(ours)}
-            values = np.array([index_of[str(label)] for label in found], dtype=np.int64)
-            splits[split] = relabel(StoredSplit(records[split], values), ours, names, where)
-        else:
-            values = integer_labels(np.array(found, dtype=object), where, records[split].name)
-            splits[split] = StoredSplit(records[split], values)
-    names = names or numbered_class_names(list(splits.values()))
-    for split, stored in splits.items():
-        check_labels(stored.labels, names, f"{path} ({split})")
-    return splits, names
-
-
-def _has_names(labels: Sequence[Label], records: TarRecords) -> bool:
-    """Whether labels are names. Raises DataError where two samples differ in it."""
-    kind = type(labels[0])
-    for index, label in enumerate(labels):
-        if type(label) is not kind:
-            raise DataError(
-                f"{records.name(index)}: expected a label like the first sample's, "
-                f"{labels[0]!r}, found {label!r}"
-            )
-    return kind is str
-
-
-def _class_names(labels: Sequence[Label]) -> tuple[str, ...]:
-    return tuple(sorted({str(label) for label in labels}))
+            continue
+        names = tuple(sorted({str(label) for label in found})) if kind is str else ()
+        index_of: dict[Label, int] = {name: index for index, name in enumerate(names)}
+        values = np.array([index_of[label] for label in found] if names else found, dtype=np.int64)
+        where = f"{path} ({split})"
+        yield split, [Part(where, values, names, kind is str, records[split].name)]

@@ -1,8 +1,8 @@
 """The index of tar shards: where their images lie, and what their labels are.
 
-An archive is walked once and must be whole to its end mark; nothing in it is passed over in
-silence. What was found is kept as JSON, a line for each shard, so that nobody has to walk it again.
-Sizes are compared with the limits below before anything of that size is read.
+An archive is walked once and must be whole to its end mark; ignored files are counted in the log.
+The index is kept as JSON, a line for each shard. Sizes are compared with the limits below before
+anything of that size is read.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, TypeGuard, final
+from typing import Any, BinaryIO, TypeGuard, TypeVar, final
 
 import numpy as np
 
 from exactflow.data.config import DataError
 from exactflow.data.files import sha256_of
 from exactflow.data.formats.folders import IMAGE_SUFFIXES
+from exactflow.data.formats.label_columns import LONGEST_CLASS_NAME
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +33,11 @@ LARGEST_PART = 2**20  # bytes of a header, and of a file that holds a label
 
 _LABEL_FIELDS = ("label", "labels", "class", "cls")  # of a .json file
 _LABEL_ENDINGS = ("cls", "json", "txt")  # the first that gives a label counts
-_LONGEST_CLASS_NAME = 64  # characters; a longer text is a caption
 _SHA256 = re.compile("[0-9a-f]{64}")
-_SHARDS = b'"shards"'  # what follows in an index file is what its hash is of
+_SHARDS = b'"shards"'  # the hash in an index file is of all that follows this
 
 Label = int | str | None
+_Item = TypeVar("_Item")
 
 
 @final
@@ -47,12 +48,12 @@ class TarIndex:
     Attributes:
         name: of the file, relative to the folder of all shards, with slashes.
         size: bytes of the file.
-        sha256: of the file, in hex; None where it was walked and not read.
+        sha256: of the file, in hex; None if it was not computed.
         members: names of the images, in the order of the file.
         offsets: where their bytes begin, int64.
         sizes: how many bytes they have, int64.
-        labels: of each image; None for all or for none of them.
-        ignored: files left alone, by ending.
+        labels: of each image; None where a sample has none.
+        ignored: numbers of ignored files, by ending.
     """
 
     name: str
@@ -67,24 +68,24 @@ class TarIndex:
     def __len__(self) -> int:
         return len(self.members)
 
-    def tell_ignored(self, where: str) -> None:
-        """Log the files left alone."""
+    def log_ignored(self, where: str) -> None:
+        """Log the numbers of ignored files."""
         if self.ignored:
             kinds = dict(self.ignored)
-            log.warning("%s: files that are left alone, by ending: %s", where, kinds)
+            log.warning("%s: ignored files, by ending: %s", where, kinds)
 
 
 def index_tar(stream: BinaryIO, name: str, size: int, sha256: str | None, where: str) -> TarIndex:
-    """Walk an archive; the arguments are those of `TarIndex`, and what to call it in errors.
+    """Walk an archive; the arguments are those of `TarIndex`, and its name for errors.
 
     Raises:
         DataError: it is damaged, cut short, or holds a stem twice; a sample has no image, or
-            several; a label is none. The message names shard and member.
+            several; a label is malformed. The message names shard and member.
     """
     ignored: Counter[str] = Counter()
     last = "its beginning"
     stream.seek(0)
-    bounded: Any = _Bounded(stream)  # tarfile needs no more of a file
+    bounded: Any = _Bounded(stream)  # it has all methods that tarfile calls
     try:
         with tarfile.open(fileobj=bounded, mode="r:") as archive:
             files: list[tarfile.TarInfo] = []
@@ -114,7 +115,7 @@ def index_tar(stream: BinaryIO, name: str, size: int, sha256: str | None, where:
 
 
 def index_file(file: Path, name: str, *, hashed: bool = True) -> TarIndex:
-    """Walk an archive on this disk, and take the hash of its content unless it is not `hashed`.
+    """Walk an archive on this disk; `hashed` says whether to compute its SHA-256.
 
     Raises:
         DataError: as in `index_tar`, or it cannot be read.
@@ -130,32 +131,22 @@ def index_file(file: Path, name: str, *, hashed: bool = True) -> TarIndex:
 def to_line(shard: TarIndex) -> str:
     """A shard as a line of JSON."""
     labelled = any(label is not None for label in shard.labels)
-    return json.dumps(
-        {
-            "name": shard.name,
-            "size": shard.size,
-            "sha256": shard.sha256,
-            "members": shard.members,
-            "offsets": shard.offsets.tolist(),
-            "sizes": shard.sizes.tolist(),
-            "labels": shard.labels if labelled else None,
-            "ignored": shard.ignored,
-        }
-    )
+    arrays = {"offsets": shard.offsets.tolist(), "sizes": shard.sizes.tolist()}
+    return json.dumps({**vars(shard), **arrays, "labels": shard.labels if labelled else None})
 
 
 def from_fields(fields: Any, where: str) -> TarIndex:
-    """A shard from what its line holds. Raises DataError for anything else."""
+    """A shard from the fields of its line. Raises DataError for other content."""
     try:
-        members = _texts(fields["members"])
+        members = tuple(_list_of(str, fields["members"]))
         count, name, size = len(members), fields["name"], fields["size"]
         shard = TarIndex(
             name=name,
             size=size,
             sha256=fields["sha256"],
             members=members,
-            offsets=_integers(fields["offsets"]),
-            sizes=_integers(fields["sizes"]),
+            offsets=np.array(_list_of(int, fields["offsets"]), dtype=np.int64),
+            sizes=np.array(_list_of(int, fields["sizes"]), dtype=np.int64),
             labels=(None,) * count if fields["labels"] is None else tuple(fields["labels"]),
             ignored=dict(fields["ignored"]),
         )
@@ -177,16 +168,10 @@ def from_fields(fields: Any, where: str) -> TarIndex:
     return shard
 
 
-def _texts(values: Any) -> tuple[str, ...]:
-    if type(values) is not list or not all(type(value) is str for value in values):
-        raise TypeError("a list of names that is none")
-    return tuple(values)
-
-
-def _integers(values: Any) -> np.ndarray:
-    if type(values) is not list or not all(type(value) is int for value in values):
-        raise TypeError("a list of integers that is none")
-    return np.array(values, dtype=np.int64)
+def _list_of(kind: type[_Item], values: Any) -> list[_Item]:
+    if type(values) is not list or not all(type(value) is kind for value in values):
+        raise TypeError(f"no list of {kind.__name__}")
+    return values
 
 
 def write_index(shards: Sequence[TarIndex]) -> bytes:
@@ -198,11 +183,7 @@ def write_index(shards: Sequence[TarIndex]) -> bytes:
 
 
 def read_index(content: bytes, where: str) -> tuple[TarIndex, ...]:
-    """The shards of an index file, in its order.
-
-    Raises:
-        DataError: it is no such file, or one of a newer format.
-    """
+    """The shards of an index file, in its order. Raises a DataError for any other content."""
     try:
         found = json.loads(content)
         version, lines = found["format"], list(found["shards"])
@@ -218,7 +199,7 @@ def read_index(content: bytes, where: str) -> tuple[TarIndex, ...]:
 
 
 def read_kept(file: Path) -> tuple[TarIndex, ...] | None:
-    """The shards of an index in the cache folder; None if there is none, or a damaged one."""
+    """The shards of an index in the cache folder; None if it is missing or damaged."""
     if not file.is_file():
         return None
     try:
@@ -230,7 +211,7 @@ def read_kept(file: Path) -> tuple[TarIndex, ...] | None:
 
 @final
 class _Bounded:
-    """A file of which at most so many bytes are read at once: no header, no label is larger."""
+    """A file of which at most LARGEST_PART bytes are read at once, as for a header or a label."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.seek, self.tell = stream.seek, stream.tell
@@ -243,9 +224,9 @@ class _Bounded:
 
 
 def _require_end(stream: BinaryIO, offset: int) -> None:
-    """Raise ReadError unless nothing but zeros, the mark of an end, lies behind the last member.
+    """Raise ReadError unless zeros alone, which mark the end, follow the last member.
 
-    `tarfile` takes a damaged header, the end of the file, and what was appended for the end.
+    `tarfile` accepts a damaged header, the end of the file, or appended content as the end.
     """
     stream.seek(offset)
     block = stream.read(tarfile.BLOCKSIZE)
@@ -259,7 +240,7 @@ def _require_end(stream: BinaryIO, offset: int) -> None:
 
 
 def _by_stem(shard: str, files: Sequence[tarfile.TarInfo]) -> Iterator[dict[str, tarfile.TarInfo]]:
-    """The files of each sample, by what follows the stem, in small letters."""
+    """The files of each sample, by ending (all that follows the stem), in small letters."""
     seen: set[str] = set()
     stem: str | None = None
     parts: dict[str, tarfile.TarInfo] = {}
@@ -335,14 +316,14 @@ def _label(content: bytes, ending: str, where: str) -> Label:
     if not _is_label(value):
         raise DataError(
             f"{where}: expected an integer or a class name, of 64 bits or a line of at most "
-            f"{_LONGEST_CLASS_NAME} characters, found {str(value)[:_LONGEST_CLASS_NAME]!r}"
+            f"{LONGEST_CLASS_NAME} characters, found {str(value)[:LONGEST_CLASS_NAME]!r}"
         )
     return value
 
 
 def _is_label(value: Any) -> TypeGuard[int | str]:
     if isinstance(value, str):
-        # Half of a pair of UTF-16, which JSON can say, is in no file and on no terminal.
+        # Half of a UTF-16 pair, which JSON can contain, can be neither stored nor shown.
         whole = not any("\ud800" <= character <= "\udfff" for character in value)
-        return whole and 0 < len(value) <= _LONGEST_CLASS_NAME and "\n" not in value
+        return whole and 0 < len(value) <= LONGEST_CLASS_NAME and "\n" not in value
     return type(value) is int and -(2**63) <= value < 2**63

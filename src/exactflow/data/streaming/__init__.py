@@ -1,1 +1,1 @@
-"""Shards that lie elsewhere: fetched ahead of need, cached, never all on this disk."""
+"""Remote shards: fetched before they are needed, into a cache of limited size."""

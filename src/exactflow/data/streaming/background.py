@@ -1,4 +1,4 @@
-"""Things that are done ahead by threads, which end with the process and are never waited for."""
+"""Tasks done ahead by threads that end with the process and are never waited for."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _Task = TypeVar("_Task")
 
 @contextmanager
 def done_ahead(action: Callable[[_Task], None], threads: int) -> Iterator[Callable[[_Task], None]]:
-    """Yield `want(task)`, which has `action(task)` done soon: first requested, first served.
+    """Yield `want(task)`, which queues `action(task)`: first requested, first served.
 
-    An action that fails with a DataError or OSError is left undone: whoever needs it done does it
-    again, and meets the error where it can be told. Tasks not begun at the end are dropped.
+    DataError and OSError of an action are ignored: the caller that needs its result repeats it, and
+    gets the error itself. Tasks that are not begun at the end are dropped.
     """
     tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
     ended = threading.Event()

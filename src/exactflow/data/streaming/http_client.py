@@ -1,6 +1,6 @@
-"""One answer of an HTTP server, whose head comes in time or not at all.
+"""One answer of an HTTP server, whose head arrives within a time limit.
 
-`urllib` waits for every byte by itself: a server that sends a byte now and then, or "100 continue"
+`urllib` waits for every byte separately: a server that sends a byte now and then, or "100 continue"
 for ever, would be waited for without end. It also reads the whole body of an answer that redirects.
 """
 
@@ -12,50 +12,62 @@ import socket
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
+from http.client import HTTPConnection, HTTPMessage, HTTPResponse, HTTPSConnection
 from typing import Any, final
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
+from urllib.request import Request
 
-_MOST_REDIRECTS = 10
-_REDIRECTS = (301, 302, 303, 307, 308)
 _SPAN = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
 _NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 @final
 @dataclass(frozen=True)
-class HttpAnswer:
-    """What is read from `start` on, of a file of `total` bytes (None: unknown)."""
+class Answer:
+    """A file of `total` bytes (None: unknown), readable from byte `start` on.
 
-    body: HTTPResponse
+    `read` returns at most that many bytes, without waiting for all of them where it can do that.
+    """
+
+    read: Callable[[int], bytes]
     start: int
     total: int | None
 
 
 @contextmanager
-def opened(url: str, start: int, timeout: float) -> Iterator[HttpAnswer]:
+def opened(url: str, start: int, timeout: float) -> Iterator[Answer]:
     """A file from byte `start` on, or from its beginning where the server cannot do better.
 
     Args:
-        url: where.
+        url: address of the file.
         start: first byte.
-        timeout: seconds, at most, for the head of an answer, and for each of its bytes.
+        timeout: most seconds for the head of an answer, and for each byte of its body.
 
     Raises:
-        FileNotFoundError, PermissionError: it is not there, or not for us.
+        FileNotFoundError, PermissionError: the file is missing, or access is refused.
         OSError, HTTPException: anything else.
     """
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.UnknownHandler(),
+        _RedirectHandler(),
+        _HttpHandler(),
+    ):
+        opener.add_handler(handler)
     headers = {"Accept-Encoding": "identity", "User-Agent": "exactflow"}
     if start:
         headers["Range"] = f"bytes={start}-"
     try:
-        answer = _followed(url, headers, timeout)
+        answer = opener.open(Request(url, headers=headers), timeout=timeout)
     except urllib.error.HTTPError as error:
         error.close()
-        if start and error.code == 416:  # it is shorter than that
+        if start and error.code == 416:  # the file has fewer bytes
             with opened(url, 0, timeout) as whole:
                 yield whole
             return
@@ -64,60 +76,46 @@ def opened(url: str, start: int, timeout: float) -> Iterator[HttpAnswer]:
         if error.code in (401, 403):
             raise PermissionError(f"HTTP status {error.code}") from error
         raise
+    assert isinstance(answer, HTTPResponse)  # of _HttpHandler
     with closing(answer):
         if answer.status == 206:
             span = _SPAN.fullmatch(answer.headers["Content-Range"] or "")
             if span is None or int(span[1]) != start:
                 raise ConnectionError(f"a part of a file that does not begin at byte {start:,}")
-            yield HttpAnswer(answer, start, None if span[2] == "*" else int(span[2]))
+            yield Answer(answer.read1, start, None if span[2] == "*" else int(span[2]))
         else:
             length = _NUMBER.fullmatch(answer.headers["Content-Length"] or "")
-            yield HttpAnswer(answer, 0, int(length[0]) if length else None)
+            yield Answer(answer.read1, 0, int(length[0]) if length else None)
 
 
-def _followed(url: str, headers: dict[str, str], timeout: float) -> HTTPResponse:
-    """The answer at the end of all redirections, whose bodies are left unread."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.UnknownHandler(),
-        _HttpHandler(),
-    ):
-        opener.add_handler(handler)
-    for _ in range(_MOST_REDIRECTS):
-        try:
-            answer = opener.open(urllib.request.Request(url, headers=headers), timeout=timeout)
-        except urllib.error.HTTPError as error:
-            target = error.headers["Location"]
-            if error.code not in _REDIRECTS or target is None:
-                raise
-            error.close()
-            before, url = urlsplit(url).scheme, urljoin(url, target)
-            if urlsplit(url).scheme not in ("https", before):  # neither to files nor to plain text
-                raise ConnectionError(f"a redirection to {url}") from error
-        else:
-            assert isinstance(answer, HTTPResponse)  # of our handler
-            return answer
-    raise ConnectionError(f"more than {_MOST_REDIRECTS} redirections")
+@final
+class _RedirectHandler(urllib.request.HTTPRedirectHandler):
+    """Follows redirections without reading their bodies, and none from https to plain text."""
+
+    def redirect_request(
+        self, req: Request, fp: Any, code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Request | None:
+        fp.close()  # urllib would read the body, which need not end
+        if urlsplit(newurl).scheme not in ("https", urlsplit(req.full_url).scheme):
+            raise ConnectionError(f"a redirection to {newurl}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 @final
 class _HttpHandler(urllib.request.AbstractHTTPHandler):
-    """Connections that are shut down unless the head of the answer is there in time."""
+    """Shuts a connection down if the head of the answer does not arrive in time."""
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
-    def http_open(self, request: urllib.request.Request) -> HTTPResponse:
+    def http_open(self, request: Request) -> HTTPResponse:
         """Called by urllib for http."""
         return self._answer(HTTPConnection, request)
 
-    def https_open(self, request: urllib.request.Request) -> HTTPResponse:
+    def https_open(self, request: Request) -> HTTPResponse:
         """Called by urllib for https."""
         return self._answer(HTTPSConnection, request)
 
-    def _answer(self, kind: type[HTTPConnection], request: urllib.request.Request) -> HTTPResponse:
+    def _answer(self, kind: type[HTTPConnection], request: Request) -> HTTPResponse:
         made: list[HTTPConnection] = []
         answered, late = threading.Event(), threading.Event()
 
@@ -129,10 +127,10 @@ class _HttpHandler(urllib.request.AbstractHTTPHandler):
             while not answered.wait(request.timeout):
                 late.set()
                 for each in made:
-                    held = each.sock
-                    if held is not None:  # else it is still being connected
+                    connected = each.sock
+                    if connected is not None:
                         with suppress(OSError):
-                            held.shutdown(socket.SHUT_RDWR)
+                            connected.shutdown(socket.SHUT_RDWR)
 
         threading.Thread(target=watch, daemon=True).start()
         try:
@@ -143,7 +141,7 @@ class _HttpHandler(urllib.request.AbstractHTTPHandler):
             raise
         finally:
             answered.set()
-        if late.is_set():  # what was cut off passes for a whole head
+        if late.is_set():  # a head that was cut off looks like a whole one
             answer.close()
             raise TimeoutError(f"no answer in {request.timeout:.0f} s")
         return answer

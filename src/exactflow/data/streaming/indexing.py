@@ -1,7 +1,7 @@
-"""Indexes of shards that are streamed: made once, one shard at a time, and found again.
+"""Indexes of streamed shards: made once, one shard at a time, and found again.
 
-An index lies in the cache folder, under what was indexed, or beside the shards as `index.json`,
-which is read from there where the cache folder has none.
+An index lies in the cache folder, under a hash of the shards' URLs, or beside the shards as
+`index.json`, which is read if the cache folder has none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, final
+from typing import final
 from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
@@ -25,6 +25,7 @@ from exactflow.data.files import sha256_of
 from exactflow.data.formats import tar_index
 from exactflow.data.formats.shards import shard_groups
 from exactflow.data.formats.tar_index import TarIndex
+from exactflow.data.journal import read_journal
 from exactflow.data.splits import by_split, is_only_a_split
 from exactflow.data.streaming import remote
 from exactflow.data.streaming.shard_cache import RemoteShard, ShardCache
@@ -43,7 +44,7 @@ class RemoteSet:
 
     Attributes:
         root: the URL of their folder, which ends in a slash.
-        names: of the shards below it, sorted, as they are read; empty for all that an index has.
+        names: of the shards below it, sorted as they are read; empty means all in the index.
     """
 
     root: str
@@ -51,11 +52,7 @@ class RemoteSet:
 
     @classmethod
     def of(cls, pattern: str) -> RemoteSet:
-        """What a pattern means: tar files, a folder, or its index.
-
-        Raises:
-            DataError: some other files.
-        """
+        """The shards that a pattern means: tar files, a folder, or its index; or a DataError."""
         urls = remote.expand(pattern)
         if len(urls) == 1 and urls[0].endswith(f"/{INDEX_FILE}"):
             return cls(urls[0].removesuffix(INDEX_FILE), ())
@@ -77,7 +74,7 @@ class RemoteSet:
 
     @property
     def title(self) -> str:
-        """Name of the set: of its folder, or of the one above if that is just a split."""
+        """Name of the set: of its folder, or of the one above if the folder's is a split's name."""
         parts = urlsplit(self.root)
         names = [part for part in (parts.netloc, *parts.path.split("/")) if part] or ["shards"]
         above = len(names) > 1 and is_only_a_split(names[-1])
@@ -88,11 +85,7 @@ class RemoteSet:
         return self.root + name
 
     def by_split(self, shards: Sequence[TarIndex]) -> dict[Split, list[TarIndex]]:
-        """The shards by the split that their folder and name say (`splits.py`).
-
-        Raises:
-            DataError: some say so and others do not, or several splits but no training split.
-        """
+        """The shards by the split that their folder and name say; see `splits.by_split`."""
         shard_at = {self.url(shard.name): shard for shard in shards}
         names = {
             url: "/".join(PurePosixPath(shard.name).parts[-2:]) for url, shard in shard_at.items()
@@ -102,14 +95,14 @@ class RemoteSet:
 
 
 def find_index(pattern: str, cache_dir: str | None) -> tuple[RemoteSet, tuple[TarIndex, ...]]:
-    """What a pattern means, and the index of every shard, from the cache folder or beside them.
+    """The shards that a pattern means, and their indexes, from the cache folder or beside them.
 
     Raises:
-        DataError: there is none, it is damaged, or it lacks a shard.
+        DataError: the index is missing or damaged, or lacks a shard.
     """
     found = RemoteSet.of(pattern)
-    kept = _kept(found, cache_dir)
-    shards = tar_index.read_kept(kept)
+    kept = _index_path(found, cache_dir)
+    shards = tar_index.read_index_path(kept)
     if shards is not None:
         return found, shards
     beside = found.url(INDEX_FILE)
@@ -141,18 +134,18 @@ def index_shards(
     cache_gib: float = DataConfig.cache_gib,
     progress: bool = False,
 ) -> tuple[tuple[TarIndex, ...], Path]:
-    """Read every shard of a set once, and write down what it holds.
+    """Read every shard of a set once, and write their index.
 
-    Shards that lie elsewhere go through the cache folder, a few at a time. An interrupted call is
-    gone on with by the next; a finished one reads all shards again, since they may have changed.
+    Remote shards go through the cache folder, a few at a time. The next call continues an
+    interrupted one; after a finished one it reads all shards again, since they may have changed.
 
     Args:
         source: URLs of tar files in a pattern, or a folder of tar files on this machine.
-        out: where to write it too; by default, `index.json` in a folder of this machine, which
-            can then be put elsewhere as it is, and nowhere for URLs.
+        out: another file for the index; by default, `index.json` in a folder of this machine,
+            which can then be uploaded as it is, and none for URLs.
         cache_dir: as in `DataConfig`.
         cache_gib: as in `DataConfig`.
-        progress: whether to say on stderr how far it is.
+        progress: whether to show progress on stderr.
 
     Returns:
         The index and the file that it is in.
@@ -165,7 +158,7 @@ def index_shards(
         if not found.names:
             raise DataError(f"{source}: expected URLs that name every .tar file, found a folder")
         cache = ShardCache(cache_folder(cache_dir) / "shards", round(cache_gib * 2**30))
-        kept = _kept(found, cache_dir)
+        kept = _index_path(found, cache_dir)
         shards = _indexed(
             found.names, lambda name: _fetched(found.url(name), name, cache), kept, progress
         )
@@ -177,7 +170,7 @@ def index_shards(
         names = sorted(file.relative_to(root).as_posix() for file in files)
         if not names:
             raise DataError(f"{source}: expected .tar files, found none")
-        key = _kept(RemoteSet(f"{root.resolve()}/", tuple(names)), cache_dir)
+        key = _index_path(RemoteSet(f"{root.resolve()}/", tuple(names)), cache_dir)
         shards = _indexed(
             names, lambda name: tar_index.index_file(root / name, name), key, progress
         )
@@ -188,15 +181,20 @@ def index_shards(
 
 
 def _indexed(names: Sequence[str], walk: _Walk, kept: Path, progress: bool) -> tuple[TarIndex, ...]:
-    """The index of every shard; a journal keeps those that are done until all are."""
-    with _journal(kept.with_suffix(".journal")) as journal:
-        done = _entries(journal)
+    """The index of every shard; a journal keeps finished ones until all are."""
+    file = kept.with_suffix(".journal")
+    with _locked(file):
+        entries = read_journal(file, lambda fields: tar_index.from_fields(fields, str(file)))
+        done = {shard.name: shard for shard in entries}
         left = [name for name in names if name not in done]
         threads = ThreadPoolExecutor(_AT_ONCE)
         before = len(names) - len(left)
-        with shown_progress(
-            len(names), "indexing", unit="shards", done=before, quiet=not progress
-        ) as advance:
+        with (
+            file.open("ab") as journal,
+            shown_progress(
+                len(names), "indexing", unit="shards", done=before, quiet=not progress
+            ) as advance,
+        ):
             try:
                 for name, shard in zip(left, threads.map(walk, left), strict=True):
                     journal.write(tar_index.to_line(shard).encode() + b"\n")
@@ -205,35 +203,19 @@ def _indexed(names: Sequence[str], walk: _Walk, kept: Path, progress: bool) -> t
                     advance(1)
             finally:
                 threads.shutdown(wait=False, cancel_futures=True)
-        Path(journal.name).unlink()
+        file.unlink()
     return tuple(done[name] for name in names)
 
 
 @contextmanager
-def _journal(file: Path) -> Iterator[BinaryIO]:
-    """The journal, held against other processes by a file beside it that stays."""
+def _locked(file: Path) -> Iterator[None]:
+    """Lock a journal against other processes, with a file beside it that stays."""
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(file.with_suffix(".lock"), blocking=False), file.open("a+b") as stream:
-            yield stream
+        with FileLock(file.with_suffix(".lock"), blocking=False):
+            yield
     except Timeout:
         raise DataError(f"{file}: another process is indexing these shards") from None
-
-
-def _entries(journal: BinaryIO) -> dict[str, TarIndex]:
-    """The shards of whole lines; a line that was not written to its end is cut off."""
-    found: dict[str, TarIndex] = {}
-    journal.seek(0)
-    end = 0
-    for line in journal:
-        try:
-            shard = tar_index.from_fields(json.loads(line), journal.name)
-        except ValueError:
-            break
-        found[shard.name] = shard
-        end += len(line)
-    journal.truncate(end)
-    return found
 
 
 def _fetched(url: str, name: str, cache: ShardCache) -> TarIndex:
@@ -243,8 +225,8 @@ def _fetched(url: str, name: str, cache: ShardCache) -> TarIndex:
         return tar_index.index_tar(stream, name, size, sha256, url)
 
 
-def _kept(found: RemoteSet, cache_dir: str | None) -> Path:
-    """Where the index of these shards is in the cache folder."""
+def _index_path(found: RemoteSet, cache_dir: str | None) -> Path:
+    """The file in the cache folder for the index of these shards."""
     key = hashlib.sha256(json.dumps([found.root, *found.names]).encode()).hexdigest()
     return cache_folder(cache_dir) / "indexes" / f"{key}.json"
 

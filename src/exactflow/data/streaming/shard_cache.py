@@ -1,16 +1,16 @@
 """A folder of limited size with whole copies of remote shards, shared by any number of processes.
 
-    SHA256.tar              a whole shard, under the hash of its content; the time of its last use
-                            is the file's modification time
-    SHA256.NUMBER.pin       locked by who reads the shard, which stays so long
-    KEY-SIZE.partial        one that is being fetched, or was; SIZE bytes are set aside for it
-    KEY-SIZE.claim          locked by who fetches it
-    .lock                   held while any of them is begun, renamed or removed
+    SHA256.tar              a whole shard, named by the hash of its content; its modification time
+                            is the time of its last use
+    SHA256.NUMBER.pin       locked by a reader of the shard, which is not removed meanwhile
+    KEY-SIZE.partial        a shard that is being fetched, or was; SIZE bytes are reserved for it
+    KEY-SIZE.claim          locked by the process that fetches it
+    .lock                   locked while any of these files is made, renamed or removed
 
-Only files that nobody reads or fetches are removed: least recently used first, before anything is
-written that would not fit. Locks go with their process, however it ends: what a killed one leaves
-is taken up by the next that wants it, or removed for want of room. The folder should be on a disk
-of this machine.
+Only files that no process reads or fetches are removed: least recently used first, before a file is
+written that would not fit. Locks end with their process, however it ends: the partial file of a
+killed process is continued by the next one that needs it, or removed to make room. The folder
+should be on a disk of this machine.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from exactflow.data.config import DataError
 from exactflow.data.files import sha256_of
 from exactflow.data.streaming import remote
 
-PATIENCE = 600.0  # seconds to wait for room while others hold all of it
-_PAUSE = 0.05  # seconds between two looks for room
-_POLL = 0.002  # seconds between two looks whether a lock is free, of those that are held shortly
+PATIENCE = 600.0  # seconds to wait for room while all files are in use
+_PAUSE = 0.05  # seconds between two attempts to make room
+_POLL = 0.002  # seconds between two attempts to lock a file
 
 
 @final
 @dataclass(frozen=True)
 class RemoteShard:
-    """A shard that lies elsewhere.
+    """A shard on a server.
 
     Attributes:
-        url: where.
+        url: its address.
         size: in bytes.
         sha256: of its content, in hex; None before it is indexed.
     """
@@ -55,11 +55,11 @@ class RemoteShard:
 
 @final
 class ShardCache:
-    """See above.
+    """The cache described above.
 
     Args:
         folder: made if missing.
-        limit: bytes; nothing is written that makes all files together larger.
+        limit: most bytes of all files together.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -67,10 +67,11 @@ class ShardCache:
 
     @contextmanager
     def open(self, shard: RemoteShard) -> Iterator[BufferedReader]:
-        """A whole shard with the content that was indexed, fetched if need be; it stays until then.
+        """Download a shard unless it is cached; it stays in the cache while it is open.
 
         Raises:
-            DataError: it cannot be fetched, is another one than was indexed, or there is no room.
+            DataError: it cannot be fetched, has other content than was indexed, or there is no
+                room for it.
         """
         pin = None
         while pin is None:
@@ -82,11 +83,7 @@ class ShardCache:
             pin.release()
 
     def fetch(self, shard: RemoteShard) -> None:
-        """Download a shard unless it is here, or another process is fetching it right now.
-
-        Raises:
-            DataError: as in `open`.
-        """
+        """Download a shard unless it is cached, or being fetched; errors as of `open`."""
         pin = self._present(shard) or self._fetched(shard, wait=False)
         if pin is not None:
             pin.release()
@@ -95,18 +92,18 @@ class ShardCache:
         return self.folder / f"{sha256}.tar"
 
     def _present(self, shard: RemoteShard) -> _Pin | None:
-        """The shard, if it is here."""
-        if self._present_size(shard) != shard.size:
+        """A pin on the shard, if it is cached."""
+        if not self._is_present(shard):
             return None
-        with self._alone():
-            if self._present_size(shard) != shard.size:  # it was removed meanwhile
+        with self._folder_lock():
+            if not self._is_present(shard):  # it was removed meanwhile
                 return None
             file = self._file(shard.sha256)
             os.utime(file)
             return _Pin.of(file)
 
     def _fetched(self, shard: RemoteShard, *, wait: bool) -> _Pin | None:
-        """The shard, fetched now; None if another process did, or does."""
+        """A pin on the shard after fetching it; None if another process fetched it, or does."""
         if shard.size > self.limit:
             raise DataError(
                 f"{shard.url}: expected at most {self.limit:,} bytes, which data.cache_gib leaves "
@@ -125,18 +122,18 @@ class ShardCache:
             finally:
                 with suppress(OSError):  # what could not be written may still be in its buffer
                     stream.close()
-            with self._alone():
+            with self._folder_lock():
                 partial.replace(file)
                 _claim_file(partial).unlink()
                 return _Pin.of(file)
 
     def _claimed(self, partial: Path, shard: RemoteShard, wait: bool) -> FileLock | None:
-        """A held claim on the partial file, which has room for the rest; None as above."""
+        """The locked claim on the partial file, for which room is reserved; None as above."""
         claim = _lock(_claim_file(partial))
         deadline = time.monotonic() + PATIENCE
         while True:
-            with self._alone():
-                if self._present_size(shard) == shard.size:
+            with self._folder_lock():
+                if self._is_present(shard):
                     return None
                 has_room = partial.exists() or self._make_room(shard.size)
                 if has_room:
@@ -147,7 +144,7 @@ class ShardCache:
             if not wait:
                 return None
             if has_room:
-                with claim:  # who had it is through with it, or was killed
+                with claim:  # the process that held it has finished, or was killed
                     return None
             if time.monotonic() > deadline:
                 raise DataError(
@@ -156,20 +153,20 @@ class ShardCache:
                 )
             time.sleep(_PAUSE)
 
-    def _present_size(self, shard: RemoteShard) -> int | None:
+    def _is_present(self, shard: RemoteShard) -> bool:
         with suppress(FileNotFoundError):
-            return self._file(shard.sha256).stat().st_size
-        return None
+            return self._file(shard.sha256).stat().st_size == shard.size
+        return False
 
     def _completed(self, stream: BufferedRandom, shard: RemoteShard) -> Path:
-        """Fetch what is missing and compare the hash; what the file will be called."""
+        """Fetch the missing bytes and compare the hash; returns the final path."""
         if shard.sha256 is None:
-            stream.truncate(0)  # nobody knows what this was a piece of
+            stream.truncate(0)  # the rest may be of other content
         continued = stream.seek(0, os.SEEK_END) > 0
         remote.download(shard.url, stream, shard.size)
         found = sha256_of(stream)
         if continued and found != shard.sha256:
-            stream.truncate(0)  # the piece that was left may be of another one
+            stream.truncate(0)  # the bytes that were there may be of other content
             remote.download(shard.url, stream, shard.size)
             found = sha256_of(stream)
         if shard.sha256 not in (None, found):
@@ -182,13 +179,13 @@ class ShardCache:
         return self._file(found)
 
     def _make_room(self, size: int) -> bool:
-        """Remove files without a lock until so many bytes more would fit; whether they do."""
-        held = {file: found for file in self.folder.iterdir() if (found := _held(file)) is not None}
-        total = sum(taken for taken, _ in held.values())
-        for file, (taken, _) in sorted(held.items(), key=lambda item: item[1][1]):
+        """Remove unused files until `size` more bytes fit; returns whether they do."""
+        found = {file: use for file in self.folder.iterdir() if (use := _size_and_use(file))}
+        total = sum(taken for taken, _ in found.values())
+        for file, (taken, _) in sorted(found.items(), key=lambda item: item[1][1]):
             if total + size <= self.limit:
                 break
-            if _removed(file):
+            if _remove_unused(file):
                 total -= taken
         return total + size <= self.limit
 
@@ -199,14 +196,14 @@ class ShardCache:
 @final
 @dataclass(frozen=True)
 class _Pin:
-    """Keeps a shard here until it is released."""
+    """Keeps a shard in the cache until it is released."""
 
     file: Path
     lock: FileLock
 
     @classmethod
     def of(cls, file: Path) -> _Pin:
-        """A pin on a file; no other process removes files meanwhile."""
+        """A pin on a file; the caller holds the folder's lock."""
         lock = _lock(file.with_suffix(f".{uuid4().hex}.pin"))
         lock.acquire()
         return cls(file, lock)
@@ -214,12 +211,12 @@ class _Pin:
     def release(self) -> None:
         """Let the file be removed."""
         self.lock.release()
-        with suppress(OSError):  # who makes room may have removed it
+        with suppress(OSError):  # another process may have removed it to make room
             Path(self.lock.lock_file).unlink()
 
 
 def _lock(file: Path) -> FileLock:
-    """A lock that any thread may release, as readers that are abandoned do."""
+    """A lock that any thread may release, since readers can be closed in another thread."""
     return FileLock(file, poll_interval=_POLL, thread_local=False)
 
 
@@ -227,8 +224,8 @@ def _claim_file(partial: Path) -> Path:
     return partial.with_suffix(".claim")
 
 
-def _held(file: Path) -> tuple[int, int] | None:
-    """Bytes that a file takes or will take, and when it was last used; None for other files."""
+def _size_and_use(file: Path) -> tuple[int, int] | None:
+    """Final bytes of a shard's file and its time of last use; None for other files."""
     with suppress(FileNotFoundError, ValueError):
         status = file.stat()
         if file.suffix == ".tar":
@@ -238,15 +235,15 @@ def _held(file: Path) -> tuple[int, int] | None:
     return None
 
 
-def _removed(file: Path) -> bool:
-    """Remove a file unless somebody holds it."""
+def _remove_unused(file: Path) -> bool:
+    """Remove a file unless a process reads or fetches it; returns whether it is gone."""
     is_whole = file.suffix == ".tar"
-    for held in file.parent.glob(f"{file.stem}.*.pin") if is_whole else [_claim_file(file)]:
+    for mark in file.parent.glob(f"{file.stem}.*.pin") if is_whole else [_claim_file(file)]:
         try:
-            with _lock(held).acquire(blocking=False):
-                held.unlink(missing_ok=True)  # who had it was killed
+            with _lock(mark).acquire(blocking=False):
+                mark.unlink(missing_ok=True)  # its process was killed
         except Timeout:
             return False
-    with suppress(PermissionError):  # Windows: somebody else has it open
+    with suppress(PermissionError):  # Windows: another process has it open
         file.unlink(missing_ok=True)
     return not file.exists()

@@ -1,17 +1,17 @@
-"""Tar shards that lie elsewhere and are never all on this disk.
+"""Streamed tar shards: they stay on a server, and only some of them are on this disk.
 
 A source is one or several URLs of tar files in a pattern, such as
 
     https://host/set/train-{000000..000099}.tar
     s3://bucket/set/{train-{000..099},val-{00..04}}.tar
 
-or of a folder, or of the `index.json` in it that names its shards. What the shards hold stands in
-an index (`indexing.py`), so that no shard is fetched to open the set but the first, which tells
-the shape. Images are decoded when they are asked for.
+or of a folder, or of the `index.json` in it that names its shards. The contents of shards are in an
+index (`indexing.py`), so that opening a set fetches only its first shard, for the shape of images.
+Images are decoded when they are read.
 
-The `webdataset` package is not used: its shuffle goes through a buffer whose state is not saved, so
-that a run cannot be gone on with exactly. Here the order is a function of (seed, epoch), see
-`order.epoch_order`, and the cache folder holds what it needs next.
+The `webdataset` package is not used: its shuffle buffer is not saved, so that a run cannot be
+resumed exactly. Here the order is a function of (seed, epoch), see `order.epoch_order`, and the
+cache folder holds the shards that it needs next.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from exactflow.data.streaming.indexing import find_index
 from exactflow.data.streaming.shard_cache import RemoteShard, ShardCache
 
 DOWNLOADS = 4  # at once, in each process
-GROUPS_KEPT = 3  # of mixed shards: the one that is read, the one before it, and the next
+GROUPS_KEPT = 3  # groups of mixed shards in the cache: the previous, the current, and the next
 
 _MOST_WAITING = 4096  # requests
 _Request = TypeVar("_Request")
@@ -48,8 +48,8 @@ def open_streamed(pattern: str, config: DataConfig) -> Source:
     """Open the shards that a pattern of URLs means; none is fetched.
 
     Raises:
-        DataError: there is no index of them, labels do not fit together, or the cache folder may
-            hold less than training needs at once.
+        DataError: they have no index, labels do not fit together, or `cache_gib` is less than
+            training needs at once.
     """
     found, shards = find_index(pattern, config.cache_dir)
     splits = found.by_split(shards)
@@ -60,7 +60,7 @@ def open_streamed(pattern: str, config: DataConfig) -> Source:
         remote = tuple(RemoteShard(found.url(s.name), s.size, s.sha256) for s in ours)
         records[split] = records_of(ours, CachedFiles(cache, remote))
         for shard in ours:
-            shard.tell_ignored(found.url(shard.name))
+            shard.log_ignored(found.url(shard.name))
     hashes = json.dumps([[shard.name, shard.sha256] for s in splits.values() for shard in s])
     stamp = hashlib.sha256(hashes.encode()).hexdigest()
     source = source_of(splits, records, name=found.title, stamp=stamp, where=pattern)
@@ -74,7 +74,7 @@ def open_streamed(pattern: str, config: DataConfig) -> Source:
 @final
 @dataclass(frozen=True)
 class CachedFiles(ShardFiles):
-    """Shards of which some are in a cache folder, and the others elsewhere."""
+    """Remote shards that are read through a cache folder."""
 
     cache: ShardCache
     shards: tuple[RemoteShard, ...]
@@ -86,19 +86,19 @@ class CachedFiles(ShardFiles):
         return self.cache.open(self.shards[shard])
 
     def fetch(self, shard: int) -> None:
-        """Download a shard unless it is in the cache folder."""
+        """Download a shard unless it is cached."""
         self.cache.fetch(self.shards[shard])
 
 
 @final
 class StreamedImages:
-    """Images, uint8 (n, C, H, W), that are fetched and decoded when rows of them are asked for.
+    """Images, uint8 (n, C, H, W), that are fetched and decoded when their rows are read.
 
     Args:
-        selection: which images, of records whose files are `CachedFiles`.
+        selection: the images, of records whose files are `CachedFiles`.
 
     Raises:
-        DataError: images that cannot be read are to be skipped, but nobody knows which they are.
+        DataError: unreadable images are to be skipped, but are not known before they are decoded.
     """
 
     def __init__(self, selection: store.Selection) -> None:
@@ -110,9 +110,9 @@ class StreamedImages:
                 f"{selection.shape_of}: expected on_error=raise, since it is streamed and no image "
                 f"is decoded ahead, found {selection.on_error}; `exactflow prepare` can skip"
             )
-        self._selection, self._files = selection, records.files
+        self._selection, self._records, self._files = selection, records, records.files
         self._shard = records.shard[selection.indices]
-        self._told = False  # of animations; once, since every batch comes through here
+        self._warned = False  # of animations; once, since every batch is decoded here
         self.shape = (len(selection.indices), *selection.shape)
 
     def __len__(self) -> int:
@@ -122,33 +122,33 @@ class StreamedImages:
         """A copy of one image, or of some, as of an array.
 
         Raises:
-            DataError: a shard cannot be had, or an image is unreadable or of another shape.
+            DataError: a shard cannot be read, or an image is unreadable or of another shape.
         """
         if isinstance(rows, int):
             return self[np.array([rows])][0]
         stored = self._selection.indices[rows]
         wanted, position = np.unique(stored, return_inverse=True)
-        # Workers of a loader share the cores already.
+        # The workers of a loader already use all cores.
         threads = 1 if get_worker_info() is not None else None
         part = replace(self._selection, indices=wanted)
         several: list[str] = []
-        images, _ = store.decode_array(part, several, workers=threads)
-        if several and not self._told:
-            self._told = True
-            store.tell_animations(several)
+        images, _ = store.decode_array(part, workers=threads, animations=several)
+        if several and not self._warned:
+            self._warned = True
+            store.warn_of_animations(several)
         return images if np.array_equal(stored, wanted) else images[position]
 
     @property
     def shards(self) -> tuple[int, ...]:
-        """Numbers of images of the shards that they lie in, in order."""
+        """Number of these images in each of their shards, in order."""
         _, counts = np.unique(self._shard, return_counts=True)
         return tuple(counts.tolist())
 
     def fingerprint(self, labels: np.ndarray | None) -> str:
-        """sha256 (hex) of what decides pixels and labels, since nobody has seen all pixels.
+        """sha256 (hex) of all that decides pixels and labels, since the pixels are not decoded yet.
 
-        These are the content of the shards, which images of them are taken, what is done to each,
-        and labels. An equal set on this disk has another fingerprint, that of its pixels.
+        It covers the content of the shards, the selected images, the preprocessing, and labels. An
+        equal set on this disk has another fingerprint, that of its pixels.
         """
         selection = self._selection
         header = {
@@ -159,10 +159,8 @@ class StreamedImages:
             "labelled": labels is not None,
         }
         digest = hashlib.sha256(json.dumps(header).encode())
-        records = selection.split.records
-        assert isinstance(records, TarRecords)
         _, number = np.unique(self._shard, return_inverse=True)
-        for values in (number, records.offset[selection.indices], labels):
+        for values in (number, self._records.offset[selection.indices], labels):
             if values is not None:
                 digest.update(values.astype("<i8").tobytes())
         return digest.hexdigest()
@@ -170,10 +168,10 @@ class StreamedImages:
     def read_ahead(
         self, requests: Iterator[_Request], rows_of: Callable[[_Request], np.ndarray]
     ) -> Iterator[_Request]:
-        """The same requests, while shards that later ones need are fetched in the background.
+        """The same requests, while the shards of later ones are fetched in the background.
 
-        As far ahead as the cache folder holds all shards in sight, but for one group, which is left
-        to requests that are being answered.
+        Requests are taken ahead as long as the cache folder has room for their shards, and for one
+        more group: that of the requests being answered.
         """
         sizes = [shard.size for shard in self._files.shards]
         room = self._files.cache.limit - _largest(sizes, mixed_shards(self.shards))
@@ -205,7 +203,7 @@ class StreamedImages:
 
 
 def _require_room(shards: Sequence[TarIndex], limit: int, pattern: str) -> None:
-    """Raise DataError unless the cache folder may hold all shards, or as many as are mixed."""
+    """Raise a DataError unless the cache has room for GROUPS_KEPT groups, or for all shards."""
     count = GROUPS_KEPT * mixed_shards([len(shard) for shard in shards])
     needed = _largest([shard.size for shard in shards], count)
     if needed > limit:
