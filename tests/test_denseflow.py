@@ -14,6 +14,7 @@ from exactflow.core import grey_levels as grey
 from exactflow.core.config import override
 from exactflow.core.model import log_density
 from exactflow.core.randomness import generator, normal_rows
+from exactflow.models.convert import convert
 from exactflow.models.denseflow.model import DenseFlow, DenseFlowConfig
 from exactflow.models.denseflow.network import (
     DeferredBatchNorm,
@@ -277,11 +278,12 @@ def test_golden_squeeze() -> None:
     assert torch.equal(squeeze.inverse(expected["inverse.z"]), expected["inverse.x"])
 
 
-def test_a_foreign_state_dict_is_refused() -> None:
+def test_an_incomplete_state_dict_is_refused(tmp_path: Path) -> None:
     _, state, _ = case("whole")
     del state["transforms.0.encoder.context_init.2.weight"]
-    with pytest.raises(ValueError, match=r"not a complete DenseFlow .*context_init\.2\.weight"):
-        from_published(state, (16, 16))
+    torch.save(state, tmp_path / "part.pt")
+    with pytest.raises(ValueError, match=r"dict of DenseFlow: it has no .*context_init\.2\.weight"):
+        convert(tmp_path / "part.pt", height=16)
 
 
 # Counts

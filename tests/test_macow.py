@@ -17,6 +17,7 @@ from exactflow.core.model import log_density
 from exactflow.core.randomness import generator, normal_rows
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.data.config import DataConfig
+from exactflow.models.convert import convert
 from exactflow.models.macow import published as macow_published
 from exactflow.models.macow.masked_convolution import (
     ContextEncoder,
@@ -25,7 +26,7 @@ from exactflow.models.macow.masked_convolution import (
 )
 from exactflow.models.macow.model import MaCow, MaCowConfig
 from exactflow.models.macow.parts import GlowStep, Level, Step, StepPlan, Unit
-from exactflow.models.macow.published import from_published, published_config, to_published
+from exactflow.models.macow.published import from_published
 from exactflow.models.macow.transforms import (
     ActNorm,
     Coupling,
@@ -43,6 +44,7 @@ from exactflow.sampling.request import SamplingOptions
 from exactflow.sampling.sample import sample
 from exactflow.training.optim import TrainConfig
 from flows import blueprint
+from macow_export import published_name, to_published
 
 PRESETS = FAMILIES["macow"].presets
 
@@ -177,7 +179,7 @@ def test_published_log_determinants_of_every_part(name: str) -> None:
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for ours, module in model.named_modules():
         if isinstance(module, Level | Step | Unit | GlowStep):
-            there = macow_published._there(f"{ours}.", model.config).rstrip(".")
+            there = published_name(f"{ours}.", model.config).rstrip(".")
             there = there.replace("levels", "blocks")
             module.register_forward_hook(lambda _, __, out, key=there: found.update({key: out}))
     noise = expected["noise"].reshape(-1, *model.event_shape)
@@ -240,9 +242,10 @@ def test_published_state_there_and_back(name: str) -> None:
         assert torch.equal(again.state_dict()[key], value), key
 
 
-def test_foreign_state_dicts_are_refused() -> None:
-    with pytest.raises(ValueError, match="published MaCow"):
-        published_config({"blocks.0.weight": torch.zeros(1)}, (8, 8), 256)
+def test_incomplete_state_dicts_are_refused(tmp_path: Path) -> None:
+    torch.save({macow_published.MARK: torch.zeros(1)}, tmp_path / "part.pt")
+    with pytest.raises(ValueError, match=r"dict of MaCow: it has no 'flow\.blocks\.0\.steps\.0"):
+        convert(tmp_path / "part.pt", height=8, levels=256)
     _, state, _ = case("variational")
     incomplete = {key: value for key, value in state.items() if "resnet0" not in key}
     with pytest.raises(ValueError, match="complete"):
@@ -289,7 +292,7 @@ def test_published_masked_convolutions() -> None:
         for key, value in state.items():
             if key.startswith(f"{name}."):
                 there = place + key.removeprefix(f"{name}.")
-                here = macow_published._here(there).rpartition("network.")[2]
+                here = macow_published._rename(there).rpartition("network.")[2]
                 ours[f"network.{here}"] = value
         conv.load_state_dict(ours)
         context = expected.get(f"{name}.context")

@@ -3,14 +3,16 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeVar, final
 
+import torch
 from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
 from exactflow.core.serialization import parse_json
 from exactflow.core.tensor_files import read_pickled, read_safetensors
 
+Model = TypeVar("Model", bound=GenerativeModel)
 Hints = Mapping[str, Any]
 SIZE = ("channels", "height", "width")  # hints that are no fields of a configuration
 _NESTS = ("model_ema", "model")  # where training checkpoints keep weights; averaged ones first
@@ -62,6 +64,21 @@ def size_in(hints: Hints) -> tuple[int, int]:
 def without_size(hints: Hints) -> dict[str, Any]:
     """The hints that are fields of a configuration."""
     return {name: value for name, value in hints.items() if name not in SIZE}
+
+
+def filled(kind: type[Model], config: Any, weights: Mapping[str, Tensor]) -> Model:
+    """A model with these tensors for its parameters and buffers, in evaluation mode.
+
+    Raises:
+        ValueError: tensors are missing, left over or of another shape.
+    """
+    with torch.device("meta"):
+        model = kind(config)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"not a complete {kind.__name__} checkpoint: {error}") from error
+    return model.eval()
 
 
 def read_tensors(path: Path) -> ForeignFile:
