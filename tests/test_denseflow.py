@@ -257,7 +257,7 @@ def test_golden_coupling() -> None:
 @torch.no_grad()
 def test_golden_dequantiser() -> None:
     settings, state, expected = case("dequantiser")
-    model = CouplingDequantizer(3, 4, 64, 4, 64, 16).eval()
+    model = CouplingDequantizer(DenseFlowConfig()).eval()
     ours = renamed({f"transforms.0.{key}": value for key, value in state.items()})
     ours.pop("transforms.0.ldj_per_dim", None)
     model.load_state_dict({k.removeprefix("dequantizer."): v for k, v in ours.items()})

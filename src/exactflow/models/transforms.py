@@ -8,7 +8,33 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exactflow.core.composition import ElementaryTransform, Retraced, ReversibleTransform
+from exactflow.core.composition import (
+    Composition,
+    ElementaryTransform,
+    Retraced,
+    ReversibleTransform,
+)
+
+
+class InvertibleComposition(Composition, ABC):
+    """A composition whose parts are inverted directly: no solver has a say."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        context: Float[Tensor, "batch features height width"] | None = None,
+    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+        """z and ln |det dz/dx|."""
+        return self.through(x, context)
+
+    def inverse(
+        self, z: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """The x of z, without a context."""
+        for part in reversed(self.parts):
+            assert isinstance(part, ReversibleTransform | InvertibleComposition)
+            z = part.inverse(z)
+        return z
 
 
 @final

@@ -16,14 +16,18 @@ from torch.nn import functional as F
 
 from exactflow.core.composition import Composition, ElementaryTransform
 from exactflow.core.prior import Prior
+from exactflow.models.denseflow.config import DenseFlowConfig
 from exactflow.models.denseflow.network import (
-    AttentionVariant,
     ConditionalNetwork,
     ContextNetwork,
     DenseCouplingNetwork,
     NoiseNetwork,
 )
-from exactflow.models.transforms import AffineCoupling, InvertibleConvolution
+from exactflow.models.transforms import (
+    AffineCoupling,
+    InvertibleComposition,
+    InvertibleConvolution,
+)
 from exactflow.nn.data_dependent import DataDependent, standardize
 
 
@@ -173,7 +177,7 @@ class Exchange(ElementaryTransform):
 
 
 @final
-class CouplingModule(Composition):
+class CouplingModule(InvertibleComposition):
     """Normalise, mix channels, couple, and exchange the halves.
 
     Args:
@@ -192,25 +196,9 @@ class CouplingModule(Composition):
     def parts(self) -> tuple[ChannelNorm, InvertibleConvolution, DenseCoupling, Exchange]:
         return self.norm, self.mix, self.coupling, self.exchange
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        """The image of x and ln |det dz/dx|; no use is made of a context."""
-        return self.through(x)
-
-    def inverse(
-        self, z: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
-        """The x of z."""
-        for part in reversed(self.parts):
-            z = part.inverse(z)
-        return z
-
 
 @final
-class DenseUnit(Composition):
+class DenseUnit(InvertibleComposition):
     """Coupling modules in turn, named by their numbers."""
 
     def __init__(self, modules: Iterable[CouplingModule]) -> None:
@@ -222,20 +210,6 @@ class DenseUnit(Composition):
     def parts(self) -> list[CouplingModule]:
         return [module for module in self.children() if isinstance(module, CouplingModule)]
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        """The image of x and ln |det dz/dx|."""
-        return self.through(x)
-
-    def inverse(
-        self, z: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
-        """The x of z."""
-        for module in reversed(self.parts):
-            z = module.inverse(z)
-        return z
-
 
 @final
 class DenseBlock(nn.Module):
@@ -245,45 +219,34 @@ class DenseBlock(nn.Module):
     outputs of all units before the one that they extend (cross-unit coupling, section 3.1).
 
     Args:
-        channels: of the input.
-        growth: injected channels per unit.
-        units: how many.
-        modules: coupling modules in each.
-        width: channels of the coupling networks.
-        depth: layers of their dense part.
-        dense_growth: channels that each of these adds.
-        landmarks: of their attention.
-        variant: of their attention.
+        config: the model's configuration.
+        index: which of its blocks this is.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        growth: int,
-        units: int,
-        modules: int,
-        width: int,
-        depth: int,
-        dense_growth: int,
-        landmarks: int,
-        variant: AttentionVariant,
-    ) -> None:
+    def __init__(self, config: DenseFlowConfig, index: int) -> None:
         super().__init__()
-        self.growth = growth
-        widths = [channels + index * growth for index in range(units)]
+        self.growth = config.growth
+        channels, _ = config.channels[index]
+        widths = [channels + unit * config.growth for unit in range(config.units[index])]
 
         def module(size: int) -> CouplingModule:
             kept, moved = size - size // 2, size // 2
             network = DenseCouplingNetwork(
-                kept, 2 * moved, width, depth, dense_growth, landmarks, variant
+                kept,
+                2 * moved,
+                config.widths[index],
+                config.dense_depth,
+                config.dense_growth,
+                config.landmarks,
+                config.attention,
             )
             return CouplingModule(size, DenseCoupling(size, network))
 
         self.units = nn.ModuleList(
-            DenseUnit(module(size) for _ in range(modules)) for size in widths
+            DenseUnit(module(size) for _ in range(config.modules[index])) for size in widths
         )
-        seen = [channels + sum(widths[:index]) for index in range(units - 1)]
-        self.noise_networks = nn.ModuleList(NoiseNetwork(size, growth) for size in seen)
+        seen = [channels + sum(widths[:unit]) for unit in range(len(widths) - 1)]
+        self.noise_networks = nn.ModuleList(NoiseNetwork(size, config.growth) for size in seen)
 
     @property
     def stages(self) -> list[nn.Module]:
@@ -342,20 +305,15 @@ class CouplingDequantizer(Composition):
     Variational dequantisation (Ho et al., Flow++, arXiv 1902.00275, eq. 10).
 
     Args:
-        channels: of the image.
-        steps: couplings, each after a mixing of channels.
-        width: channels of context and networks.
-        depth: layers of every dense part.
-        growth: channels that each of these adds in the couplings' networks.
-        context_growth: the same in the network of the context.
+        config: the model's configuration.
     """
 
-    def __init__(
-        self, channels: int, steps: int, width: int, depth: int, growth: int, context_growth: int
-    ) -> None:
+    def __init__(self, config: DenseFlowConfig) -> None:
         super().__init__()
-        inner = 4 * channels
-        self.context = ContextNetwork(channels, width, depth, context_growth)
+        channels, steps = config.image_shape[0], config.dequantizer_steps
+        width, depth = config.dequantizer_width, config.dequantizer_depth
+        growth, inner = config.dequantizer_growth, 4 * channels
+        self.context = ContextNetwork(channels, width, depth, config.context_growth)
         self.mean = nn.Parameter(torch.zeros(1, inner, 1, 1))
         self.log_scale = nn.Parameter(torch.zeros(1, inner, 1, 1))
         self.mixes = nn.ModuleList(InvertibleConvolution(inner) for _ in range(steps + 1))

@@ -4,7 +4,7 @@ Ma et al., arXiv 1902.04208, section 3. Written from the paper's mathematics.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from exactflow.core.composition import Composition, ReversibleTransform
 from exactflow.core.transform import Solver
+from exactflow.models.macow.config import MultiScalePlan
 from exactflow.models.macow.masked_convolution import CouplingNetwork
 from exactflow.models.macow.transforms import (
     ActNorm,
@@ -21,9 +22,8 @@ from exactflow.models.macow.transforms import (
     Orientation,
     Squeeze,
 )
-from exactflow.models.transforms import InvertibleConvolution
+from exactflow.models.transforms import InvertibleComposition, InvertibleConvolution
 
-Steps = tuple[tuple[int, ...], ...]
 UNITS_PER_STEP = 2
 SPLIT = 2  # a step's coupling transforms one channel in two
 
@@ -42,7 +42,7 @@ class StepPlan:
 
 
 @final
-class GlowStep(Composition):
+class GlowStep(InvertibleComposition):
     """ActNorm, a 1x1 convolution, and a coupling that transforms the last channels // factor.
 
     With a standard normal latent this is the learned conditional Gaussian of those channels.
@@ -63,22 +63,6 @@ class GlowStep(Composition):
     def parts(self) -> list[ReversibleTransform]:
         parts = [self.actnorm, self.mixing]
         return parts if self.coupling is None else [*parts, self.coupling]
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        """z and ln |det dz/dx|."""
-        return self.through(x, context)
-
-    def inverse(
-        self, z: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
-        """The x of z, without a context."""
-        for part in reversed(self.parts):
-            z = part.inverse(z)
-        return z
 
 
 @final
@@ -241,41 +225,25 @@ class MultiScale(nn.Module):
     levels below, and unsqueezed with it.
 
     Args:
-        image_shape: channels, height, width.
-        steps: of each level, see `MaCowConfig`.
-        hidden: channels of each level's coupling networks.
-        kernel: of orientation A.
-        factor: a level's priors take one channel in so many.
-        additive: whether steps only shift.
-        additive_prior: whether priors do.
-        context: channels of the context at full size; 0: none.
-        soft_clip: of raw parameters, see `shift_and_log_scale`.
+        plan: the levels.
     """
 
-    def __init__(
-        self,
-        image_shape: tuple[int, int, int],
-        steps: Steps,
-        hidden: tuple[int, ...],
-        kernel: tuple[int, int],
-        factor: int,
-        additive: bool = False,
-        additive_prior: bool = False,
-        context: int = 0,
-        soft_clip: float = 0.0,
-    ) -> None:
+    def __init__(self, plan: MultiScalePlan) -> None:
         super().__init__()
-        channels, height, width = image_shape
-        plan = StepPlan((height, width), 0, kernel, additive, context, soft_clip)
+        channels, height, width = plan.image_shape
         levels: list[Level] = []
-        for index, runs in enumerate(steps):
-            if index:
-                channels, (height, width) = 4 * channels, plan.size
-                size = (height // 2, width // 2)
-                plan = replace(plan, size=size, context=4 * plan.context)
-            plan = replace(plan, hidden=hidden[index])
-            leaving = channels // factor if 0 < index < len(steps) - 1 else 0
-            levels.append(Level(plan, channels, runs, leaving, additive_prior))
+        for index, runs in enumerate(plan.steps):
+            channels *= 4 if index else 1
+            step = StepPlan(
+                (height >> index, width >> index),
+                plan.hidden[index],
+                plan.kernel,
+                plan.additive,
+                plan.context * 4**index,
+                plan.soft_clip,
+            )
+            leaving = channels // plan.factor if 0 < index < len(plan.steps) - 1 else 0
+            levels.append(Level(step, channels, runs, leaving, plan.additive_prior))
             channels = levels[-1].kept
         self.levels = nn.ModuleList(levels)
         self.squeeze = Squeeze("offset")

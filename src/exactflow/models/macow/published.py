@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from exactflow.models.foreign import ForeignFile, Hints, PublishedFiles, filled, size_in
-from exactflow.models.macow.model import MaCow, MaCowConfig
-from exactflow.models.macow.parts import Steps
+from exactflow.models.macow.config import MaCowConfig, Steps
+from exactflow.models.macow.model import MaCow
 
 MARK = "flow.blocks.0.steps.0.glow_step.actnorm.bias"  # a key that no other family has
 _PARTS = {"actnorm1": 0, "conv1": 1, "conv2": 2, "actnorm2": 3, "conv3": 4, "conv4": 5}
