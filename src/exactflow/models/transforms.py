@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from typing import final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,22 +14,19 @@ from exactflow.core.composition import (
     Retraced,
     ReversibleTransform,
 )
+from exactflow.core.shapes import Images, Labels, PerSample
+
+Context = Float[Tensor, "batch features height width"]  # what a map depends on besides x
 
 
 class InvertibleComposition(Composition, ABC):
     """A composition whose parts are inverted directly: no solver has a say."""
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+    def forward(self, x: Images, context: Context | None = None) -> tuple[Images, PerSample]:
         """z and ln |det dz/dx|."""
         return self.through(x, context)
 
-    def inverse(
-        self, z: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def inverse(self, z: Images) -> Images:
         """The x of z, without a context."""
         for part in reversed(self.parts):
             assert isinstance(part, ReversibleTransform | InvertibleComposition)
@@ -52,12 +49,8 @@ class InvertibleConvolution(ElementaryTransform):
             nn.init.orthogonal_(self.weight)
 
     def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        """See `Transform.forward`."""
+        self, x: Images, label: Labels | None = None, context: Context | None = None
+    ) -> tuple[Images, PerSample]:
         weight = self.weight.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             z = F.conv2d(x, weight[..., None, None])
@@ -65,12 +58,8 @@ class InvertibleConvolution(ElementaryTransform):
         return z, log_abs_det.expand(len(x))
 
     def inverse(
-        self,
-        z: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
-        """See `Transform.inverse`."""
+        self, z: Images, label: Labels | None = None, context: Context | None = None
+    ) -> Images:
         with torch.autocast(z.device.type, enabled=False):
             return torch.linalg.solve(self.weight.to(z.dtype), z.flatten(2)).view_as(z)
 
@@ -88,40 +77,26 @@ class AffineCoupling(ReversibleTransform, ABC):
 
     @abstractmethod
     def move(
-        self,
-        kept: Float[Tensor, "batch kept height width"],
-        context: Float[Tensor, "batch features height width"] | None,
+        self, kept: Float[Tensor, "batch kept height width"], context: Context | None
     ) -> tuple[
         Float[Tensor, "batch moved height width"], Float[Tensor, "batch moved height width"]
     ]:
         """Parameters (shift, log_scale) of the channels that are transformed, in the dtype of x."""
 
     def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        """See `Transform.forward`."""
+        self, x: Images, label: Labels | None = None, context: Context | None = None
+    ) -> tuple[Images, PerSample]:
         kept, moved = x[:, : self.kept], x[:, self.kept :]
         return _couple(kept, moved, *self.move(kept, context))
 
     def inverse(
-        self,
-        z: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
-        """See `Transform.inverse`."""
+        self, z: Images, label: Labels | None = None, context: Context | None = None
+    ) -> Images:
         kept, moved = z[:, : self.kept], z[:, self.kept :]
         shift, log_scale = self.move(kept, context)
         return torch.cat([kept, (moved - shift) * torch.exp(-log_scale)], dim=1)
 
-    def retrace(
-        self,
-        z: Float[Tensor, "batch channels height width"],
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> Retraced:
+    def retrace(self, z: Images, context: Context | None = None) -> Retraced:
         """See `ReversibleTransform.retrace`: the network is evaluated once, for both.
 
         What it sees is what `forward` showed it, to the bit, if z is what `forward` gave.

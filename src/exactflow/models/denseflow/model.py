@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core import grey_levels as grey
 from exactflow.core.model import DataInitialized, Dequantization, Flow, LikelihoodKind
+from exactflow.core.shapes import GreyLevels, Images, Labels, PerSample
 from exactflow.core.transform import Solver
 from exactflow.models.denseflow.config import DenseFlowConfig
 from exactflow.models.denseflow.network import DeferredBatchNorm
@@ -90,10 +91,10 @@ class DenseFlow(Flow, DataInitialized):
 
     def encode(
         self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
+        x: Images,
+        label: Labels | None = None,
         noise: Float[Tensor, "batch injected"] | None = None,
-    ) -> tuple[Float[Tensor, "batch latent"], Float[Tensor, " batch"]]:
+    ) -> tuple[Float[Tensor, "batch latent"], PerSample]:
         """Latent of images in [-1, 1] with noise, and ln |det dz/d(x, noise)|.
 
         Args:
@@ -128,10 +129,10 @@ class DenseFlow(Flow, DataInitialized):
     def trajectory(
         self,
         z: Float[Tensor, "batch latent"],
-        label: Int[Tensor, " batch"] | None = None,
+        label: Labels | None = None,
         *,
         solver: Solver | None = None,
-    ) -> Iterator[Float[Tensor, "batch channels height width"]]:
+    ) -> Iterator[Images]:
         """See `Flow.trajectory`: blocks in reverse order; `solver` has nothing to invert.
 
         A state has more numbers than an image: all but the last show its first channels.
@@ -161,10 +162,8 @@ class DenseFlow(Flow, DataInitialized):
         return F.pixel_shuffle(h, 2 ** (block + 1))
 
     def dequantize(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        noise: Float[Tensor, "batch dims"],
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+        self, images: GreyLevels, noise: Float[Tensor, "batch dims"]
+    ) -> tuple[Images, PerSample]:
         """Images in [-1, 1] with the u that standard normal `noise` becomes, and ln q(u | image).
 
         Raises ValueError for images that are not such integers.
@@ -176,11 +175,8 @@ class DenseFlow(Flow, DataInitialized):
         return grey.dequantize(images, u, self.levels), log_q
 
     def draw(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None,
-        noise: Float[Tensor, "batch *noise"],
-    ) -> Float[Tensor, " batch"]:
+        self, images: GreyLevels, label: Labels | None, noise: Float[Tensor, "batch *noise"]
+    ) -> PerSample:
         """One draw of ln w in nats, with E[w] = P(image): its mean is the ELBO (section 3.3).
 
         ln w = ln p(z) + ln |det dz/d(x, e)| - ln N(e) - ln q(u | image) - D ln(levels / 2), and the
@@ -208,20 +204,15 @@ class DenseFlow(Flow, DataInitialized):
 
     def loss(
         self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
+        images: GreyLevels,
+        label: Labels | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, " batch"]:
+    ) -> PerSample:
         """Minus one draw of the bound of ln P(image), per dimension."""
         return -self.draw(images, label, self._noise(images, generator)) / self.dims
 
-    def initialize(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        *,
-        generator: torch.Generator | None = None,
-    ) -> None:
+    def initialize(self, images: GreyLevels, *, generator: torch.Generator | None = None) -> None:
         """See `DataInitialized.initialize`: every `ChannelNorm` starts from what reaches it.
 
         One pass without gradient, which moves no running statistics. In training mode it gives the

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exactflow.core.shapes import Images
 from exactflow.parallel import shared_batch as batch
 
 INVERSE_STEPS = 6  # of the pseudo-inverse; not converged, so the number is part of the function
@@ -30,9 +31,7 @@ class DenseLayer(nn.Module):
         self.pointwise = nn.Conv2d(channels, channels, 1)
         self.spatial = nn.Conv2d(channels, growth, 3, padding=1)
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch growth height width"]:
+    def forward(self, x: Images) -> Float[Tensor, "batch growth height width"]:
         """The new channels alone."""
         return F.relu(self.spatial(F.relu(self.pointwise(x))))
 
@@ -55,9 +54,7 @@ class DenselyConnected(nn.Module):
         )
         self.gate = nn.Conv2d(channels + depth * growth, 3 * out_channels, 1)
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch out_channels height width"]:
+    def forward(self, x: Images) -> Float[Tensor, "batch out_channels height width"]:
         """A map of images to images of the same size."""
         for layer in self.layers:
             x = torch.cat([x, layer(x)], dim=1)
@@ -90,9 +87,7 @@ class DeferredBatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
         self.batch_statistics: tuple[Tensor, Tensor] | None = None
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def forward(self, x: Images) -> Images:
         """Normalised by the batch in training mode, by the running statistics in evaluation."""
         if not self.training:
             mean, var = self.running_mean, self.running_var
@@ -173,9 +168,7 @@ class NystromAttention(nn.Module):
         self.qkv = nn.Conv2d(channels, 3 * embed, 1)
         self.output = nn.Conv2d(embed, channels, 1)
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def forward(self, x: Images) -> Images:
         """Raises ValueError where the positions do not fall into equal runs."""
         batch, _, height, width = x.shape
         tokens = height * width
@@ -253,9 +246,7 @@ class DenseCouplingNetwork(nn.Module):
         self.mix = nn.Conv2d(2 * width, width, 1, bias=False)
         self.output = zero_convolution(width, out_channels)
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch out_channels height width"]:
+    def forward(self, x: Images) -> Float[Tensor, "batch out_channels height width"]:
         """A map of images to images of the same size."""
         h = self.input(x.to(self.input.weight.dtype))
         h = torch.cat([self.attention(h), self.dense(h)], dim=1)
@@ -283,9 +274,7 @@ class ConditionalNetwork(nn.Module):
         self.output = zero_convolution(width, out_channels)
 
     def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        context: Float[Tensor, "batch context height width"],
+        self, x: Images, context: Float[Tensor, "batch context height width"]
     ) -> Float[Tensor, "batch out_channels height width"]:
         """A map of images to images of the same size."""
         h = self.input(torch.cat([x.to(context.dtype), context], dim=1))
@@ -309,9 +298,7 @@ class ContextNetwork(nn.Module):
         self.down = nn.Conv2d(width, width, 2, stride=2)
         self.second = DenselyConnected(width, width, depth, growth)
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch context half_height half_width"]:
+    def forward(self, x: Images) -> Float[Tensor, "batch context half_height half_width"]:
         """The context of images in [-1, 1]."""
         return self.second(self.down(self.first(x.to(self.down.weight.dtype))))
 

@@ -10,12 +10,13 @@ from itertools import chain
 from typing import final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core.composition import Composition, ElementaryTransform
 from exactflow.core.prior import Prior
+from exactflow.core.shapes import Images, Labels, Latents, PerSample, Values
 from exactflow.models.denseflow.config import DenseFlowConfig
 from exactflow.models.denseflow.network import (
     ConditionalNetwork,
@@ -25,13 +26,14 @@ from exactflow.models.denseflow.network import (
 )
 from exactflow.models.transforms import (
     AffineCoupling,
+    Context,
     InvertibleComposition,
     InvertibleConvolution,
 )
 from exactflow.nn.data_dependent import DataDependent, standardize
 
 
-def standard_normal_log_prob(x: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:
+def standard_normal_log_prob(x: Values) -> PerSample:
     """ln N(x; 0, I) in nats, summed."""
     flat = x.flatten(1)
     return -0.5 * (flat.square().sum(1) + flat.shape[1] * math.log(2 * math.pi))
@@ -72,12 +74,12 @@ class ChannelGaussian(Prior):
     def shape(self) -> tuple[int, ...]:
         return tuple(self._mean.shape)
 
-    def log_prob(self, z: Float[Tensor, "batch *latent"]) -> Float[Tensor, " batch"]:
+    def log_prob(self, z: Latents) -> PerSample:
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         mean, log_scale = self._mean.to(z.dtype), self._log_scale.to(z.dtype)
         return standard_normal_log_prob((z - mean) * torch.exp(-log_scale)) - log_scale.sum()
 
-    def from_noise(self, noise: Float[Tensor, "batch *latent"]) -> Float[Tensor, "batch *latent"]:
+    def from_noise(self, noise: Latents) -> Latents:
         return self._mean.to(noise.dtype) + noise * self._log_scale.to(noise.dtype).exp()
 
 
@@ -97,26 +99,19 @@ class ChannelNorm(ElementaryTransform, DataDependent):
         self.register_buffer("initialized", torch.zeros(1))  # 0 or 1, as published
 
     def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+        self, x: Images, label: Labels | None = None, context: Context | None = None
+    ) -> tuple[Images, PerSample]:
         shift, log_scale = self.shift.to(x.dtype), self.log_scale.to(x.dtype)
         change = -log_scale.sum() * (x.shape[2] * x.shape[3])
         return (x - shift) * torch.exp(-log_scale), change.expand(len(x))
 
     def inverse(
-        self,
-        z: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+        self, z: Images, label: Labels | None = None, context: Context | None = None
+    ) -> Images:
         return z * self.log_scale.to(z.dtype).exp() + self.shift.to(z.dtype)
 
     @torch.no_grad()
-    def initialize(self, x: Float[Tensor, "batch channels height width"]) -> None:
-        """See `DataDependent.initialize`."""
+    def initialize(self, x: Images) -> None:
         mean, scale = standardize(x)
         self.shift.copy_(mean.view_as(self.shift))
         self.log_scale.copy_(-scale.log().view_as(self.log_scale))
@@ -139,13 +134,10 @@ class DenseCoupling(AffineCoupling):
         self.network = network
 
     def move(
-        self,
-        kept: Float[Tensor, "batch kept height width"],
-        context: Float[Tensor, "batch features height width"] | None,
+        self, kept: Float[Tensor, "batch kept height width"], context: Context | None
     ) -> tuple[
         Float[Tensor, "batch moved height width"], Float[Tensor, "batch moved height width"]
     ]:
-        """See `AffineCoupling.move`."""
         raw = self.network(kept) if context is None else self.network(kept, context)
         log_scale, shift = scale_and_shift(raw, kept)
         return shift, log_scale
@@ -160,19 +152,13 @@ class Exchange(ElementaryTransform):
         self.size = size
 
     def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+        self, x: Images, label: Labels | None = None, context: Context | None = None
+    ) -> tuple[Images, PerSample]:
         return torch.cat([x[:, self.size :], x[:, : self.size]], dim=1), x.new_zeros(len(x))
 
     def inverse(
-        self,
-        z: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+        self, z: Images, label: Labels | None = None, context: Context | None = None
+    ) -> Images:
         return torch.cat([z[:, -self.size :], z[:, : -self.size]], dim=1)
 
 
@@ -258,7 +244,7 @@ class DenseBlock(nn.Module):
 
     def inject(
         self, index: int, seen: Sequence[Tensor], noise: Float[Tensor, "batch growth height width"]
-    ) -> tuple[Float[Tensor, "batch growth height width"], Float[Tensor, " batch"]]:
+    ) -> tuple[Float[Tensor, "batch growth height width"], PerSample]:
         """The channels that standard normal `noise` becomes, and ln |det| of that map."""
         raw = self.noise_networks[index](*seen).to(noise.dtype)
         mean, log_scale = raw.chunk(2, dim=1)
@@ -266,10 +252,8 @@ class DenseBlock(nn.Module):
         return mean + log_scale.exp() * noise, log_scale.flatten(1).sum(1)
 
     def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        noise: Sequence[Float[Tensor, "batch growth height width"]],
-    ) -> tuple[Float[Tensor, "batch out_channels height width"], Float[Tensor, " batch"]]:
+        self, x: Images, noise: Sequence[Float[Tensor, "batch growth height width"]]
+    ) -> tuple[Float[Tensor, "batch out_channels height width"], PerSample]:
         """The image of (x, noise), and ln |det| of this map of both."""
         log_abs_det = x.new_zeros(len(x))
         seen = [x]
@@ -283,9 +267,7 @@ class DenseBlock(nn.Module):
             log_abs_det = log_abs_det + change
         return x, log_abs_det
 
-    def inverse(
-        self, z: Float[Tensor, "batch out_channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def inverse(self, z: Float[Tensor, "batch out_channels height width"]) -> Images:
         """The x of forward(x, noise)[0] == z, whatever the noise was."""
         for index, unit in reversed([*enumerate(self._units)]):
             z = unit.inverse(z)
@@ -335,10 +317,8 @@ class CouplingDequantizer(Composition):
         return [self.context.first, self.context.second, *self.couplings]
 
     def forward(
-        self,
-        clean: Float[Tensor, "batch channels height width"],
-        noise: Float[Tensor, "batch inner half_height half_width"],
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+        self, clean: Images, noise: Float[Tensor, "batch inner half_height half_width"]
+    ) -> tuple[Images, PerSample]:
         """The u that standard normal `noise` becomes, and ln q(u | image).
 
         Args:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final, get_args
 
 import torch
-from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from exactflow.core import grey_levels as grey
+from exactflow.core.shapes import GreyLevels, Images, Labels, PerSample, Values
 from exactflow.nn.dit import DiT, DiTConfig
 from exactflow.nn.unet import UNet, UNetConfig
 from exactflow.parallel import shared_batch as batch
@@ -168,12 +168,7 @@ class FlowMatching(PathModel):
     def prediction(self) -> Prediction:
         return self.config.prediction
 
-    def predict(
-        self,
-        x_t: Float[Tensor, "batch channels height width"],
-        t: Float[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+    def predict(self, x_t: Images, t: PerSample, label: Labels | None = None) -> Images:
         """See `PathModel.predict`. Raises ValueError for a label the model cannot take."""
         self.check_label(label, len(x_t))
         if label is None and self.num_classes:
@@ -182,11 +177,11 @@ class FlowMatching(PathModel):
 
     def loss(
         self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
+        images: GreyLevels,
+        label: Labels | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, " batch"]:
+    ) -> PerSample:
         """Mean over dimensions of the square error of velocity or prediction (eq. 9).
 
         In training, labels are dropped with probability `label_dropout`, sample by sample.
@@ -212,9 +207,7 @@ class FlowMatching(PathModel):
         return batch.own_rows(lambda _: paired, len(x0))
 
 
-def draw_times(
-    law: TimeLaw, path: Path, x: Float[Tensor, "batch *shape"], generator: torch.Generator | None
-) -> Float[Tensor, " batch"]:
+def draw_times(law: TimeLaw, path: Path, x: Values, generator: torch.Generator | None) -> PerSample:
     """Training times in [0, 1] of a batch like x.
 
     Args:

@@ -11,10 +11,12 @@ from typing import ClassVar, Literal, final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from exactflow.core import grey_levels as grey
+from exactflow.core.shapes import Labels, PerSample
+from exactflow.models.gaussian.moments import Arranged
 from exactflow.models.gaussian.whitening import (
     FittedTransform,
     LinearFirstFlow,
@@ -113,25 +115,18 @@ class MarginalLayer(FittedTransform):
         self.start = nn.Parameter(torch.full((tokens, groups), -REACH))  # where the first ends
         self.log_slope = nn.Parameter(torch.zeros(tokens, groups, bins + 2))
 
-    def forward(
-        self, x: Float[Tensor, "batch tokens positions"], label: Int[Tensor, " batch"] | None = None
-    ) -> tuple[Float[Tensor, "batch tokens positions"], Float[Tensor, " batch"]]:
-        """See `Transform.forward`."""
+    def forward(self, x: Arranged, label: Labels | None = None) -> tuple[Arranged, PerSample]:
         lines = Lines(self.start.to(x.dtype), self.log_slope.to(x.dtype))
         y, log_rate = lines.forward(self._by_marginal(self._rotated(x)))
         return self._by_sample(y, x), self._by_sample(log_rate, x).flatten(1).sum(1)
 
-    def inverse(
-        self, z: Float[Tensor, "batch tokens positions"], label: Int[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, "batch tokens positions"]:
-        """See `Transform.inverse`."""
+    def inverse(self, z: Arranged, label: Labels | None = None) -> Arranged:
         lines = Lines(self.start.to(z.dtype), self.log_slope.to(z.dtype))
         x = self._by_sample(lines.inverse(self._by_marginal(z)), z)
         return x if self.signs is None else hartley(x) * self.signs
 
     @torch.no_grad()
     def fit(self, z: Float[Tensor, "n tokens positions"], source: torch.Generator) -> str:
-        """See `FittedTransform.fit`."""
         if self.signs is not None:
             coins = torch.randint(0, 2, self.signs.shape, generator=source)
             self.signs.copy_(2 * coins - 1)
@@ -159,9 +154,7 @@ class MarginalLayer(FittedTransform):
         return values.permute(2, 0, 1)
 
 
-def hartley(
-    x: Float[Tensor, "batch tokens positions"],
-) -> Float[Tensor, "batch tokens positions"]:
+def hartley(x: Arranged) -> Arranged:
     """The orthonormal discrete Hartley transform of tokens (Bracewell 1983): its own inverse."""
     spectrum = torch.fft.fft(x, dim=1, norm="ortho")
     return spectrum.real - spectrum.imag

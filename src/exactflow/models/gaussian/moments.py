@@ -20,12 +20,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exactflow.core import grey_levels as grey
+from exactflow.core.shapes import Images
 
 FULL_COVARIANCE_DIMS = 4096  # beyond this the covariance alone fills a laptop's memory
 CHUNK_VALUES = 2**23  # numbers turned to float64 at a time
 HELD_OUT_EVERY = 5  # one image of so many judges the shrinkage
 CANDIDATES = 121  # values of the shrinkage that are compared
 LEAST_SHRINKAGE = -6  # decimal logarithm of the smallest of them that is not zero
+
+
+Arranged = Float[Tensor, "batch tokens positions"]  # images as `Layout.arrange` gives them
 
 
 @final
@@ -80,9 +84,7 @@ class Layout:
         """G: different covariances, one for all positions or one for each."""
         return self.positions if self.covariance in ("dct", "diagonal") else 1
 
-    def arrange(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch tokens positions"]:
+    def arrange(self, x: Images) -> Arranged:
         """Images as tokens at positions: an orthogonal map. Channels slowest, then rows."""
         match self.covariance:
             case "full":
@@ -95,9 +97,7 @@ class Layout:
             case "diagonal":
                 return x.flatten(1)[:, None]
 
-    def restore(
-        self, tokens: Float[Tensor, "batch tokens positions"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def restore(self, tokens: Arranged) -> Images:
         """Inverse of `arrange`."""
         _, height, width = self.image_shape
         if self.covariance == "patch":
@@ -132,7 +132,7 @@ class Moments:
         self.mean = torch.zeros(tokens, layout.positions, **wide)
         self.scatter = torch.zeros(layout.groups, tokens, tokens, **wide)
 
-    def update(self, x: Float[Tensor, "batch tokens positions"]) -> None:
+    def update(self, x: Arranged) -> None:
         """Take up some samples."""
         if len(x):
             mean = x.mean(0)
@@ -164,9 +164,7 @@ class Moments:
 
 
 def _add_products(
-    scatter: Float[Tensor, "groups tokens tokens"],
-    deviation: Float[Tensor, "batch tokens positions"],
-    weight: float = 1.0,
+    scatter: Float[Tensor, "groups tokens tokens"], deviation: Arranged, weight: float = 1.0
 ) -> None:
     """Add outer products of tokens in place: summed over positions, or of each position."""
     if len(scatter) == 1:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from exactflow.core import grey_levels as grey
@@ -21,8 +21,9 @@ from exactflow.core.density_flow import FittedFlow
 from exactflow.core.model import log_density
 from exactflow.core.prior import DiagonalGaussian
 from exactflow.core.randomness import generator, uniform_rows
+from exactflow.core.shapes import GreyLevels, Images, Labels, PerSample
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver, Transform
-from exactflow.models.gaussian.moments import Layout, fit_linear
+from exactflow.models.gaussian.moments import Arranged, Layout, fit_linear
 from exactflow.models.presets import Preset
 
 FIT_BATCH = 1024  # latents mapped at a time
@@ -92,9 +93,7 @@ class TriangularWhitening(AutoregressiveTransform):
             unit = torch.linalg.solve_triangular(factor, spread, upper=False, left=False)
             self.below.copy_(unit[:, _is_below(0, self.num_tokens, unit.device)])
 
-    def new_cache(
-        self, x: Float[Tensor, "batch tokens positions"], decoding: Decoding | None = None
-    ) -> Tensor | None:
+    def new_cache(self, x: Arranged, decoding: Decoding | None = None) -> Tensor | None:
         """See `AutoregressiveTransform.new_cache`: A - I, unpacked once."""
         how = decoding or Decoding()
         if how.step != "eager" or how.dtype not in (None, x.dtype):
@@ -104,10 +103,10 @@ class TriangularWhitening(AutoregressiveTransform):
     def conditioner(
         self,
         x: Float[Tensor, "batch stop positions"],
-        label: Int[Tensor, " batch"] | None = None,
+        label: Labels | None = None,
         cache: Tensor | None = None,
         start: int = 0,
-        temperature: Float[Tensor, " batch"] | None = None,
+        temperature: PerSample | None = None,
     ) -> Float[Tensor, "batch window size"]:
         """See `AutoregressiveTransform.conditioner`. Raises ValueError for a temperature."""
         if temperature is not None:
@@ -123,9 +122,7 @@ class TriangularWhitening(AutoregressiveTransform):
         log_scale = self.log_scale[start:stop].to(x.dtype)
         return torch.cat([log_scale.expand_as(shift), shift], dim=-1)
 
-    def substitute(
-        self, z: Float[Tensor, "batch tokens positions"]
-    ) -> Float[Tensor, "batch tokens positions"]:
+    def substitute(self, z: Arranged) -> Arranged:
         """The inverse by forward substitution, all tokens in one call of the linear algebra."""
         c = z * self.log_scale.to(z.dtype).exp()
         if self.below is not None:
@@ -157,7 +154,7 @@ def _is_below(start: int, stop: int, device: torch.device) -> Tensor:
 
 
 def apply_linear(
-    weight: Float[Tensor, "groups rows tokens"], x: Float[Tensor, "batch tokens positions"]
+    weight: Float[Tensor, "groups rows tokens"], x: Arranged
 ) -> Float[Tensor, "batch rows positions"]:
     """One matrix for all positions, or one for each."""
     if len(weight) == 1:
@@ -203,11 +200,7 @@ class LinearFirstFlow(FittedFlow, ABC):
     def prior(self) -> DiagonalGaussian:
         return DiagonalGaussian(torch.ones_like(self.whitening.mean, requires_grad=False))
 
-    def encode(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> tuple[Float[Tensor, "batch tokens positions"], Float[Tensor, " batch"]]:
+    def encode(self, x: Images, label: Labels | None = None) -> tuple[Arranged, PerSample]:
         """See `Flow.encode`. Raises ValueError for a wrong shape, dtype or label."""
         self.check_input(x, label)
         z, log_abs_det = self._whitened(x.to(torch.promote_types(x.dtype, torch.float32)))
@@ -218,12 +211,8 @@ class LinearFirstFlow(FittedFlow, ABC):
 
     @torch.no_grad()
     def trajectory(
-        self,
-        z: Float[Tensor, "batch tokens positions"],
-        label: Int[Tensor, " batch"] | None = None,
-        *,
-        solver: Solver | None = None,
-    ) -> Iterator[Float[Tensor, "batch channels height width"]]:
+        self, z: Arranged, label: Labels | None = None, *, solver: Solver | None = None
+    ) -> Iterator[Images]:
         """See `Flow.trajectory`. Raises ValueError for a wrong shape."""
         self.check_input(z, label, latent=True)
         yield self.layout.restore(z)
@@ -241,11 +230,11 @@ class LinearFirstFlow(FittedFlow, ABC):
 
     def loss(
         self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
+        images: GreyLevels,
+        label: Labels | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, " batch"]:
+    ) -> PerSample:
         """-ln p(x) / D in nats per dimension, of one draw of uniform dequantisation."""
         return -log_density(self, self.add_noise(images, generator), label) / self.dims
 

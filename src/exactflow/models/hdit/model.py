@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final, get_args
 
 import torch
-from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from exactflow.core import grey_levels as grey
 from exactflow.core.model import ParameterRule
+from exactflow.core.shapes import GreyLevels, Images, Labels, PerSample
 from exactflow.models.hdit.network import AttentionKind, HourglassLevel, HourglassTransformer
 from exactflow.parallel import shared_batch as batch
 from exactflow.paths.path import InterpolatedCosine
@@ -184,12 +184,7 @@ class HDiT(PathModel):
     def prediction(self) -> Prediction:
         return "v"
 
-    def predict(
-        self,
-        x_t: Float[Tensor, "batch channels height width"],
-        t: Float[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+    def predict(self, x_t: Images, t: PerSample, label: Labels | None = None) -> Images:
         """See `PathModel.predict`.
 
         F is, up to scale, the v of data divided by sigma_data. Solved for the v of the data
@@ -206,11 +201,11 @@ class HDiT(PathModel):
 
     def loss(
         self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
+        images: GreyLevels,
+        label: Labels | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, " batch"]:
+    ) -> PerSample:
         """Weighted denoising error of centred images; in training, labels are dropped."""
         x0 = self.as_data(images)
         self.check_label(label, len(images))
@@ -219,12 +214,8 @@ class HDiT(PathModel):
         return self.denoising_loss(x0, noise, log_sigma, self.drop_labels(label, generator))
 
     def denoising_loss(
-        self,
-        x0: Float[Tensor, "batch channels height width"],
-        noise: Float[Tensor, "batch channels height width"],
-        log_sigma: Float[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, " batch"]:
+        self, x0: Images, noise: Images, log_sigma: PerSample, label: Labels | None = None
+    ) -> PerSample:
         """Mean over dimensions of (F - target)^2 times the weight, given data and noise.
 
         The target is (x0 s / d - d eps) / sqrt(s^2 + d^2).
@@ -236,7 +227,7 @@ class HDiT(PathModel):
         error = (output - target).square().flatten(1).mean(1)
         return error * self.weight(log_sigma)
 
-    def weight(self, log_sigma: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    def weight(self, log_sigma: PerSample) -> PerSample:
         """Weight of F's squared error: (s d)^2 / (s^2 + d^2) times that of x0's.
 
         Of x0: 1 / (s^2 + d^2) under "soft-min-snr" (arXiv 2401.11605, section 4.5),
@@ -255,9 +246,7 @@ class HDiT(PathModel):
             case _:
                 return torch.ones_like(factor)
 
-    def _evaluate(
-        self, x: Tensor, log_sigma: Tensor, label: Tensor | None
-    ) -> Float[Tensor, "batch channels height width"]:
+    def _evaluate(self, x: Tensor, log_sigma: Tensor, label: Tensor | None) -> Images:
         """The network F at unit-variance x, in the dtype of x."""
         if label is None and self.num_classes:
             label = torch.full((len(x),), self.null_label, device=x.device)
@@ -265,7 +254,7 @@ class HDiT(PathModel):
         return output.to(x.dtype)
 
 
-def _times(like: Tensor, generator: torch.Generator | None) -> Float[Tensor, " batch"]:
+def _times(like: Tensor, generator: torch.Generator | None) -> PerSample:
     """Times uniform on [0, 1), one in each of `batch` equal intervals, in random order."""
 
     def stratified(rows: int) -> Tensor:

@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exactflow.core.shapes import Images
+from exactflow.models.transforms import Context
 from exactflow.nn.data_dependent import DataDependent, standardize
 
 DIRECTION_STD = 0.05  # initial spread of the directions of weights
@@ -209,9 +211,7 @@ class ContextEncoder(nn.Module):
         )
         self.output = WeightNormConv(planes, outputs)
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch features height width"]:
+    def forward(self, x: Images) -> Context:
         """Features at full size."""
         h = self.bottom(x)
         for down, residual in zip(self.down, self.residual, strict=True):

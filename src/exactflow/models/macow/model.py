@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import ClassVar, Literal, final
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core import grey_levels as grey
 from exactflow.core.model import DataInitialized, Flow, LikelihoodKind, log_density
 from exactflow.core.prior import DiagonalGaussian
+from exactflow.core.shapes import GreyLevels, Images, Labels, PerSample
 from exactflow.core.transform import Solver
 from exactflow.models.macow.config import MaCowConfig
 from exactflow.models.macow.masked_convolution import ContextEncoder
@@ -38,11 +39,7 @@ class Dequantizer(nn.Module):
         self.encoder = ContextEncoder(config.image_shape[0], halvings, config.context)
         self.flow = MultiScale(config.dequantizer_plan)
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        noise: Float[Tensor, "batch channels height width"],
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+    def forward(self, x: Images, noise: Images) -> tuple[Images, PerSample]:
         """u in (0, 1) and ln |det du/dnoise|, for images in [-1, 1] without noise."""
         v, log_abs_det = self.flow(noise, self.encoder(x).to(noise.dtype))
         slope = F.logsigmoid(v) + F.logsigmoid(-v)
@@ -95,32 +92,20 @@ class MaCow(Flow, DataInitialized):
     def prior(self) -> DiagonalGaussian:
         return DiagonalGaussian(torch.ones(self.event_shape, device=self.device))
 
-    def encode(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+    def encode(self, x: Images, label: Labels | None = None) -> tuple[Images, PerSample]:
         """See `Flow.encode`. Raises ValueError for a wrong shape or dtype, or for labels."""
         self.check_input(x, label)
         return self.flow(x.to(torch.promote_types(x.dtype, torch.float32)))
 
     @torch.no_grad()
     def trajectory(
-        self,
-        z: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        *,
-        solver: Solver | None = None,
-    ) -> Iterator[Float[Tensor, "batch channels height width"]]:
+        self, z: Images, label: Labels | None = None, *, solver: Solver | None = None
+    ) -> Iterator[Images]:
         """See `Flow.trajectory`: levels, coarsest first. Raises ValueError as `encode` does."""
         self.check_input(z, label, latent=True)
         yield from self.flow.trajectory(z, solver)
 
-    def dequantize(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        noise: Float[Tensor, "batch channels height width"],
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+    def dequantize(self, images: GreyLevels, noise: Images) -> tuple[Images, PerSample]:
         """Images in [-1, 1] with u inside their grey levels, and ln q(u | image) in nats.
 
         Args:
@@ -138,41 +123,29 @@ class MaCow(Flow, DataInitialized):
         return grey.dequantize(images, u, self.levels), standard.log_prob(noise) - log_abs_det
 
     def draw(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None,
-        noise: Float[Tensor, "batch *noise"],
-    ) -> Float[Tensor, " batch"]:
+        self, images: GreyLevels, label: Labels | None, noise: Float[Tensor, "batch *noise"]
+    ) -> PerSample:
         """See `Flow.draw`: p(x) / q(u | image), times the volume of a grey level."""
         x, log_q = self.dequantize(images, noise)
         return (log_density(self, x, label) - log_q).double() - self.level_nats
 
     def loss(
         self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
+        images: GreyLevels,
+        label: Labels | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, " batch"]:
+    ) -> PerSample:
         """-(ln p(x) - ln q(u | image)) / D in nats per dimension, for one draw of u."""
         x, log_q = self._draw(images, generator)
         z, log_abs_det = self.encode(x, label)
         return (log_q - self.prior.log_prob(z) - log_abs_det) / self.dims
 
-    def add_noise(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+    def add_noise(self, images: GreyLevels, generator: torch.Generator | None = None) -> Images:
         """What the model is trained on: dequantised images."""
         return self._draw(images, generator)[0]
 
-    def initialize(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        *,
-        generator: torch.Generator | None = None,
-    ) -> None:
+    def initialize(self, images: GreyLevels, *, generator: torch.Generator | None = None) -> None:
         """See `DataInitialized.initialize`; mandatory before training.
 
         Every convolution's output and every ActNorm's becomes standard on these images, and every

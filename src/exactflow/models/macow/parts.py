@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from exactflow.core.composition import Composition, ReversibleTransform
+from exactflow.core.shapes import Images, PerSample
 from exactflow.core.transform import Solver
 from exactflow.models.macow.config import MultiScalePlan
 from exactflow.models.macow.masked_convolution import CouplingNetwork
@@ -22,7 +22,7 @@ from exactflow.models.macow.transforms import (
     Orientation,
     Squeeze,
 )
-from exactflow.models.transforms import InvertibleComposition, InvertibleConvolution
+from exactflow.models.transforms import Context, InvertibleComposition, InvertibleConvolution
 
 UNITS_PER_STEP = 2
 SPLIT = 2  # a step's coupling transforms one channel in two
@@ -90,11 +90,7 @@ class Unit(nn.Module):
             ]
         )
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+    def forward(self, x: Images, context: Context | None = None) -> tuple[Images, PerSample]:
         """z and ln |det dz/dx|."""
         log_abs_det = x.new_zeros(len(x))
         for part in self.parts:
@@ -102,9 +98,7 @@ class Unit(nn.Module):
             log_abs_det = log_abs_det + change
         return x, log_abs_det
 
-    def inverse(
-        self, z: Float[Tensor, "batch channels height width"], solver: Solver | None = None
-    ) -> Float[Tensor, "batch channels height width"]:
+    def inverse(self, z: Images, solver: Solver | None = None) -> Images:
         """The x of z, without a context."""
         for part in reversed(self.parts):
             if isinstance(part, MaskedConvolution):
@@ -130,17 +124,11 @@ class Step(Composition):
     def parts(self) -> list[nn.Module]:
         return [*self.units, self.glow]
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+    def forward(self, x: Images, context: Context | None = None) -> tuple[Images, PerSample]:
         """z and ln |det dz/dx|."""
         return self.through(x, context)
 
-    def inverse(
-        self, z: Float[Tensor, "batch channels height width"], solver: Solver | None = None
-    ) -> Float[Tensor, "batch channels height width"]:
+    def inverse(self, z: Images, solver: Solver | None = None) -> Images:
         """The x of z, without a context."""
         z = self.glow.inverse(z)
         for unit in reversed(self.units):
@@ -181,11 +169,7 @@ class Level(nn.Module):
         )
         self.kept = channels - leaving * len(runs)
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+    def forward(self, x: Images, context: Context | None = None) -> tuple[Images, PerSample]:
         """z and ln |det dz/dx|; channels from `kept` on are done, the last to leave first."""
         log_abs_det, done = x.new_zeros(len(x)), x[:, :0]
         for index, run in enumerate(self.runs):
@@ -198,9 +182,7 @@ class Level(nn.Module):
                 x = x[:, : -self.leaving]
         return torch.cat([x, done], dim=1), log_abs_det
 
-    def inverse(
-        self, z: Float[Tensor, "batch channels height width"], solver: Solver | None = None
-    ) -> Float[Tensor, "batch channels height width"]:
+    def inverse(self, z: Images, solver: Solver | None = None) -> Images:
         """The x of z, without a context."""
         z, done = z[:, : self.kept], z[:, self.kept :]
         for index in reversed(range(len(self.runs))):
@@ -253,11 +235,7 @@ class MultiScale(nn.Module):
         """All steps in encoding order."""
         return [module for module in self.modules() if isinstance(module, Step)]
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+    def forward(self, x: Images, context: Context | None = None) -> tuple[Images, PerSample]:
         """z in the layout of x, and ln |det dz/dx|."""
         log_abs_det, done = x.new_zeros(len(x)), []
         for index, level in enumerate(self._levels):
@@ -271,9 +249,7 @@ class MultiScale(nn.Module):
             x = x[:, : level.kept]
         return self._join(x, done), log_abs_det
 
-    def trajectory(
-        self, z: Float[Tensor, "batch channels height width"], solver: Solver | None = None
-    ) -> Iterator[Float[Tensor, "batch channels height width"]]:
+    def trajectory(self, z: Images, solver: Solver | None = None) -> Iterator[Images]:
         """z, then the result of each level's inverse, coarsest first, laid out as an image."""
         yield z
         x, done = z, []

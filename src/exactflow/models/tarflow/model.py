@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core.density_flow import DensityFlow
 from exactflow.core.model import ParameterRule
 from exactflow.core.prior import DiagonalGaussian
+from exactflow.core.shapes import GreyLevels, Images, Labels, PerSample, Tokens
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver, Transform
 from exactflow.models.tarflow.config import TarFlowConfig
 from exactflow.nn.decoding import DecodingCache
@@ -42,16 +43,11 @@ class TokenMixing(Transform):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(dim, dim))
 
-    def forward(
-        self, x: Float[Tensor, "batch tokens dim"], label: Int[Tensor, " batch"] | None = None
-    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, " batch"]]:
-        """See `Transform.forward`."""
+    def forward(self, x: Tokens, label: Labels | None = None) -> tuple[Tokens, PerSample]:
         with torch.autocast(x.device.type, enabled=False):
             return x + x @ self._coupling(x).mT, x.new_zeros(len(x))
 
-    def inverse(
-        self, z: Float[Tensor, "batch tokens dim"], label: Int[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, "batch tokens dim"]:
+    def inverse(self, z: Tokens, label: Labels | None = None) -> Tokens:
         """See `Transform.inverse`: a forward substitution."""
         upper = self._coupling(z).mT
         return torch.linalg.solve_triangular(upper, z, upper=True, unitriangular=True, left=False)
@@ -98,16 +94,11 @@ class TarFlowBlock(AutoregressiveTransform):
                 with torch.no_grad():
                     self.output.bias.copy_(self.conditional.start)
 
-    def arrange(
-        self, tokens: Float[Tensor, "batch tokens dim"]
-    ) -> Float[Tensor, "batch tokens dim"]:
+    def arrange(self, tokens: Tokens) -> Tokens:
         """Image order to generation order and back: the permutation is its own inverse."""
         return tokens.flip(1) if self.reverse else tokens
 
-    def new_cache(
-        self, x: Float[Tensor, "batch tokens dim"], decoding: Decoding | None = None
-    ) -> DecodingCache:
-        """See `AutoregressiveTransform.new_cache`."""
+    def new_cache(self, x: Tokens, decoding: Decoding | None = None) -> DecodingCache:
         how = decoding or Decoding()
         head_dim, tokens = self.config.head_dim, self.num_tokens - (not self.predicts_first)
         return DecodingCache(
@@ -117,10 +108,10 @@ class TarFlowBlock(AutoregressiveTransform):
     def conditioner(
         self,
         x: Float[Tensor, "batch stop dim"],
-        label: Int[Tensor, " batch"] | None = None,
+        label: Labels | None = None,
         cache: DecodingCache | None = None,
         start: int = 0,
-        temperature: Float[Tensor, " batch"] | None = None,
+        temperature: PerSample | None = None,
     ) -> Float[Tensor, "batch window size"]:
         """See `AutoregressiveTransform.conditioner`.
 
@@ -220,26 +211,18 @@ class TarFlow(DensityFlow):
         mixings = [mixing for mixing in self.mixings if isinstance(mixing, TokenMixing)]
         return list(zip(mixings or [None] * len(blocks), blocks, strict=True))
 
-    def patchify(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch tokens dim"]:
+    def patchify(self, x: Images) -> Tokens:
         """Patches in raster order; within one, channel slowest, then row, then column."""
         return F.pixel_unshuffle(x, self.config.patch_size).flatten(2).transpose(1, 2)
 
-    def unpatchify(
-        self, tokens: Float[Tensor, "batch tokens dim"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def unpatchify(self, tokens: Tokens) -> Images:
         """Inverse of `patchify`."""
         _, height, width = self.event_shape
         side = self.config.patch_size
         grid = tokens.transpose(1, 2).unflatten(2, (height // side, width // side))
         return F.pixel_shuffle(grid, side)
 
-    def encode(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, " batch"]]:
+    def encode(self, x: Images, label: Labels | None = None) -> tuple[Tokens, PerSample]:
         """See `Flow.encode`. Raises ValueError for a wrong shape, dtype or label."""
         self.check_input(x, label)
         tokens = self.patchify(x).to(torch.promote_types(x.dtype, torch.float32))
@@ -253,12 +236,8 @@ class TarFlow(DensityFlow):
 
     @torch.no_grad()
     def trajectory(
-        self,
-        z: Float[Tensor, "batch tokens dim"],
-        label: Int[Tensor, " batch"] | None = None,
-        *,
-        solver: Solver | None = None,
-    ) -> Iterator[Float[Tensor, "batch channels height width"]]:
+        self, z: Tokens, label: Labels | None = None, *, solver: Solver | None = None
+    ) -> Iterator[Images]:
         """See `Flow.trajectory`: blocks in reverse order. Raises ValueError for a wrong shape."""
         self.check_input(z, label, latent=True)
         tokens = z
@@ -273,11 +252,11 @@ class TarFlow(DensityFlow):
 
     def loss(
         self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
+        images: GreyLevels,
+        label: Labels | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, " batch"]:
+    ) -> PerSample:
         """-ln p(x) / D in nats per dimension under N(0, I) (eq. 6, with its constant).
 
         In training, labels are dropped with probability `label_dropout`, and a volume-preserving
