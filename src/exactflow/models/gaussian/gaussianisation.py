@@ -23,7 +23,6 @@ from exactflow.models.gaussian.whitening import (
     Whitening,
     WhiteningConfig,
 )
-from exactflow.models.presets import Preset
 
 REACH = 2.6  # standard deviations up to which maps are bent
 TAIL = 0.3143  # mean of x - REACH where a normal x exceeds REACH
@@ -246,12 +245,3 @@ def _tail_slope(excess: Tensor) -> Tensor:
     linear = REACH * (TAIL + excess.sum(1, keepdim=True))
     square = 1 - REACH * TAIL + excess.square().sum(1, keepdim=True)
     return 2 * count / (linear + (linear.square() + 4 * square * count).sqrt())
-
-
-PRESETS: dict[str, Preset] = {
-    "gaussianisation-tiny": Preset(
-        GaussianisationConfig(levels=17, layers=2, bins=8), data={"source": "digits"}
-    ),
-    "gaussianisation-full": Preset(GaussianisationConfig((1, 28, 28), layers=2)),
-    "gaussianisation-patch": Preset(GaussianisationConfig((3, 64, 64), "patch")),
-}

@@ -24,7 +24,6 @@ from exactflow.core.randomness import generator, uniform_rows
 from exactflow.core.shapes import GreyLevels, Images, Labels, PerSample
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver, Transform
 from exactflow.models.gaussian.moments import Arranged, Layout, fit_linear
-from exactflow.models.presets import Preset
 
 FIT_BATCH = 1024  # latents mapped at a time
 FIT_VALUES = 2**17  # values of the same kind, at many positions, that suffice to fit layers to
@@ -301,16 +300,3 @@ class Whitening(LinearFirstFlow):
     def __init__(self, config: WhiteningConfig) -> None:
         super().__init__(config)
         self.config = config
-
-
-_ONE_PASS = {"batch_size": 1024}
-PRESETS: dict[str, Preset] = {
-    "whitening-tiny": Preset(WhiteningConfig(levels=17), _ONE_PASS, {"source": "digits"}),
-    "whitening-full": Preset(WhiteningConfig((3, 32, 32)), _ONE_PASS),
-    "whitening-pca": Preset(WhiteningConfig((3, 32, 32), rotation="pca"), _ONE_PASS),
-    "whitening-zca": Preset(WhiteningConfig((3, 32, 32), rotation="zca"), _ONE_PASS),
-    "whitening-shrunk": Preset(WhiteningConfig((3, 32, 32), shrinkage=None), _ONE_PASS),
-    "whitening-patch": Preset(WhiteningConfig((3, 64, 64), "patch"), _ONE_PASS),
-    "whitening-dct": Preset(WhiteningConfig((3, 64, 64), "dct"), _ONE_PASS),
-    "whitening-diagonal": Preset(WhiteningConfig((3, 64, 64), "diagonal"), _ONE_PASS),
-}
