@@ -236,7 +236,7 @@ def test_golden_start_from_data() -> None:
 def test_golden_coupling() -> None:
     settings, state, expected = case("coupling")
     prefix = "transforms.3.blocks.0.transforms.0.transforms.2."
-    network = DenseCouplingNetwork(6, 12, settings["mid_chnls"], 7, 64, 4)
+    network = DenseCouplingNetwork(6, 12, settings["mid_chnls"], DenseFlowConfig())
     coupling = DenseCoupling(12, network).eval()
     ours = renamed({prefix + key: value for key, value in state.items()})
     coupling.load_state_dict(

@@ -21,12 +21,12 @@ _NESTS = ("model_ema", "model")  # where training checkpoints keep weights; aver
 @final
 @dataclass(frozen=True)
 class ForeignFile:
-    """What a file holds.
+    """The tensors of a file, and the configuration beside them.
 
     Attributes:
-        path: where it lies.
+        path: of the file.
         weights: tensors by name, without the prefix of parallel training.
-        config: the run's configuration, where it is in the file.
+        config: the run's configuration, if the file holds it.
     """
 
     path: Path
@@ -37,10 +37,10 @@ class ForeignFile:
 @final
 @dataclass(frozen=True)
 class PublishedFiles:
-    """How the published files of one family are known and read.
+    """How the published files of one family are recognised and read.
 
     Attributes:
-        name: of the family, for people.
+        name: of the family, in messages.
         mark: a key that the files of no other family have.
         read: the model in a file, given what the file does not tell.
         needs: hints that must be given.

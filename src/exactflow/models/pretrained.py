@@ -70,8 +70,10 @@ def from_pretrained(
     check_weights(model, state, source)
     placed = {name: _aligned(value).to(target) for name, value in state.items()}
     model.load_state_dict(placed, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model.class_names = _class_names(model, home)
     model.home = home
-    model.class_names = _recorded_names(model)
     return model.eval()
 
 
@@ -84,13 +86,15 @@ def shipped_model(location: str | Path) -> Path | None:
     return shipped.FOLDER / name if name in shipped.NAMES else None
 
 
-def _recorded_names(model: GenerativeModel) -> tuple[str, ...]:
-    """The names of the classes in the card of a loaded model; empty if none."""
-    names, count = _card(model).get(CLASS_NAMES, []), model.num_classes
+def _class_names(model: GenerativeModel, home: Path) -> tuple[str, ...]:
+    """What the card of a model folder calls its classes; empty if nothing."""
+    if not file_of(home, CONFIG_FILE).exists():
+        return ()
+    names, count = read_config(home)["card"].get(CLASS_NAMES, []), model.num_classes
     texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if not texts or (names and len(names) != count):
         raise ValueError(
-            f"{model.home}: expected {count} {CLASS_NAMES}, one for each class, in the card, got "
+            f"{home / CONFIG_FILE}: expected {count} {CLASS_NAMES}, one for each class, got "
             f"{names!r}"
         )
     return tuple(names)
@@ -113,30 +117,32 @@ def check_weights(model: GenerativeModel, state: Mapping[str, Tensor], source: s
         # Buffers may keep a type of their own, as sums in double precision do.
         if value.dtype != common and (name in parameters or value.dtype != expected[name].dtype):
             raise ValueError(
-                f"{source}: expected numbers of one type, got {state[first].dtype} in {first} and "
-                f"{value.dtype} in {name}"
+                f"{source}: expected numbers of one type, got {_short(state[first].dtype)} in "
+                f"{first} and {_short(value.dtype)} in {name}"
             )
     if not state[first].is_floating_point():
-        raise ValueError(f"{source}: expected floating numbers, got {state[first].dtype}")
+        raise ValueError(f"{source}: expected floating numbers, got {_short(state[first].dtype)}")
 
 
 def recorded_data(model: GenerativeModel) -> dict[str, Any]:
-    """The training data in the card of a loaded model; empty if none."""
-    recorded = _card(model).get("training data") or {}
+    """What the card of a loaded model says of the data it was trained on; empty if nothing."""
+    if model.home is None or not file_of(model.home, CONFIG_FILE).exists():
+        return {}
+    recorded = read_config(model.home)["card"].get("training data") or {}
     texts = ("id", "version", "fingerprint", "preprocessing_hash")
     if not isinstance(recorded, dict) or not all(
         isinstance(recorded.get(k, ""), str) for k in texts
     ):
         raise ValueError(
-            f"{model.home}: expected the card's 'training data' as `exactflow train` writes it, "
-            f"with text for {', '.join(texts)}"
+            f"{model.home / CONFIG_FILE}: expected the card's 'training data' as `exactflow train` "
+            f"writes it, with text for {', '.join(texts)}"
         )
     return recorded
 
 
 def recorded_guidance(model: GenerativeModel) -> float:
     """The scale of guidance that the card of a loaded model names; 0 if none, or no classes."""
-    recorded = _card(model).get(GUIDANCE, 0.0)
+    recorded = describe(model).get("card", {}).get(GUIDANCE, 0.0)
     if not isinstance(recorded, int | float) or not 0 <= recorded < math.inf:
         raise ValueError(
             f"{model.home}: expected a finite {GUIDANCE} >= 0 in the card, got {recorded!r}"
@@ -146,16 +152,12 @@ def recorded_guidance(model: GenerativeModel) -> float:
 
 def recorded_reading(model: GenerativeModel) -> dict[str, Any]:
     """The `data.*` fields that the card of a loaded model says its data are read with, if any."""
-    recorded = _card(model).get(READING, {})
+    recorded = describe(model).get("card", {}).get(READING, {})
     if not isinstance(recorded, dict):
         raise ValueError(
             f"{model.home}: expected fields of the data in the card's {READING!r}, got {recorded!r}"
         )
     return recorded
-
-
-def _card(model: GenerativeModel) -> Mapping[str, Any]:
-    return describe(model).get("card", {})
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -242,6 +244,10 @@ def _check_shapes(
         told = f"expected {wanted[0]}" if wanted else f"expected no {foreign[0]}"
         more = len(absent) + len(foreign) + len(other) - 1
         raise ValueError(f"{source}: {told}" + (f" ({more} more differ)" if more else ""))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _widened(value: Tensor) -> Tensor:

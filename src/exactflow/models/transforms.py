@@ -17,10 +17,12 @@ from exactflow.core.composition import (
 from exactflow.core.shapes import Images, Labels, PerSample
 
 Context = Float[Tensor, "batch features height width"]  # what a map depends on besides x
+Kept = Float[Tensor, "batch kept height width"]  # channels that a coupling does not change
+Moved = Float[Tensor, "batch moved height width"]  # channels that it transforms
 
 
 class InvertibleComposition(Composition, ABC):
-    """A composition whose parts are inverted directly: no solver has a say."""
+    """A composition whose parts are inverted directly, without a solver."""
 
     def forward(self, x: Images, context: Context | None = None) -> tuple[Images, PerSample]:
         """z and ln |det dz/dx|."""
@@ -38,8 +40,8 @@ class InvertibleComposition(Composition, ABC):
 class InvertibleConvolution(ElementaryTransform):
     """z = W x at every place, W a full matrix that starts orthogonal (Glow, section 3.2).
 
-    The inverse solves with W as it is now; nothing is kept that could go stale. In reduced
-    precision W stays in that of the data: a rounded matrix has another inverse.
+    The inverse solves with the present W: no inverse is kept that could be out of date. W is used
+    in the precision of the data, not of autocast: a rounded matrix has another inverse.
     """
 
     def __init__(self, channels: int) -> None:
@@ -76,11 +78,7 @@ class AffineCoupling(ReversibleTransform, ABC):
     kept: int
 
     @abstractmethod
-    def move(
-        self, kept: Float[Tensor, "batch kept height width"], context: Context | None
-    ) -> tuple[
-        Float[Tensor, "batch moved height width"], Float[Tensor, "batch moved height width"]
-    ]:
+    def move(self, kept: Kept, context: Context | None) -> tuple[Moved, Moved]:
         """Parameters (shift, log_scale) of the channels that are transformed, in the dtype of x."""
 
     def forward(
@@ -99,7 +97,7 @@ class AffineCoupling(ReversibleTransform, ABC):
     def retrace(self, z: Images, context: Context | None = None) -> Retraced:
         """See `ReversibleTransform.retrace`: the network is evaluated once, for both.
 
-        What it sees is what `forward` showed it, to the bit, if z is what `forward` gave.
+        Its input equals that of `forward` bit for bit where z is the output of `forward`.
         """
         kept = z[:, : self.kept].detach().requires_grad_()
         shift, log_scale = self.move(kept, context)

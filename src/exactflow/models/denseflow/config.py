@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 from exactflow.core import grey_levels as grey
-from exactflow.models.denseflow.network import AttentionVariant
+
+AttentionVariant = Literal["published", "corrected"]
 
 MAX_UNITS = 10_000  # of a block
 

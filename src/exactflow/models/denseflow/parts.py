@@ -29,6 +29,8 @@ from exactflow.models.transforms import (
     Context,
     InvertibleComposition,
     InvertibleConvolution,
+    Kept,
+    Moved,
 )
 from exactflow.nn.data_dependent import DataDependent, standardize
 
@@ -133,11 +135,7 @@ class DenseCoupling(AffineCoupling):
         self.kept = channels - channels // 2
         self.network = network
 
-    def move(
-        self, kept: Float[Tensor, "batch kept height width"], context: Context | None
-    ) -> tuple[
-        Float[Tensor, "batch moved height width"], Float[Tensor, "batch moved height width"]
-    ]:
+    def move(self, kept: Kept, context: Context | None) -> tuple[Moved, Moved]:
         raw = self.network(kept) if context is None else self.network(kept, context)
         log_scale, shift = scale_and_shift(raw, kept)
         return shift, log_scale
@@ -217,15 +215,7 @@ class DenseBlock(nn.Module):
 
         def module(size: int) -> CouplingModule:
             kept, moved = size - size // 2, size // 2
-            network = DenseCouplingNetwork(
-                kept,
-                2 * moved,
-                config.widths[index],
-                config.dense_depth,
-                config.dense_growth,
-                config.landmarks,
-                config.attention,
-            )
+            network = DenseCouplingNetwork(kept, 2 * moved, config.widths[index], config)
             return CouplingModule(size, DenseCoupling(size, network))
 
         self.units = nn.ModuleList(
@@ -292,17 +282,14 @@ class CouplingDequantizer(Composition):
 
     def __init__(self, config: DenseFlowConfig) -> None:
         super().__init__()
-        channels, steps = config.image_shape[0], config.dequantizer_steps
-        width, depth = config.dequantizer_width, config.dequantizer_depth
-        growth, inner = config.dequantizer_growth, 4 * channels
-        self.context = ContextNetwork(channels, width, depth, config.context_growth)
+        inner, steps = 4 * config.image_shape[0], config.dequantizer_steps
+        self.context = ContextNetwork(config)
         self.mean = nn.Parameter(torch.zeros(1, inner, 1, 1))
         self.log_scale = nn.Parameter(torch.zeros(1, inner, 1, 1))
         self.mixes = nn.ModuleList(InvertibleConvolution(inner) for _ in range(steps + 1))
-        kept, moved = inner - inner // 2, inner // 2
+        seen, moved = inner - inner // 2 + config.dequantizer_width, inner // 2
         self.couplings = nn.ModuleList(
-            DenseCoupling(inner, ConditionalNetwork(kept + width, 2 * moved, width, depth, growth))
-            for _ in range(steps)
+            DenseCoupling(inner, ConditionalNetwork(seen, 2 * moved, config)) for _ in range(steps)
         )
 
     @property

@@ -157,7 +157,7 @@ class DiscreteDiffusion(ChainModel):
         return "eps"
 
     def predict(self, x_t: Images, t: PerSample, label: Labels | None = None) -> Images:
-        """See `PathModel.predict`: the network at the step, a real number, of library time t."""
+        """The predicted noise at the step, a real number, of library time t."""
         return self.predict_noise(x_t, self.path.step_of(t), label)[0]
 
     def predict_noise(
@@ -171,7 +171,7 @@ class DiscreteDiffusion(ChainModel):
         time = timestep.to(self.wide_dtype)
         time = time * scale if self.config.rescale_timesteps else time
         label = self._label(label, x_t)
-        out = self.network(self._beside(x_t, low), time, label)
+        out = self.network(self._input(x_t, low), time, label)
         if not self.config.learn_sigma:
             return out, None
         eps, v = out.chunk(2, dim=1)
@@ -261,8 +261,8 @@ class DiscreteDiffusion(ChainModel):
             )
         return label
 
-    def _beside(self, x_t: Tensor, low: Tensor | None) -> Tensor:
-        """What the network sees: an upsampler has the enlarged small image as further channels."""
+    def _input(self, x_t: Tensor, low: Tensor | None) -> Tensor:
+        """The network's input; of an upsampler, with the enlarged small images as channels."""
         side = self.config.low_size
         expected = (len(x_t), self.event_shape[0], side, side) if side else None
         if (None if low is None else tuple(low.shape)) != expected:

@@ -144,7 +144,7 @@ class FlowMatchingConfig:
 
 @final
 class FlowMatching(PathModel):
-    """The model: a U-Net or a DiT on a path."""
+    """A U-Net or a DiT that predicts on a path x_t = alpha(t) x0 + sigma(t) eps."""
 
     kind: ClassVar[str] = "flow-matching"
 
@@ -198,7 +198,7 @@ class FlowMatching(PathModel):
         return error.square().flatten(1).mean(1)
 
     def _noise(self, x0: Tensor, generator: torch.Generator | None) -> Tensor:
-        """What the images are coupled with."""
+        """Noise for each image, drawn alone or assigned by minibatch optimal transport."""
         options = {"generator": generator, "dtype": x0.dtype, "device": x0.device}
         if self.config.coupling == "independent":
             return batch.randn(x0.shape, **options)

@@ -40,9 +40,7 @@ class GaussianisationConfig:
     image_shape: tuple[int, int, int] = (1, 8, 8)  # channels, height, width
     covariance: Literal["full", "patch", "dct", "diagonal"] = "full"
     patch_size: int = 4  # side of a patch, for "patch"; divides height and width
-    rotation: Literal["cholesky", "pca", "zca"] = (
-        "cholesky"  # what the first layer's marginals are of
-    )
+    rotation: Literal["cholesky", "pca", "zca"] = "cholesky"  # of the first layer's input
     shrinkage: float | None = 0.0  # weight of diag(S); None: what held-out images like best
     levels: int = grey.PHOTOGRAPHIC_LEVELS  # grey levels of the images
     layers: int = 8
@@ -190,10 +188,10 @@ class Lines:
 
 
 def fit_lines(values: Float[Tensor, "marginals n"], bins: int) -> tuple[Lines, Tensor]:
-    """Maps to N(0, 1), and which marginals are better for theirs; values in random order.
+    """Maps of marginals to N(0, 1), and for which marginals they help; values in random order.
 
-    Where maps fitted to either half of the values gain less likelihood on the other half than the
-    standard error of that gain, the map is the identity.
+    Where maps fitted to either half of the values gain less likelihood on the other half than
+    `CERTAINTY` standard errors of that gain, the map is the identity.
     """
     found = _quantile_lines(values, bins)
     one, other = values.tensor_split(2, 1)

@@ -1,6 +1,6 @@
 """First and second moments of images, in one pass, and the Gaussian that follows from them.
 
-What is a token, and which tokens share a covariance, decides how much has to be estimated:
+Which values are a token, and which tokens share a covariance, decides how much is estimated:
 
 * full: every value is a token; D (D + 1) / 2 numbers;
 * patch: one covariance of the values of a patch, shared by all patches, which are independent;
@@ -133,14 +133,14 @@ class Moments:
         self.scatter = torch.zeros(layout.groups, tokens, tokens, **wide)
 
     def update(self, x: Arranged) -> None:
-        """Take up some samples."""
+        """Add some samples."""
         if len(x):
             mean = x.mean(0)
             _add_products(self.scatter, x - mean)
             self._move(len(x), mean)
 
     def merge(self, other: "Moments") -> None:
-        """Take up what another one has seen."""
+        """Add the samples of another one."""
         if other.count:
             self.scatter += other.scatter
             self._move(other.count, other.mean)
@@ -180,7 +180,7 @@ def _add_products(
 @final
 @dataclass(frozen=True)
 class LinearFit:
-    """What a whitening is made of: m, S after shrinkage by rho, and L, from `count` images."""
+    """Parameters of a whitening: m, S after shrinkage by rho, and L, from `count` images."""
 
     count: int
     mean: Float[Tensor, "tokens positions"]

@@ -3,7 +3,7 @@
 z = W (x - m) with W^T W = S^-1 and z ~ N(0, I) is the maximum-likelihood Gaussian of mean m and
 covariance S, written as a flow. S = L L^T, and z = R L^-1 (x - m): every whitening is the
 triangular one, L^-1, which is a linear autoregressive transform, followed by a rotation R of the
-latent, which no likelihood sees. `Layout` says which covariances S there are.
+latent, which changes no likelihood. `Layout` says which covariances S there are.
 """
 
 from abc import ABC, abstractmethod
@@ -65,8 +65,7 @@ class TriangularWhitening(AutoregressiveTransform):
 
     L = A^-1 diag(scale) with A of unit diagonal: token t is shifted by its linear prediction from
     the tokens before it, and divided by the standard deviation of what is left (an L D L^T
-    factorisation). The numbers kept are those that are free, D (D + 3) / 2 for a full covariance.
-
+    factorisation). Its parameters are the free numbers, D (D + 3) / 2 for a full covariance.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -83,7 +82,7 @@ class TriangularWhitening(AutoregressiveTransform):
     def set(
         self, mean: Float[Tensor, "tokens positions"], factor: Float[Tensor, "groups tokens tokens"]
     ) -> None:
-        """Take over m and L."""
+        """Set m and L."""
         scale = factor.diagonal(dim1=1, dim2=2)
         self.mean.copy_(mean)
         self.log_scale.copy_(scale.log().T)
@@ -166,7 +165,7 @@ class FittedTransform(Transform, ABC):
 
     @abstractmethod
     def fit(self, z: Float[Tensor, "n tokens positions"], source: torch.Generator) -> str:
-        """Set all parameters, with random choices from `source`; says what was done."""
+        """Set all parameters, with random choices from `source`; return what was done, as text."""
 
 
 class LinearFirstFlow(FittedFlow, ABC):

@@ -191,7 +191,7 @@ class TokenSplit(nn.Module):
 
 @final
 class HourglassTransformer(nn.Module):
-    """The network, from noisy images and their noise level to whatever it is trained for.
+    """The network: a prediction of an image's shape from noisy images and their noise level.
 
     Args:
         levels: the scales, full resolution first.

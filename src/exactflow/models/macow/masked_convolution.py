@@ -72,7 +72,7 @@ class WeightNormConv(DataDependent):
         return self._convolve(self.weight, self.bias, x)
 
     def frozen(self, dtype: torch.dtype | None = None) -> Kernel:
-        """The convolution with the weights of now, computed once."""
+        """The convolution with its present weights, normalised once."""
         weight, bias = self.weight.detach(), self.bias.detach()
         dtype = dtype or weight.dtype
         return partial(self._convolve, weight.to(dtype), bias.to(dtype))
@@ -146,7 +146,7 @@ class MaskedNetwork(nn.Module):
         return output(F.elu(h if hidden is None else h + hidden))
 
     def frozen(self, dtype: torch.dtype | None = None) -> tuple[Kernel, Kernel]:
-        """Both convolutions with the weights of now."""
+        """Both convolutions with their present weights."""
         return self.conv.frozen(dtype), self.output.frozen(dtype)
 
 

@@ -67,7 +67,7 @@ class GlowStep(InvertibleComposition):
 
 @final
 class Unit(nn.Module):
-    """ActNorm, A, B, ActNorm, C, D."""
+    """ActNorm, masked convolutions A and B, ActNorm, masked convolutions C and D."""
 
     def __init__(self, plan: StepPlan, channels: int) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from exactflow.core.conditional import Affine
 from exactflow.core.shapes import Images, Labels, PerSample, Tokens
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Transform
 from exactflow.models.macow.masked_convolution import Kernel, MaskedNetwork
-from exactflow.models.transforms import AffineCoupling, Context
+from exactflow.models.transforms import AffineCoupling, Context, Kept, Moved
 from exactflow.nn.data_dependent import DataDependent, standardize
 
 LOG_SCALE_STD = 0.05  # initial spread of ActNorm's log-scales
@@ -103,11 +103,7 @@ class Coupling(AffineCoupling):
         self.network, self.kept, self.additive = network, kept, additive
         self.soft_clip = soft_clip
 
-    def move(
-        self, kept: Float[Tensor, "batch kept height width"], context: Context | None
-    ) -> tuple[
-        Float[Tensor, "batch moved height width"], Float[Tensor, "batch moved height width"]
-    ]:
+    def move(self, kept: Kept, context: Context | None) -> tuple[Moved, Moved]:
         seen = kept if context is None else torch.cat([kept, context.to(kept.dtype)], dim=1)
         raw = self.network(seen).to(kept.dtype)
         return shift_and_log_scale(raw, self.additive, self.soft_clip)
@@ -119,7 +115,7 @@ def shift_and_log_scale(
     """mu and ln s = ln sigmoid(r + 2) of raw parameters (mu, r); ln s = 0 if additive.
 
     Args:
-        raw: what the network says.
+        raw: the network's output.
         additive: whether these are shifts only.
         soft_clip: c > 0: raw parameters r become c tanh(r / c), so that s >= sigmoid(2 - c) and the
             inverse, which divides by s, is bounded; 0: they are taken as they are (published).
@@ -138,7 +134,7 @@ class MaskedConvolution(AutoregressiveTransform):
 
     Tokens are the lines of the image in the order of `orientation`: rows downwards (A) or upwards
     (B), columns rightwards (C) or leftwards (D). The mask is a shift: zeros for the lines before
-    the first, and the last line left out. Nothing but tokens is ever turned.
+    the first, and the last line left out. Only tokens are transposed or flipped, images never.
 
     Args:
         channels: of the image.
@@ -185,7 +181,7 @@ class MaskedConvolution(AutoregressiveTransform):
         return x.permute(0, 2, 1, 3) if self.orientation in "AB" else x.permute(0, 2, 3, 1)
 
     def encode(self, x: Images, context: Context | None = None) -> tuple[Images, PerSample]:
-        """`forward` of an image, without the way over tokens, and with a context."""
+        """`forward` of an image laid out as such, not as tokens; it may depend on a context."""
         hidden = None
         if context is not None:
             assert self.network.context is not None
@@ -194,9 +190,9 @@ class MaskedConvolution(AutoregressiveTransform):
         return torch.addcmul(mu, x, log_s.exp()), log_s.sum((1, 2, 3))
 
     def new_cache(self, x: Tokens, decoding: Decoding | None = None) -> tuple[Kernel, Kernel]:
-        """See `AutoregressiveTransform.new_cache`: the weights, normalised once.
+        """The weights, normalised once: nothing of the lines before, which `conditioner` is given.
 
-        What a line needs of those before it are the lines themselves, which `conditioner` is given.
+        Raises ValueError for another step than "eager".
         """
         how = decoding or Decoding()
         if how.step != "eager":

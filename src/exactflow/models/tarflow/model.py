@@ -32,8 +32,8 @@ VARIANCE_MOMENTUM = 0.1  # weight of a new batch in the volume-preserving prior'
 class TokenMixing(Transform):
     """z = (I + N) x for every token, N learned and strictly lower triangular, 0 at first.
 
-    What is constant of how the pixels of a patch depend on each other need not be predicted anew at
-    each token; its determinant is 1.
+    The linear dependence between the numbers of a token that is the same in all tokens: the network
+    need not predict it. The determinant is 1.
 
     Args:
         dim: numbers of a token.
@@ -48,7 +48,7 @@ class TokenMixing(Transform):
             return x + x @ self._coupling(x).mT, x.new_zeros(len(x))
 
     def inverse(self, z: Tokens, label: Labels | None = None) -> Tokens:
-        """See `Transform.inverse`: a forward substitution."""
+        """The x of z, by forward substitution."""
         upper = self._coupling(z).mT
         return torch.linalg.solve_triangular(upper, z, upper=True, unitriangular=True, left=False)
 
@@ -58,9 +58,10 @@ class TokenMixing(Transform):
 
 @final
 class TarFlowBlock(AutoregressiveTransform):
-    """One block in generation order: token t moves by what precedes it.
+    """One block in generation order: z_t = g(x_t; theta_t(x_<t)), theta a causal transformer's.
 
-    Token 0 does not move at all, unless there is a start token.
+    g is affine in the paper (eq. 4), z_t = (x_t - mu_t) exp(-alpha_t). Token 0 is not changed,
+    unless a start token gives its parameters.
 
     Args:
         config: the model's configuration.
@@ -164,7 +165,7 @@ class TarFlowBlock(AutoregressiveTransform):
         return position + table[label][:, None]
 
     def _theta(self, raw: Tensor) -> Tensor:
-        """Of raw outputs, in the dtype of the tokens, which is never below float32."""
+        """Parameters from raw outputs, in the dtype of the tokens, which is never below float32."""
         if self.config.soft_clip:
             raw = self.config.soft_clip * torch.tanh(raw / self.config.soft_clip)
         if self.config.volume_preserving:  # shifts only
@@ -174,9 +175,18 @@ class TarFlowBlock(AutoregressiveTransform):
 
 @final
 class TarFlow(DensityFlow):
-    """The model: blocks over patches, alternating directions, a Gaussian prior (eq. 3).
+    """z = f_T o ... o f_1(x), blocks f over patches in alternating directions (eq. 3).
+
+    With affine blocks, z_t = (x_t - mu_t(x_<t)) exp(-alpha_t(x_<t)) for every token t, and
+
+        ln p(x) = ln N(z; 0, I) - sum over blocks and tokens of alpha_t.
 
     Latents keep the published token layout (batch, N, C P P), in the order of the image.
+
+    >>> model = TarFlow(TarFlowConfig((1, 8, 8), patch_size=2, width=64, blocks=2))
+    >>> z, log_abs_det = model.encode(torch.zeros(3, 1, 8, 8))
+    >>> tuple(z.shape), tuple(log_abs_det.shape)
+    ((3, 16, 4), (3,))
     """
 
     kind: ClassVar[str] = "tarflow"

@@ -1,7 +1,7 @@
 """The published TarFlow state dict: its names, and the configuration that its shapes tell.
 
-Everything about the architecture is taken from names and shapes of the tensors, and from the file
-name where these are silent (specification, section 8).
+The architecture is read off names and shapes of the tensors; the file's name may tell the training
+noise.
 """
 
 import math
