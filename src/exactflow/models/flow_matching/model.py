@@ -5,8 +5,8 @@ and law of t are chosen one by one, so that diffusion objectives are members of 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, final, get_args
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal, final, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,7 @@ from exactflow.nn.unet import UNet, UNetConfig
 from exactflow.parallel import shared_batch as batch
 from exactflow.paths.coupling import minibatch_transport
 from exactflow.paths.path import Cosine, LinearVP, Path, Straight, VariancePreserving
-from exactflow.paths.path_model import (
-    PathModel,
-    Prediction,
-    combine,
-    spread,
-    velocity_gain,
-)
+from exactflow.paths.path_model import PathModel, Prediction, combine, spread, velocity_gain
 
 PathName = Literal["straight", "ot", "vp", "linear-vp", "cosine"]
 TimeLaw = Literal["uniform", "stratified", "edm", "logit-normal"]
@@ -81,19 +75,10 @@ class FlowMatchingConfig:
                 "expected label_dropout in [0, 1] and time_scale > 0, "
                 f"got {self.label_dropout}, {self.time_scale}"
             )
-        choices = {
-            "path": get_args(PathName),
-            "prediction": get_args(Prediction),
-            "weight": ("velocity", "prediction"),
-            "times": get_args(TimeLaw),
-            "coupling": ("independent", "minibatch-ot"),
-            "network": ("unet", "dit"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"expected {name} {' | '.join(known)}, got {getattr(self, name)!r}"
-                )
+        for field in fields(self):
+            value, known = getattr(self, field.name), get_args(field.type)
+            if get_origin(field.type) is Literal and value not in known:
+                raise ValueError(f"expected {field.name} {' | '.join(known)}, got {value!r}")
         _named_path(self)
         if self.network == "dit":
             _ = self.dit
