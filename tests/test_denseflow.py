@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from exactflow.core import grey_levels as grey
 from exactflow.core.config import override
@@ -29,7 +30,6 @@ from exactflow.models.denseflow.parts import (
     standard_normal_log_prob,
 )
 from exactflow.models.denseflow.published import MARK, from_published, renamed
-from exactflow.models.macow.transforms import Squeeze
 from exactflow.models.registry import FAMILIES
 from exactflow.nn.data_dependent import initializing
 from exactflow.training.optim import TrainConfig, recomputed
@@ -177,7 +177,7 @@ def test_golden_parts_of_the_blocks() -> None:
     x = expected["transforms.1.output"]
     for index, block in enumerate(model.blocks):
         name = f"transforms.{3 + 2 * index}"
-        h, _ = Squeeze("channel")(x)
+        h = F.pixel_unshuffle(x, 2)
         if index:
             h, dropped = h.chunk(2, dim=1)
             close(dropped, expected["dropped.0"])
@@ -273,9 +273,8 @@ def test_golden_dequantiser() -> None:
 def test_golden_squeeze() -> None:
     """The whole model squeezes so, too: `test_golden_parts_of_the_blocks`."""
     _, _, expected = case("squeeze")
-    squeeze = Squeeze("channel")
-    assert torch.equal(squeeze(expected["x"])[0], expected["z"])
-    assert torch.equal(squeeze.inverse(expected["inverse.z"]), expected["inverse.x"])
+    assert torch.equal(F.pixel_unshuffle(expected["x"], 2), expected["z"])
+    assert torch.equal(F.pixel_shuffle(expected["inverse.z"], 2), expected["inverse.x"])
 
 
 def test_an_incomplete_state_dict_is_refused(tmp_path: Path) -> None:
@@ -527,7 +526,7 @@ def test_initialisation_starts_the_norms_once_and_nothing_else() -> None:
     }
     noise = draw(model, len(images), torch.Generator().manual_seed(0))
     x, _ = model.dequantize(images, noise[:, : model.dims])
-    z, _ = first(Squeeze("channel")(x / 2)[0])
+    z, _ = first(F.pixel_unshuffle(x / 2, 2))
     close(z.mean((0, 2, 3)), torch.zeros(12, dtype=torch.float64), 1e-9)
     close(z.std((0, 2, 3)), torch.ones(12, dtype=torch.float64), 1e-4)
     z, _ = model.encode(x, None, noise[:, model.dims :])

@@ -20,7 +20,8 @@ from exactflow.models.macow.transforms import (
     Coupling,
     MaskedConvolution,
     Orientation,
-    Squeeze,
+    squeeze,
+    unsqueeze,
 )
 from exactflow.models.transforms import Context, InvertibleComposition, InvertibleConvolution
 
@@ -228,7 +229,6 @@ class MultiScale(nn.Module):
             levels.append(Level(step, channels, runs, leaving, plan.additive_prior))
             channels = levels[-1].kept
         self.levels = nn.ModuleList(levels)
-        self.squeeze = Squeeze("offset")
 
     @property
     def steps(self) -> list[nn.Module]:
@@ -240,8 +240,8 @@ class MultiScale(nn.Module):
         log_abs_det, done = x.new_zeros(len(x)), []
         for index, level in enumerate(self._levels):
             if index:
-                x = self.squeeze(x)[0]
-                context = None if context is None else self.squeeze(context)[0]
+                x = squeeze(x)
+                context = None if context is None else squeeze(context)
             x = x.contiguous(memory_format=torch.channels_last)  # twice as fast for few channels
             x, change = level(x, context)
             log_abs_det = log_abs_det + change
@@ -254,12 +254,12 @@ class MultiScale(nn.Module):
         yield z
         x, done = z, []
         for index, level in enumerate(self._levels):
-            x = self.squeeze(x)[0] if index else x
+            x = squeeze(x) if index else x
             done.append(x[:, level.kept :])
             x = x[:, : level.kept]
         for index, level in reversed(list(enumerate(self._levels))):
             x = level.inverse(torch.cat([x, done.pop()], dim=1), solver)
-            x = self.squeeze.inverse(x) if index else x
+            x = unsqueeze(x) if index else x
             yield self._join(x, done)
 
     @property
@@ -270,5 +270,5 @@ class MultiScale(nn.Module):
         """x, the result of as many levels as have something in `done`, as an image."""
         for index in reversed(range(len(done))):
             x = torch.cat([x, done[index]], dim=1)
-            x = self.squeeze.inverse(x) if index else x
+            x = unsqueeze(x) if index else x
         return x

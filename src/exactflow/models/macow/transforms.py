@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from exactflow.core.composition import ElementaryTransform
 from exactflow.core.conditional import Affine
 from exactflow.core.shapes import Images, Labels, PerSample, Tokens
-from exactflow.core.transform import AutoregressiveTransform, Decoding, Transform
+from exactflow.core.transform import AutoregressiveTransform, Decoding
 from exactflow.models.macow.masked_convolution import Kernel, MaskedNetwork
 from exactflow.models.transforms import AffineCoupling, Context, Kept, Moved
 from exactflow.nn.data_dependent import DataDependent, standardize
@@ -18,7 +18,6 @@ from exactflow.nn.data_dependent import DataDependent, standardize
 LOG_SCALE_STD = 0.05  # initial spread of ActNorm's log-scales
 SCALE_OFFSET = 2.0  # of the sigmoid: raw output 0 gives the scale sigmoid(2) = 0.88
 Orientation = Literal["A", "B", "C", "D"]  # sees what is above, below, left, right
-SqueezeOrder = Literal["offset", "channel"]
 
 
 @final
@@ -54,33 +53,14 @@ class ActNorm(ElementaryTransform, DataDependent):
         self.bias.sub_(mean.view(-1, 1, 1)).mul_(scale.view(-1, 1, 1))
 
 
-@final
-class Squeeze(Transform):
-    """Every 2 x 2 square of places becomes one place with four times the channels.
+def squeeze(x: Images) -> Float[Tensor, "batch more half_height half_width"]:
+    """Every 2 x 2 square of places as one, whose channel (2 dy + dx) C + c is c at (dy, dx)."""
+    return F.pixel_unshuffle(x, 2).unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, 2)
 
-    Args:
-        order: which index runs slowest. "offset": channel (2 dy + dx) C + c (MaCow, Glow);
-            "channel": 4 c + 2 dy + dx (DenseFlow).
-    """
 
-    def __init__(self, order: SqueezeOrder) -> None:
-        super().__init__()
-        self.order: SqueezeOrder = order
-
-    def forward(
-        self, x: Images, label: Labels | None = None
-    ) -> tuple[Float[Tensor, "batch more half_height half_width"], PerSample]:
-        z = F.pixel_unshuffle(x, 2)
-        if self.order == "offset":
-            z = z.unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, 2)
-        return z, x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
-
-    def inverse(
-        self, z: Images, label: Labels | None = None
-    ) -> Float[Tensor, "batch fewer double_height double_width"]:
-        if self.order == "offset":
-            z = z.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2)
-        return F.pixel_shuffle(z, 2)
+def unsqueeze(z: Images) -> Float[Tensor, "batch fewer double_height double_width"]:
+    """Inverse of `squeeze`."""
+    return F.pixel_shuffle(z.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2), 2)
 
 
 @final
