@@ -54,7 +54,7 @@ EXPECTED = {
     ),
     "convert: safetensors": ("ValueError", "broken.safetensors is not a whole file"),
     "convert: half a U-Net": ("ValueError", "U-Net as OpenAI publishes it, got one without"),
-    "convert: half an HDiT": ("ValueError", r"no 'time_emb.weight'"),
+    "convert: half an HDiT": ("ValueError", r"no 'mid_level.0.ff.down_proj.weight'"),
     "convert: half a MaCow": ("ValueError", "the weights of MaCow do not tell height"),
     "convert: unknown hint": ("ValueError", "hieght means nothing for HDiT, which takes channels"),
     "convert: preset": ("ValueError", "did you mean 'adm-imagenet64'"),

@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import exactflow
+import macow_export
 from exactflow.cli.arguments import Convert
 from exactflow.cli.convert import run as run_convert
 from exactflow.models import registry
 from exactflow.models.diffusion.model import DiscreteDiffusion
 from exactflow.models.diffusion.openai import to_published
 from exactflow.models.hdit.model import HDiT
-from exactflow.models.macow import published as macow_published
 from exactflow.paths.ode import Euler
 from exactflow.sampling.path_solvers import Ancestral
 from processes import call
@@ -166,7 +166,7 @@ def saved(name: str, folder: Path) -> Path:
             parameter.add_(0.1 * torch.randn_like(parameter))
     match model.kind:
         case "macow":
-            state: Any = macow_published.to_published(model)
+            state: Any = macow_export.to_published(model)
         case "diffusion":
             state = to_published(model.network)
         case _:

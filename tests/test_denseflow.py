@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from exactflow.core import grey_levels as grey
 from exactflow.core.config import override
 from exactflow.core.model import log_density
 from exactflow.core.randomness import generator, normal_rows
+from exactflow.models.convert import convert
 from exactflow.models.denseflow.model import DenseFlow, DenseFlowConfig
 from exactflow.models.denseflow.network import (
     DeferredBatchNorm,
@@ -28,7 +30,6 @@ from exactflow.models.denseflow.parts import (
     standard_normal_log_prob,
 )
 from exactflow.models.denseflow.published import MARK, from_published, renamed
-from exactflow.models.macow.transforms import Squeeze
 from exactflow.models.registry import FAMILIES
 from exactflow.nn.data_dependent import initializing
 from exactflow.training.optim import TrainConfig, recomputed
@@ -176,7 +177,7 @@ def test_golden_parts_of_the_blocks() -> None:
     x = expected["transforms.1.output"]
     for index, block in enumerate(model.blocks):
         name = f"transforms.{3 + 2 * index}"
-        h, _ = Squeeze("channel")(x)
+        h = F.pixel_unshuffle(x, 2)
         if index:
             h, dropped = h.chunk(2, dim=1)
             close(dropped, expected["dropped.0"])
@@ -235,7 +236,7 @@ def test_golden_start_from_data() -> None:
 def test_golden_coupling() -> None:
     settings, state, expected = case("coupling")
     prefix = "transforms.3.blocks.0.transforms.0.transforms.2."
-    network = DenseCouplingNetwork(6, 12, settings["mid_chnls"], 7, 64, 4)
+    network = DenseCouplingNetwork(6, 12, settings["mid_chnls"], DenseFlowConfig())
     coupling = DenseCoupling(12, network).eval()
     ours = renamed({prefix + key: value for key, value in state.items()})
     coupling.load_state_dict(
@@ -256,7 +257,7 @@ def test_golden_coupling() -> None:
 @torch.no_grad()
 def test_golden_dequantiser() -> None:
     settings, state, expected = case("dequantiser")
-    model = CouplingDequantizer(3, 4, 64, 4, 64, 16).eval()
+    model = CouplingDequantizer(DenseFlowConfig()).eval()
     ours = renamed({f"transforms.0.{key}": value for key, value in state.items()})
     ours.pop("transforms.0.ldj_per_dim", None)
     model.load_state_dict({k.removeprefix("dequantizer."): v for k, v in ours.items()})
@@ -272,16 +273,16 @@ def test_golden_dequantiser() -> None:
 def test_golden_squeeze() -> None:
     """The whole model squeezes so, too: `test_golden_parts_of_the_blocks`."""
     _, _, expected = case("squeeze")
-    squeeze = Squeeze("channel")
-    assert torch.equal(squeeze(expected["x"])[0], expected["z"])
-    assert torch.equal(squeeze.inverse(expected["inverse.z"]), expected["inverse.x"])
+    assert torch.equal(F.pixel_unshuffle(expected["x"], 2), expected["z"])
+    assert torch.equal(F.pixel_shuffle(expected["inverse.z"], 2), expected["inverse.x"])
 
 
-def test_a_foreign_state_dict_is_refused() -> None:
+def test_an_incomplete_state_dict_is_refused(tmp_path: Path) -> None:
     _, state, _ = case("whole")
     del state["transforms.0.encoder.context_init.2.weight"]
-    with pytest.raises(ValueError, match=r"not a complete DenseFlow .*context_init\.2\.weight"):
-        from_published(state, (16, 16))
+    torch.save(state, tmp_path / "part.pt")
+    with pytest.raises(ValueError, match=r"dict of DenseFlow: it has no .*context_init\.2\.weight"):
+        convert(tmp_path / "part.pt", height=16)
 
 
 # Counts
@@ -525,7 +526,7 @@ def test_initialisation_starts_the_norms_once_and_nothing_else() -> None:
     }
     noise = draw(model, len(images), torch.Generator().manual_seed(0))
     x, _ = model.dequantize(images, noise[:, : model.dims])
-    z, _ = first(Squeeze("channel")(x / 2)[0])
+    z, _ = first(F.pixel_unshuffle(x / 2, 2))
     close(z.mean((0, 2, 3)), torch.zeros(12, dtype=torch.float64), 1e-9)
     close(z.std((0, 2, 3)), torch.ones(12, dtype=torch.float64), 1e-4)
     z, _ = model.encode(x, None, noise[:, model.dims :])

@@ -41,24 +41,26 @@ def run_of(*attention: dict[str, Any], **changes: Any) -> dict[str, Any]:
         **changes,
     }
     state = weights(*(level.get("type", "global") for level in attention))
-    return {"config": {"model": model}, "model": state}
+    return {"config": {"model": model}, "weights": state}
 
 
 def test_a_level_that_omits_its_size_has_the_usual_one_and_not_its_neighbours() -> None:
     with pytest.raises(ValueError, match=r"one kernel_size for all levels, got \[5, 7\]"):
-        from_published(run_of({**NEAR, "kernel_size": 5}, NEAR, {"type": "global"}))
-    same = from_published(run_of({**NEAR, "kernel_size": 7}, NEAR, {"type": "global"}))
+        from_published(**run_of({**NEAR, "kernel_size": 5}, NEAR, {"type": "global"}))
+    same = from_published(**run_of({**NEAR, "kernel_size": 7}, NEAR, {"type": "global"}))
     assert same.config.kernel_size == 7
-    assert from_published(run_of(NEAR, {"type": "global"})).config.kernel_size == 7
+    assert from_published(**run_of(NEAR, {"type": "global"})).config.kernel_size == 7
     five = {**NEAR, "kernel_size": 5}
     stray = {"type": "global", "kernel_size": 9}  # means nothing there
-    assert from_published(run_of(five, five, stray)).config.kernel_size == 5
+    assert from_published(**run_of(five, five, stray)).config.kernel_size == 5
 
 
 def test_windows_have_no_usual_size_in_a_run() -> None:
     with pytest.raises(ValueError, match="expected window_size for each level"):
-        from_published(run_of({"type": "shifted-window"}, {"type": "global"}))
-    found = from_published(run_of({"type": "shifted-window", "window_size": 4}, {"type": "global"}))
+        from_published(**run_of({"type": "shifted-window"}, {"type": "global"}))
+    found = from_published(
+        **run_of({"type": "shifted-window", "window_size": 4}, {"type": "global"})
+    )
     assert found.config.window_size == 4
 
 
@@ -91,6 +93,6 @@ def test_what_bare_weights_do_not_tell_is_assumed_aloud(kind: str, name: str, us
 )
 def test_a_run_of_something_else_is_refused_in_one_sentence(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"expected"):
-        from_published(run_of(NEAR, {"type": "global"}, **changes))
+        from_published(**run_of(NEAR, {"type": "global"}, **changes))
     with pytest.raises(ValueError, match="expected the configuration of a run of k-diffusion"):
-        from_published({**run_of(NEAR, {"type": "global"}), "config": {"model": [1]}})
+        from_published(weights("neighborhood", "global"), {"model": [1]})

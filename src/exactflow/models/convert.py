@@ -1,25 +1,25 @@
 """Published checkpoints, read into models of this library.
 
-Only tensors are read (`weights_only=True`, or safetensors). What names and shapes of the tensors
-tell is taken from them; what they are silent about must be said, by hints or by a preset.
+Only tensors are read (`weights_only=True`, or safetensors). The configuration is read off their
+names and shapes; what these do not tell must be given, by hints or by a preset.
 """
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from exactflow.core.config import override
 from exactflow.core.model import GenerativeModel
 from exactflow.models import registry
 from exactflow.models.diffusion.classifier import ClassifierUNet
 from exactflow.models.diffusion.openai import classifier_of
+from exactflow.models.family import Family
 from exactflow.models.foreign import (
     SIZE,
     ForeignFile,
     Hints,
     PublishedFiles,
+    filled,
     read_tensors,
     without_size,
 )
@@ -42,7 +42,7 @@ def convert(checkpoint: str | Path, *, preset: str | None = None, **hints: Any) 
             differs. `channels`: where neither 3 nor 1 fits the weights uniquely. `levels`, of grey:
             MaCow needs it. `noise_std`: TarFlow's training noise, 0 for uniform, where the file
             name does not tell. iDDPM, ADM and HDiT take fields of their configurations besides,
-            see `discrete_published.HINTS` and `hdit_published.HINTS`.
+            see `HINTS` in `diffusion/published.py` and `hdit/published.py`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -50,7 +50,7 @@ def convert(checkpoint: str | Path, *, preset: str | None = None, **hints: Any) 
             meaning for this one; a preset of another model; with what was expected.
     """
     file = read_tensors(Path(checkpoint))
-    kind, files = _known(file)
+    family, files = _family_of(file)
     given = {name: value for name, value in hints.items() if value is not None}
     for name in given:
         if name not in (*files.needs, *files.takes):
@@ -67,7 +67,7 @@ def convert(checkpoint: str | Path, *, preset: str | None = None, **hints: Any) 
     if preset is None:
         return _read(file, files, given)
     config = registry.preset(preset).config
-    if registry.family_of(preset) is not registry.FAMILIES[kind]:
+    if registry.family_of(preset) is not family:
         raise ValueError(f"{file.path} holds {files.name}, not {preset}")
     told = _told(config, (*files.needs, *files.takes))
     if "height" in given:  # another size, whole
@@ -97,15 +97,14 @@ def load_classifier(checkpoint: str | Path, *, head_channels: int = 64) -> Class
         raise ValueError(f"{file.path}: {error}") from error
 
 
-def _known(file: ForeignFile) -> tuple[str, PublishedFiles]:
-    """The kind of model in a file, and how it is read."""
-    known = {
-        kind: family.files for kind, family in registry.FAMILIES.items() if family.files is not None
-    }
-    for kind, files in known.items():
-        if files.mark in file.weights:
-            return kind, files
-    names = [files.name for files in known.values()]
+def _family_of(file: ForeignFile) -> tuple[Family, PublishedFiles]:
+    """The family of the model in a file, and how it is read."""
+    names = []
+    for family in registry.FAMILIES.values():
+        if family.files is not None:
+            if family.files.mark in file.weights:
+                return family, family.files
+            names.append(family.files.name)
     raise ValueError(
         f"{file.path} is no published checkpoint of {', '.join(names[:-1])} or {names[-1]} "
         f"(its first keys: {list(file.weights)[:3]})"
@@ -136,7 +135,7 @@ def _told(config: Any, names: tuple[str, ...]) -> dict[str, Any]:
 def _as_preset(
     file: ForeignFile, model: GenerativeModel, preset: str, given: Hints
 ) -> GenerativeModel:
-    """The model under the preset's whole configuration, of which its file tells only a part.
+    """The same weights under the preset's whole configuration, of which a file tells only a part.
 
     Raises:
         ValueError: its tensors are not those of the preset.
@@ -144,15 +143,12 @@ def _as_preset(
     read = model.config
     changes = {"image_shape": read.image_shape, **without_size(given)}
     config = override(registry.preset(preset).config, changes)
-    with torch.device("meta"):
-        exact = registry.FAMILIES[model.kind].model(config)
-    found, expected = (
-        {name: tuple(value.shape) for name, value in m.state_dict().items()} for m in (model, exact)
-    )
-    if found != expected:
+    try:
+        return filled(type(model), config, model.state_dict())
+    except ValueError as error:
         fields = [field.name for field in dataclasses.fields(config)]
         values = {name: (getattr(read, name), getattr(config, name)) for name in fields}
         unlike = [f"{n} is {a}, not {b}" for n, (a, b) in values.items() if b not in (None, a)]
-        raise ValueError(f"{file.path} is not {preset}, by its weights: {'; '.join(unlike)}")
-    exact.load_state_dict(model.state_dict(), assign=True)
-    return exact.requires_grad_(True).eval()
+        raise ValueError(
+            f"{file.path} is not {preset}, by its weights: {'; '.join(unlike)}"
+        ) from error

@@ -3,14 +3,16 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeVar, final
 
+import torch
 from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
 from exactflow.core.serialization import parse_json
 from exactflow.core.tensor_files import read_pickled, read_safetensors
 
+Model = TypeVar("Model", bound=GenerativeModel)
 Hints = Mapping[str, Any]
 SIZE = ("channels", "height", "width")  # hints that are no fields of a configuration
 _NESTS = ("model_ema", "ema", "model")  # where trainers keep weights; averaged ones first
@@ -19,12 +21,12 @@ _NESTS = ("model_ema", "ema", "model")  # where trainers keep weights; averaged 
 @final
 @dataclass(frozen=True)
 class ForeignFile:
-    """What a file holds.
+    """The tensors of a file, and the configuration beside them.
 
     Attributes:
-        path: where it lies.
+        path: of the file.
         weights: tensors by name, without the prefixes of parallel and compiled training.
-        config: the run's configuration, where it is in the file.
+        config: the run's configuration, if the file holds it.
     """
 
     path: Path
@@ -35,10 +37,10 @@ class ForeignFile:
 @final
 @dataclass(frozen=True)
 class PublishedFiles:
-    """How the published files of one family are known and read.
+    """How the published files of one family are recognised and read.
 
     Attributes:
-        name: of the family, for people.
+        name: of the family, in messages.
         mark: a key that the files of no other family have.
         read: the model in a file, given what the file does not tell.
         needs: hints that must be given.
@@ -62,6 +64,21 @@ def size_in(hints: Hints) -> tuple[int, int]:
 def without_size(hints: Hints) -> dict[str, Any]:
     """The hints that are fields of a configuration."""
     return {name: value for name, value in hints.items() if name not in SIZE}
+
+
+def filled(kind: type[Model], config: Any, weights: Mapping[str, Tensor]) -> Model:
+    """A model with these tensors for its parameters and buffers, in evaluation mode.
+
+    Raises:
+        ValueError: tensors are missing, left over or of another shape.
+    """
+    with torch.device("meta"):
+        model = kind(config)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"not a complete {kind.__name__} checkpoint: {error}") from error
+    return model.eval()
 
 
 def read_tensors(path: Path) -> ForeignFile:

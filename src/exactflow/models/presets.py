@@ -1,4 +1,4 @@
-"""Presets, as a family's `presets.yaml` lists them: data, not program."""
+"""Presets, as a file in the family's folder lists them: data, not program."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from typing import Any, final
 
 import yaml
 
-SHARED = "shared"  # key of what presets have in common, which is none itself
+SHARED = "shared"  # key of what presets have in common; it is no preset itself
 
 
 @final
@@ -33,19 +33,20 @@ class Preset:
 
 
 @cache
-def read_presets(folder: str, config: type) -> Mapping[str, Preset]:
+def read_presets(folder: str, config: type, file: str = "presets") -> Mapping[str, Preset]:
     """The presets of a family, by name.
 
     Args:
         folder: of the family, beside this file.
         config: the class of its configuration.
+        file: in that folder, without ".yaml".
     """
-    text = (Path(__file__).parent / folder / "presets.yaml").read_text(encoding="utf-8")
+    text = (Path(__file__).parent / folder / f"{file}.yaml").read_text(encoding="utf-8")
     found = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # the C one is faster
+    presets = {name: _frozen(fields) for name, fields in found.items() if name != SHARED}
     return {
-        name: Preset(**{**_frozen(fields), "config": config(**_frozen(fields["config"]))})
-        for name, fields in found.items()
-        if name != SHARED
+        name: Preset(**{**fields, "config": config(**fields["config"])})
+        for name, fields in presets.items()
     }
 
 

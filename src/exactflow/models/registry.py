@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from exactflow.core.building import on_meta
+from exactflow.core.building import ANY_NUMBER, on_meta
 from exactflow.core.config import made, override, suggestion
 from exactflow.core.model import GenerativeModel
 from exactflow.models import (
@@ -60,10 +60,7 @@ def build(name: str, **overrides: Any) -> GenerativeModel:
             for this machine.
     """
     family = family_of(name)
-    config = family.presets[name].config
-    if not overrides and torch.get_default_device().type == "meta":  # there is always room
-        return family.model(config)
-    return _built(family.model, override(config, overrides))
+    return _built(family.model, override(family.presets[name].config, overrides))
 
 
 def from_config(kind: str, fields: Mapping[str, Any]) -> GenerativeModel:
@@ -73,42 +70,42 @@ def from_config(kind: str, fields: Mapping[str, Any]) -> GenerativeModel:
         ValueError: an unknown kind; a field that is absent, unknown or of another type; a model
             that is larger than this machine's memory.
     """
-    family = _family(kind)
-    return _built(family.model, made(family.config, fields, f"the configuration of {kind}"))
+    return _built(*_configured(kind, fields))
 
 
 def without_numbers(
     kind: str, fields: Mapping[str, Any], most: int | None = None
 ) -> GenerativeModel:
-    """The same on the meta device, where it takes no memory.
+    """A model as `from_config` builds it, on the meta device, where it takes no memory.
 
     Args:
         kind: see `from_config`.
         fields: see `from_config`.
         most: parameters that it may have; None for what fits into this machine's memory.
     """
-    family = _family(kind)
-    config = made(family.config, fields, f"the configuration of {kind}")
-    return on_meta(lambda: family.model(config), f"a model of kind {kind}", most)
+    model, config = _configured(kind, fields)
+    return on_meta(lambda: model(config), f"a model of kind {kind}", most)
 
 
-def _family(kind: str) -> Family:
+def _configured(kind: str, fields: Mapping[str, Any]) -> tuple[type[GenerativeModel], Any]:
+    """The class of that kind of model, and a configuration of it."""
     if kind not in FAMILIES:
         raise ValueError(f"unknown kind of model {kind!r}{suggestion(kind, FAMILIES)}")
-    return FAMILIES[kind]
+    family = FAMILIES[kind]
+    return family.model, made(family.config, fields, f"the configuration of {kind}")
 
 
 def _built(model: type[GenerativeModel], config: Any) -> GenerativeModel:
-    """The model, once it is known that there is room for it."""
+    """The model. Raises ValueError before memory is taken that this machine does not have."""
     if torch.get_default_device().type == "meta":
-        return on_meta(lambda: model(config), f"a model of kind {model.kind}", 2**62)
+        return on_meta(lambda: model(config), f"a model of kind {model.kind}", ANY_NUMBER)
     _check_room(model, config)
     return model(config)
 
 
 @cache
 def _check_room(model: type[GenerativeModel], config: Any) -> None:
-    """Raise ValueError if it is too large; asked once for each configuration."""
+    """Raise ValueError for a model larger than this machine; once for each configuration."""
     on_meta(lambda: model(config), f"a model of kind {model.kind}")
 
 

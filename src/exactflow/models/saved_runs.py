@@ -15,7 +15,7 @@ from exactflow.core.saved_run import (
 )
 from exactflow.models import registry
 
-_MODEL = "model."  # before the fields of the model's configuration in a run's identity
+_MODEL = "model."  # prefix of the model's fields in a run's identity
 
 
 def is_run(folder: Path) -> bool:
@@ -28,15 +28,15 @@ def is_run(folder: Path) -> bool:
 
 
 def averaged_model(folder: Path) -> tuple[GenerativeModel, dict[str, Tensor], Path]:
-    """What the newest whole checkpoint holds, with a warning that says what was taken.
+    """The model of the newest whole checkpoint; a warning says which weights were taken.
 
-    Nothing is changed, so that this may be called while the run goes on.
+    No file is changed: the run may be going on.
 
     Args:
         folder: see `is_run`.
 
     Returns:
-        The model without its numbers; its weights and buffers, averaged where the run has an
+        The model on the meta device; its weights and buffers, averaged where the run has an
         average; the checkpoint's folder.
 
     Raises:
@@ -65,7 +65,7 @@ def averaged_model(folder: Path) -> tuple[GenerativeModel, dict[str, Tensor], Pa
 
 
 def _newest(folder: Path) -> Checkpoint:
-    """The newest checkpoint that is whole; those that are not are told and left as they are."""
+    """The newest checkpoint that is whole; a warning names newer ones that are damaged."""
     if (folder / STATE_FILE).is_file():
         return read_checkpoint(folder)
     inner = folder / CHECKPOINTS_FOLDER

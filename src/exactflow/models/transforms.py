@@ -4,19 +4,44 @@ from abc import ABC, abstractmethod
 from typing import final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exactflow.core.composition import ElementaryTransform, Retraced, ReversibleTransform
+from exactflow.core.composition import (
+    Composition,
+    ElementaryTransform,
+    Retraced,
+    ReversibleTransform,
+)
+from exactflow.core.shapes import Images, Labels, PerSample
+
+Context = Float[Tensor, "batch features height width"]  # what a map depends on besides x
+Kept = Float[Tensor, "batch kept height width"]  # channels that a coupling does not change
+Moved = Float[Tensor, "batch moved height width"]  # channels that it transforms
+
+
+class InvertibleComposition(Composition, ABC):
+    """A composition whose parts are inverted directly, without a solver."""
+
+    def forward(self, x: Images, context: Context | None = None) -> tuple[Images, PerSample]:
+        """z and ln |det dz/dx|."""
+        return self.through(x, context)
+
+    def inverse(self, z: Images) -> Images:
+        """The x of z, without a context."""
+        for part in reversed(self.parts):
+            assert isinstance(part, ReversibleTransform | InvertibleComposition)
+            z = part.inverse(z)
+        return z
 
 
 @final
 class InvertibleConvolution(ElementaryTransform):
     """z = W x at every place, W a full matrix that starts orthogonal (Glow, section 3.2).
 
-    The inverse solves with W as it is now; nothing is kept that could go stale. In reduced
-    precision W stays in that of the data: a rounded matrix has another inverse.
+    The inverse solves with the present W: no inverse is kept that could be out of date. W is used
+    in the precision of the data, not of autocast: a rounded matrix has another inverse.
     """
 
     def __init__(self, channels: int) -> None:
@@ -26,12 +51,8 @@ class InvertibleConvolution(ElementaryTransform):
             nn.init.orthogonal_(self.weight)
 
     def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        """See `Transform.forward`."""
+        self, x: Images, label: Labels | None = None, context: Context | None = None
+    ) -> tuple[Images, PerSample]:
         weight = self.weight.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             z = F.conv2d(x, weight[..., None, None])
@@ -39,12 +60,8 @@ class InvertibleConvolution(ElementaryTransform):
         return z, log_abs_det.expand(len(x))
 
     def inverse(
-        self,
-        z: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
-        """See `Transform.inverse`."""
+        self, z: Images, label: Labels | None = None, context: Context | None = None
+    ) -> Images:
         with torch.autocast(z.device.type, enabled=False):
             return torch.linalg.solve(self.weight.to(z.dtype), z.flatten(2)).view_as(z)
 
@@ -61,44 +78,26 @@ class AffineCoupling(ReversibleTransform, ABC):
     kept: int
 
     @abstractmethod
-    def move(
-        self,
-        kept: Float[Tensor, "batch kept height width"],
-        context: Float[Tensor, "batch features height width"] | None,
-    ) -> tuple[
-        Float[Tensor, "batch moved height width"], Float[Tensor, "batch moved height width"]
-    ]:
+    def move(self, kept: Kept, context: Context | None) -> tuple[Moved, Moved]:
         """Parameters (shift, log_scale) of the channels that are transformed, in the dtype of x."""
 
     def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        """See `Transform.forward`."""
+        self, x: Images, label: Labels | None = None, context: Context | None = None
+    ) -> tuple[Images, PerSample]:
         kept, moved = x[:, : self.kept], x[:, self.kept :]
         return _couple(kept, moved, *self.move(kept, context))
 
     def inverse(
-        self,
-        z: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
-        """See `Transform.inverse`."""
+        self, z: Images, label: Labels | None = None, context: Context | None = None
+    ) -> Images:
         kept, moved = z[:, : self.kept], z[:, self.kept :]
         shift, log_scale = self.move(kept, context)
         return torch.cat([kept, (moved - shift) * torch.exp(-log_scale)], dim=1)
 
-    def retrace(
-        self,
-        z: Float[Tensor, "batch channels height width"],
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> Retraced:
+    def retrace(self, z: Images, context: Context | None = None) -> Retraced:
         """See `ReversibleTransform.retrace`: the network is evaluated once, for both.
 
-        What it sees is what `forward` showed it, to the bit, if z is what `forward` gave.
+        Its input equals that of `forward` bit for bit where z is the output of `forward`.
         """
         kept = z[:, : self.kept].detach().requires_grad_()
         shift, log_scale = self.move(kept, context)

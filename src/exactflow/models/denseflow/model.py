@@ -8,19 +8,19 @@ Written from the paper's mathematics.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core import grey_levels as grey
 from exactflow.core.model import DataInitialized, Dequantization, Flow, LikelihoodKind
+from exactflow.core.shapes import GreyLevels, Images, Labels, PerSample
 from exactflow.core.transform import Solver
-from exactflow.models.denseflow.network import AttentionVariant, DeferredBatchNorm
+from exactflow.models.denseflow.config import DenseFlowConfig
+from exactflow.models.denseflow.network import DeferredBatchNorm
 from exactflow.models.denseflow.parts import (
     ChannelGaussian,
     ChannelNorm,
@@ -30,99 +30,6 @@ from exactflow.models.denseflow.parts import (
 )
 from exactflow.nn.data_dependent import initializing
 from exactflow.parallel import shared_batch as batch
-
-MAX_UNITS = 10_000  # of a block
-
-
-@final
-@dataclass(frozen=True)
-class DenseFlowConfig:
-    """Architecture of a DenseFlow-L-g: L = sum of units x modules, g = growth."""
-
-    image_shape: tuple[int, int, int] = (3, 32, 32)  # channels, height, width
-    units: tuple[int, ...] = (6, 4, 1)  # of each block, at 1/2, 1/4, ... of the resolution
-    modules: tuple[int, ...] = (5, 6, 20)  # coupling modules in each unit of a block
-    widths: tuple[int, ...] = (48, 48, 48)  # channels of a block's coupling networks
-    growth: int = 10  # g: noise channels injected before every unit but a block's first
-    dense_depth: int = 7  # layers of a coupling network's dense part
-    dense_growth: int = 64  # channels that each of them adds
-    landmarks: int = 4  # of the attention; divides the number of positions of every block
-    attention: AttentionVariant = "published"  # corrected: what was meant, with other weights
-    dequantizer_steps: int = 4  # couplings of the variational dequantiser
-    dequantizer_width: int = 64  # channels of its context and networks
-    dequantizer_depth: int = 4  # layers of each of its dense parts
-    dequantizer_growth: int = 64  # channels that each of them adds
-    context_growth: int = 16  # the same in the network of its context
-    levels: int = grey.PHOTOGRAPHIC_LEVELS  # grey levels of the images
-    initial_images: int = 64  # how many the normalisations start from; published: a batch
-    num_classes: ClassVar[int] = 0
-    noise_std: ClassVar[float] = 0.0
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for what cannot be built."""
-        blocks = len(self.units)
-        if not blocks or {len(self.modules), len(self.widths)} != {blocks}:
-            raise ValueError(
-                "expected units, modules and widths with one entry for each block, got "
-                f"{self.units}, {self.modules}, {self.widths}"
-            )
-        sizes = (*self.image_shape, *self.units, *self.modules, self.growth, self.landmarks)
-        networks = (self.dense_depth, self.dense_growth, self.dequantizer_width)
-        networks += (self.dequantizer_depth, self.dequantizer_growth, self.context_growth)
-        if min(*sizes, *networks) < 1 or min(self.widths) < 2 or self.dequantizer_steps < 0:
-            raise ValueError(f"expected positive sizes and widths of 2 or more, got {self}")
-        if max(*self.units, *self.modules) > MAX_UNITS:  # lists of them are made before any layer
-            raise ValueError(f"expected at most {MAX_UNITS:,} units and modules, got {self}")
-        if self.attention not in ("published", "corrected"):
-            raise ValueError(
-                f"expected attention 'published' or 'corrected', got {self.attention!r}"
-            )
-        if min(self.levels, self.initial_images) < 2:
-            raise ValueError(
-                "expected levels and initial_images of 2 or more, "
-                f"got {self.levels} and {self.initial_images}"
-            )
-        _, height, width = self.image_shape
-        if height % 2**blocks or width % 2**blocks:
-            raise ValueError(
-                f"expected height and width that are multiples of {2**blocks} for {blocks} "
-                f"blocks, got {height} x {width}"
-            )
-        rows, columns = self.size(blocks - 1)
-        if rows * columns % self.landmarks:
-            raise ValueError(
-                f"expected landmarks that divide the {rows} x {columns} positions of the last "
-                f"block, got {self.landmarks}"
-            )
-
-    @property
-    def channels(self) -> tuple[tuple[int, int], ...]:
-        """Channels of each block's input and output."""
-        pairs: list[tuple[int, int]] = []
-        entering = 4 * self.image_shape[0]
-        for units in self.units:
-            pairs.append((entering, entering + (units - 1) * self.growth))
-            entering = 2 * pairs[-1][1]  # a squeeze, of which half is kept
-        return tuple(pairs)
-
-    def size(self, block: int) -> tuple[int, int]:
-        """Height and width in a block."""
-        return self.image_shape[1] >> (block + 1), self.image_shape[2] >> (block + 1)
-
-    @property
-    def dropped_shapes(self) -> list[tuple[int, int, int]]:
-        """Shape of what is dropped after each block but the last."""
-        pairs = enumerate(pairwise(self.channels))
-        return [(follower[0], *self.size(block + 1)) for block, (_, follower) in pairs]
-
-    @property
-    def injected_shapes(self) -> list[tuple[int, int, int]]:
-        """Shape of each injection of noise, in order."""
-        return [
-            (self.growth, *self.size(block))
-            for block, units in enumerate(self.units)
-            for _ in range(units - 1)
-        ]
 
 
 @final
@@ -141,30 +48,8 @@ class DenseFlow(Flow, DataInitialized):
     def __init__(self, config: DenseFlowConfig) -> None:
         super().__init__()
         self.config = config
-        self.dequantizer = CouplingDequantizer(
-            config.image_shape[0],
-            config.dequantizer_steps,
-            config.dequantizer_width,
-            config.dequantizer_depth,
-            config.dequantizer_growth,
-            config.context_growth,
-        )
-        self.blocks = nn.ModuleList(
-            DenseBlock(
-                entering,
-                config.growth,
-                units,
-                modules,
-                width,
-                config.dense_depth,
-                config.dense_growth,
-                config.landmarks,
-                config.attention,
-            )
-            for (entering, _), units, modules, width in zip(
-                config.channels, config.units, config.modules, config.widths, strict=True
-            )
-        )
+        self.dequantizer = CouplingDequantizer(config)
+        self.blocks = nn.ModuleList(DenseBlock(config, index) for index in range(len(config.units)))
         last = config.channels[-1][1]
         self.prior_mean = nn.Parameter(torch.zeros(1, last, 1, 1))
         self.prior_log_scale = nn.Parameter(torch.zeros(1, last, 1, 1))
@@ -206,10 +91,10 @@ class DenseFlow(Flow, DataInitialized):
 
     def encode(
         self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
+        x: Images,
+        label: Labels | None = None,
         noise: Float[Tensor, "batch injected"] | None = None,
-    ) -> tuple[Float[Tensor, "batch latent"], Float[Tensor, " batch"]]:
+    ) -> tuple[Float[Tensor, "batch latent"], PerSample]:
         """Latent of images in [-1, 1] with noise, and ln |det dz/d(x, noise)|.
 
         Args:
@@ -244,10 +129,10 @@ class DenseFlow(Flow, DataInitialized):
     def trajectory(
         self,
         z: Float[Tensor, "batch latent"],
-        label: Int[Tensor, " batch"] | None = None,
+        label: Labels | None = None,
         *,
         solver: Solver | None = None,
-    ) -> Iterator[Float[Tensor, "batch channels height width"]]:
+    ) -> Iterator[Images]:
         """See `Flow.trajectory`: blocks in reverse order; `solver` has nothing to invert.
 
         A state has more numbers than an image: all but the last show its first channels.
@@ -277,10 +162,8 @@ class DenseFlow(Flow, DataInitialized):
         return F.pixel_shuffle(h, 2 ** (block + 1))
 
     def dequantize(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        noise: Float[Tensor, "batch dims"],
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+        self, images: GreyLevels, noise: Float[Tensor, "batch dims"]
+    ) -> tuple[Images, PerSample]:
         """Images in [-1, 1] with the u that standard normal `noise` becomes, and ln q(u | image).
 
         Raises ValueError for images that are not such integers.
@@ -292,11 +175,8 @@ class DenseFlow(Flow, DataInitialized):
         return grey.dequantize(images, u, self.levels), log_q
 
     def draw(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None,
-        noise: Float[Tensor, "batch *noise"],
-    ) -> Float[Tensor, " batch"]:
+        self, images: GreyLevels, label: Labels | None, noise: Float[Tensor, "batch *noise"]
+    ) -> PerSample:
         """One draw of ln w in nats, with E[w] = P(image): its mean is the ELBO (section 3.3).
 
         ln w = ln p(z) + ln |det dz/d(x, e)| - ln N(e) - ln q(u | image) - D ln(levels / 2), and the
@@ -324,20 +204,15 @@ class DenseFlow(Flow, DataInitialized):
 
     def loss(
         self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
+        images: GreyLevels,
+        label: Labels | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, " batch"]:
+    ) -> PerSample:
         """Minus one draw of the bound of ln P(image), per dimension."""
         return -self.draw(images, label, self._noise(images, generator)) / self.dims
 
-    def initialize(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        *,
-        generator: torch.Generator | None = None,
-    ) -> None:
+    def initialize(self, images: GreyLevels, *, generator: torch.Generator | None = None) -> None:
         """See `DataInitialized.initialize`: every `ChannelNorm` starts from what reaches it.
 
         One pass without gradient, which moves no running statistics. In training mode it gives the

@@ -5,20 +5,20 @@ attention after Xiong et al., Nystromformer, arXiv 2102.03902. Written from the 
 """
 
 import math
-from typing import Literal, final
+from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exactflow.core.shapes import Images
+from exactflow.models.denseflow.config import AttentionVariant, DenseFlowConfig
 from exactflow.parallel import shared_batch as batch
 
 INVERSE_STEPS = 6  # of the pseudo-inverse; not converged, so the number is part of the function
 STATISTICS_MOMENTUM = 0.1  # weight of a new batch in the running statistics
 STATISTICS_EPS = 1e-5
-
-AttentionVariant = Literal["published", "corrected"]
 
 
 @final
@@ -30,9 +30,7 @@ class DenseLayer(nn.Module):
         self.pointwise = nn.Conv2d(channels, channels, 1)
         self.spatial = nn.Conv2d(channels, growth, 3, padding=1)
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch growth height width"]:
+    def forward(self, x: Images) -> Float[Tensor, "batch growth height width"]:
         """The new channels alone."""
         return F.relu(self.spatial(F.relu(self.pointwise(x))))
 
@@ -55,9 +53,7 @@ class DenselyConnected(nn.Module):
         )
         self.gate = nn.Conv2d(channels + depth * growth, 3 * out_channels, 1)
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch out_channels height width"]:
+    def forward(self, x: Images) -> Float[Tensor, "batch out_channels height width"]:
         """A map of images to images of the same size."""
         for layer in self.layers:
             x = torch.cat([x, layer(x)], dim=1)
@@ -70,9 +66,9 @@ class DeferredBatchNorm(nn.Module):
     """Batch normalisation whose running statistics move only when `take_up` is called.
 
     A forward pass in training mode normalises by the batch and leaves its statistics in
-    `batch_statistics`, overwriting what was there. The owner of the network calls `take_up` once
-    after its whole forward pass: a part that activation checkpointing evaluates a second time, in
-    the backward pass, thus moves the running statistics once.
+    `batch_statistics`. The owner of the network calls `take_up` once after its whole forward pass,
+    so that a part which activation checkpointing evaluates again in the backward pass moves the
+    running statistics once.
 
     Processes that share a batch normalise by the statistics of all of it.
     """
@@ -90,9 +86,7 @@ class DeferredBatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
         self.batch_statistics: tuple[Tensor, Tensor] | None = None
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def forward(self, x: Images) -> Images:
         """Normalised by the batch in training mode, by the running statistics in evaluation."""
         if not self.training:
             mean, var = self.running_mean, self.running_var
@@ -173,9 +167,7 @@ class NystromAttention(nn.Module):
         self.qkv = nn.Conv2d(channels, 3 * embed, 1)
         self.output = nn.Conv2d(embed, channels, 1)
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def forward(self, x: Images) -> Images:
         """Raises ValueError where the positions do not fall into equal runs."""
         batch, _, height, width = x.shape
         tokens = height * width
@@ -229,33 +221,21 @@ class DenseCouplingNetwork(nn.Module):
         channels: of the input.
         out_channels: of the output.
         width: channels inside.
-        depth: layers of the dense part.
-        growth: channels that each of them adds.
-        landmarks: of the attention.
-        variant: of the attention.
+        config: the model's configuration.
     """
 
     def __init__(
-        self,
-        channels: int,
-        out_channels: int,
-        width: int,
-        depth: int,
-        growth: int,
-        landmarks: int,
-        variant: AttentionVariant = "published",
+        self, channels: int, out_channels: int, width: int, config: DenseFlowConfig
     ) -> None:
         super().__init__()
         self.input = nn.Conv2d(channels, width, 1)
-        self.attention = NystromAttention(width, width // 2, landmarks, variant)
-        self.dense = DenselyConnected(width, width, depth, growth)
+        self.attention = NystromAttention(width, width // 2, config.landmarks, config.attention)
+        self.dense = DenselyConnected(width, width, config.dense_depth, config.dense_growth)
         self.norm = DeferredBatchNorm(2 * width)
         self.mix = nn.Conv2d(2 * width, width, 1, bias=False)
         self.output = zero_convolution(width, out_channels)
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch out_channels height width"]:
+    def forward(self, x: Images) -> Float[Tensor, "batch out_channels height width"]:
         """A map of images to images of the same size."""
         h = self.input(x.to(self.input.weight.dtype))
         h = torch.cat([self.attention(h), self.dense(h)], dim=1)
@@ -269,23 +249,18 @@ class ConditionalNetwork(nn.Module):
     Args:
         channels: of the image and its context together.
         out_channels: of the output.
-        width: channels inside.
-        depth: layers of the dense part.
-        growth: channels that each of them adds.
+        config: the model's configuration.
     """
 
-    def __init__(
-        self, channels: int, out_channels: int, width: int, depth: int, growth: int
-    ) -> None:
+    def __init__(self, channels: int, out_channels: int, config: DenseFlowConfig) -> None:
         super().__init__()
+        width, depth = config.dequantizer_width, config.dequantizer_depth
         self.input = nn.Conv2d(channels, width, 1)
-        self.dense = DenselyConnected(width, width, depth, growth)
+        self.dense = DenselyConnected(width, width, depth, config.dequantizer_growth)
         self.output = zero_convolution(width, out_channels)
 
     def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        context: Float[Tensor, "batch context height width"],
+        self, x: Images, context: Float[Tensor, "batch context height width"]
     ) -> Float[Tensor, "batch out_channels height width"]:
         """A map of images to images of the same size."""
         h = self.input(torch.cat([x.to(context.dtype), context], dim=1))
@@ -294,31 +269,27 @@ class ConditionalNetwork(nn.Module):
 
 @final
 class ContextNetwork(nn.Module):
-    """What the dequantiser sees of a clean image: `width` channels at half its resolution.
+    """The dequantiser's context: features of a clean image at half its resolution.
 
     Args:
-        channels: of the image.
-        width: of the context.
-        depth: layers of each of the two dense parts.
-        growth: channels that each layer adds.
+        config: the model's configuration.
     """
 
-    def __init__(self, channels: int, width: int, depth: int, growth: int) -> None:
+    def __init__(self, config: DenseFlowConfig) -> None:
         super().__init__()
-        self.first = DenselyConnected(channels, width, depth, growth)
+        width, depth = config.dequantizer_width, config.dequantizer_depth
+        self.first = DenselyConnected(config.image_shape[0], width, depth, config.context_growth)
         self.down = nn.Conv2d(width, width, 2, stride=2)
-        self.second = DenselyConnected(width, width, depth, growth)
+        self.second = DenselyConnected(width, width, depth, config.context_growth)
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch context half_height half_width"]:
+    def forward(self, x: Images) -> Float[Tensor, "batch context half_height half_width"]:
         """The context of images in [-1, 1]."""
         return self.second(self.down(self.first(x.to(self.down.weight.dtype))))
 
 
 @final
 class NoiseNetwork(nn.Module):
-    """Mean and raw log-scale of injected channels, given what came before: zero at the start.
+    """Mean and raw log-scale of injected channels given all channels before; 0 at initialisation.
 
     Args:
         channels: of all inputs together.

@@ -10,24 +10,32 @@ from itertools import chain
 from typing import final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core.composition import Composition, ElementaryTransform
 from exactflow.core.prior import Prior
+from exactflow.core.shapes import Images, Labels, Latents, PerSample, Values
+from exactflow.models.denseflow.config import DenseFlowConfig
 from exactflow.models.denseflow.network import (
-    AttentionVariant,
     ConditionalNetwork,
     ContextNetwork,
     DenseCouplingNetwork,
     NoiseNetwork,
 )
-from exactflow.models.transforms import AffineCoupling, InvertibleConvolution
+from exactflow.models.transforms import (
+    AffineCoupling,
+    Context,
+    InvertibleComposition,
+    InvertibleConvolution,
+    Kept,
+    Moved,
+)
 from exactflow.nn.data_dependent import DataDependent, standardize
 
 
-def standard_normal_log_prob(x: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:
+def standard_normal_log_prob(x: Values) -> PerSample:
     """ln N(x; 0, I) in nats, summed."""
     flat = x.flatten(1)
     return -0.5 * (flat.square().sum(1) + flat.shape[1] * math.log(2 * math.pi))
@@ -68,12 +76,12 @@ class ChannelGaussian(Prior):
     def shape(self) -> tuple[int, ...]:
         return tuple(self._mean.shape)
 
-    def log_prob(self, z: Float[Tensor, "batch *latent"]) -> Float[Tensor, " batch"]:
+    def log_prob(self, z: Latents) -> PerSample:
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         mean, log_scale = self._mean.to(z.dtype), self._log_scale.to(z.dtype)
         return standard_normal_log_prob((z - mean) * torch.exp(-log_scale)) - log_scale.sum()
 
-    def from_noise(self, noise: Float[Tensor, "batch *latent"]) -> Float[Tensor, "batch *latent"]:
+    def from_noise(self, noise: Latents) -> Latents:
         return self._mean.to(noise.dtype) + noise * self._log_scale.to(noise.dtype).exp()
 
 
@@ -93,26 +101,19 @@ class ChannelNorm(ElementaryTransform, DataDependent):
         self.register_buffer("initialized", torch.zeros(1))  # 0 or 1, as published
 
     def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+        self, x: Images, label: Labels | None = None, context: Context | None = None
+    ) -> tuple[Images, PerSample]:
         shift, log_scale = self.shift.to(x.dtype), self.log_scale.to(x.dtype)
         change = -log_scale.sum() * (x.shape[2] * x.shape[3])
         return (x - shift) * torch.exp(-log_scale), change.expand(len(x))
 
     def inverse(
-        self,
-        z: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+        self, z: Images, label: Labels | None = None, context: Context | None = None
+    ) -> Images:
         return z * self.log_scale.to(z.dtype).exp() + self.shift.to(z.dtype)
 
     @torch.no_grad()
-    def initialize(self, x: Float[Tensor, "batch channels height width"]) -> None:
-        """See `DataDependent.initialize`."""
+    def initialize(self, x: Images) -> None:
         mean, scale = standardize(x)
         self.shift.copy_(mean.view_as(self.shift))
         self.log_scale.copy_(-scale.log().view_as(self.log_scale))
@@ -134,14 +135,7 @@ class DenseCoupling(AffineCoupling):
         self.kept = channels - channels // 2
         self.network = network
 
-    def move(
-        self,
-        kept: Float[Tensor, "batch kept height width"],
-        context: Float[Tensor, "batch features height width"] | None,
-    ) -> tuple[
-        Float[Tensor, "batch moved height width"], Float[Tensor, "batch moved height width"]
-    ]:
-        """See `AffineCoupling.move`."""
+    def move(self, kept: Kept, context: Context | None) -> tuple[Moved, Moved]:
         raw = self.network(kept) if context is None else self.network(kept, context)
         log_scale, shift = scale_and_shift(raw, kept)
         return shift, log_scale
@@ -156,24 +150,18 @@ class Exchange(ElementaryTransform):
         self.size = size
 
     def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+        self, x: Images, label: Labels | None = None, context: Context | None = None
+    ) -> tuple[Images, PerSample]:
         return torch.cat([x[:, self.size :], x[:, : self.size]], dim=1), x.new_zeros(len(x))
 
     def inverse(
-        self,
-        z: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+        self, z: Images, label: Labels | None = None, context: Context | None = None
+    ) -> Images:
         return torch.cat([z[:, -self.size :], z[:, : -self.size]], dim=1)
 
 
 @final
-class CouplingModule(Composition):
+class CouplingModule(InvertibleComposition):
     """Normalise, mix channels, couple, and exchange the halves.
 
     Args:
@@ -192,25 +180,9 @@ class CouplingModule(Composition):
     def parts(self) -> tuple[ChannelNorm, InvertibleConvolution, DenseCoupling, Exchange]:
         return self.norm, self.mix, self.coupling, self.exchange
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        """The image of x and ln |det dz/dx|; no use is made of a context."""
-        return self.through(x)
-
-    def inverse(
-        self, z: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
-        """The x of z."""
-        for part in reversed(self.parts):
-            z = part.inverse(z)
-        return z
-
 
 @final
-class DenseUnit(Composition):
+class DenseUnit(InvertibleComposition):
     """Coupling modules in turn, named by their numbers."""
 
     def __init__(self, modules: Iterable[CouplingModule]) -> None:
@@ -222,20 +194,6 @@ class DenseUnit(Composition):
     def parts(self) -> list[CouplingModule]:
         return [module for module in self.children() if isinstance(module, CouplingModule)]
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        """The image of x and ln |det dz/dx|."""
-        return self.through(x)
-
-    def inverse(
-        self, z: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
-        """The x of z."""
-        for module in reversed(self.parts):
-            z = module.inverse(z)
-        return z
-
 
 @final
 class DenseBlock(nn.Module):
@@ -245,45 +203,26 @@ class DenseBlock(nn.Module):
     outputs of all units before the one that they extend (cross-unit coupling, section 3.1).
 
     Args:
-        channels: of the input.
-        growth: injected channels per unit.
-        units: how many.
-        modules: coupling modules in each.
-        width: channels of the coupling networks.
-        depth: layers of their dense part.
-        dense_growth: channels that each of these adds.
-        landmarks: of their attention.
-        variant: of their attention.
+        config: the model's configuration.
+        index: which of its blocks this is.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        growth: int,
-        units: int,
-        modules: int,
-        width: int,
-        depth: int,
-        dense_growth: int,
-        landmarks: int,
-        variant: AttentionVariant,
-    ) -> None:
+    def __init__(self, config: DenseFlowConfig, index: int) -> None:
         super().__init__()
-        self.growth = growth
-        widths = [channels + index * growth for index in range(units)]
+        self.growth = config.growth
+        channels, _ = config.channels[index]
+        widths = [channels + unit * config.growth for unit in range(config.units[index])]
 
         def module(size: int) -> CouplingModule:
             kept, moved = size - size // 2, size // 2
-            network = DenseCouplingNetwork(
-                kept, 2 * moved, width, depth, dense_growth, landmarks, variant
-            )
+            network = DenseCouplingNetwork(kept, 2 * moved, config.widths[index], config)
             return CouplingModule(size, DenseCoupling(size, network))
 
         self.units = nn.ModuleList(
-            DenseUnit(module(size) for _ in range(modules)) for size in widths
+            DenseUnit(module(size) for _ in range(config.modules[index])) for size in widths
         )
-        seen = [channels + sum(widths[:index]) for index in range(units - 1)]
-        self.noise_networks = nn.ModuleList(NoiseNetwork(size, growth) for size in seen)
+        seen = [channels + sum(widths[:unit]) for unit in range(len(widths) - 1)]
+        self.noise_networks = nn.ModuleList(NoiseNetwork(size, config.growth) for size in seen)
 
     @property
     def stages(self) -> list[nn.Module]:
@@ -295,7 +234,7 @@ class DenseBlock(nn.Module):
 
     def inject(
         self, index: int, seen: Sequence[Tensor], noise: Float[Tensor, "batch growth height width"]
-    ) -> tuple[Float[Tensor, "batch growth height width"], Float[Tensor, " batch"]]:
+    ) -> tuple[Float[Tensor, "batch growth height width"], PerSample]:
         """The channels that standard normal `noise` becomes, and ln |det| of that map."""
         raw = self.noise_networks[index](*seen).to(noise.dtype)
         mean, log_scale = raw.chunk(2, dim=1)
@@ -303,10 +242,8 @@ class DenseBlock(nn.Module):
         return mean + log_scale.exp() * noise, log_scale.flatten(1).sum(1)
 
     def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        noise: Sequence[Float[Tensor, "batch growth height width"]],
-    ) -> tuple[Float[Tensor, "batch out_channels height width"], Float[Tensor, " batch"]]:
+        self, x: Images, noise: Sequence[Float[Tensor, "batch growth height width"]]
+    ) -> tuple[Float[Tensor, "batch out_channels height width"], PerSample]:
         """The image of (x, noise), and ln |det| of this map of both."""
         log_abs_det = x.new_zeros(len(x))
         seen = [x]
@@ -320,9 +257,7 @@ class DenseBlock(nn.Module):
             log_abs_det = log_abs_det + change
         return x, log_abs_det
 
-    def inverse(
-        self, z: Float[Tensor, "batch out_channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def inverse(self, z: Float[Tensor, "batch out_channels height width"]) -> Images:
         """The x of forward(x, noise)[0] == z, whatever the noise was."""
         for index, unit in reversed([*enumerate(self._units)]):
             z = unit.inverse(z)
@@ -342,27 +277,19 @@ class CouplingDequantizer(Composition):
     Variational dequantisation (Ho et al., Flow++, arXiv 1902.00275, eq. 10).
 
     Args:
-        channels: of the image.
-        steps: couplings, each after a mixing of channels.
-        width: channels of context and networks.
-        depth: layers of every dense part.
-        growth: channels that each of these adds in the couplings' networks.
-        context_growth: the same in the network of the context.
+        config: the model's configuration.
     """
 
-    def __init__(
-        self, channels: int, steps: int, width: int, depth: int, growth: int, context_growth: int
-    ) -> None:
+    def __init__(self, config: DenseFlowConfig) -> None:
         super().__init__()
-        inner = 4 * channels
-        self.context = ContextNetwork(channels, width, depth, context_growth)
+        inner, steps = 4 * config.image_shape[0], config.dequantizer_steps
+        self.context = ContextNetwork(config)
         self.mean = nn.Parameter(torch.zeros(1, inner, 1, 1))
         self.log_scale = nn.Parameter(torch.zeros(1, inner, 1, 1))
         self.mixes = nn.ModuleList(InvertibleConvolution(inner) for _ in range(steps + 1))
-        kept, moved = inner - inner // 2, inner // 2
+        seen, moved = inner - inner // 2 + config.dequantizer_width, inner // 2
         self.couplings = nn.ModuleList(
-            DenseCoupling(inner, ConditionalNetwork(kept + width, 2 * moved, width, depth, growth))
-            for _ in range(steps)
+            DenseCoupling(inner, ConditionalNetwork(seen, 2 * moved, config)) for _ in range(steps)
         )
 
     @property
@@ -377,10 +304,8 @@ class CouplingDequantizer(Composition):
         return [self.context.first, self.context.second, *self.couplings]
 
     def forward(
-        self,
-        clean: Float[Tensor, "batch channels height width"],
-        noise: Float[Tensor, "batch inner half_height half_width"],
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+        self, clean: Images, noise: Float[Tensor, "batch inner half_height half_width"]
+    ) -> tuple[Images, PerSample]:
         """The u that standard normal `noise` becomes, and ln q(u | image).
 
         Args:

@@ -4,11 +4,10 @@ import math
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from exactflow.models.denseflow.model import DenseFlow, DenseFlowConfig
-from exactflow.models.foreign import ForeignFile, Hints, PublishedFiles, size_in
+from exactflow.models.foreign import ForeignFile, Hints, PublishedFiles, filled, size_in
 
 MARK = "transforms.0.encoder.base_dist.loc"  # a key that no other family has
 
@@ -56,39 +55,16 @@ def from_published(state: Mapping[str, Tensor], size: tuple[int, int]) -> DenseF
         size: height and width; the weights tell nothing of it.
 
     Raises:
-        ValueError: for anything else, with what was expected.
+        ValueError: tensors are missing, left over or of another shape.
+        KeyError: a tensor that every such state dict has is missing.
     """
-    config = config_of(state, *size)
-    with torch.device("meta"):
-        model = DenseFlow(config)
-    try:  # clones: tensors of a file may share memory
-        ours = {name: value.clone() for name, value in renamed(state).items()}
-        model.load_state_dict(ours, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"this is not a complete DenseFlow state dict: {error}") from error
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return model.eval()
-
-
-def config_of(state: Mapping[str, Tensor], height: int, width: int) -> DenseFlowConfig:
-    """The configuration that the shapes of a published state dict tell, and the size they do not.
-
-    Args:
-        state: as published, without the surrounding `{"model": ...}`.
-        height: of the images in pixels; the same weights fit every size.
-        width: likewise.
-
-    Raises:
-        ValueError: a key that every such state dict has is missing.
-    """
-    try:
-        return _config_of(state, height, width)
-    except KeyError as error:
-        raise ValueError(f"not a complete DenseFlow state dict: it has no {error}") from error
+    # Clones: tensors of a file may share memory.
+    own = {name: value.clone() for name, value in renamed(state).items()}
+    return filled(DenseFlow, _config_of(state, *size), own)
 
 
 def _config_of(state: Mapping[str, Tensor], height: int, width: int) -> DenseFlowConfig:
+    """What the shapes of a published state dict tell, and the size, which they do not."""
     blocks = _count(state, r"^transforms\.(\d+)\.blocks\.", 3, 2)
     units, modules, widths = [], [], []
     for block in range(blocks):

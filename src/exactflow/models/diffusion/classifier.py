@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exactflow.core.shapes import Images, PerSample
 from exactflow.nn.unet import UNetConfig, check_images, encoder, middle
 from exactflow.nn.unet_parts import GroupNorm32, TimeEmbedding, attend
 
@@ -102,9 +103,7 @@ class ClassifierUNet(nn.Module):
         self.norm = GroupNorm32(channels)
         self.pool = AttentionPool(positions, channels, config.head_channels, config.num_classes)
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"], t: Float[Tensor, " batch"]
-    ) -> Float[Tensor, "batch classes"]:
+    def forward(self, x: Images, t: PerSample) -> Float[Tensor, "batch classes"]:
         """Logits of the classes, in x's type.
 
         Args:

@@ -10,11 +10,12 @@ from functools import cached_property
 from typing import ClassVar, Literal, final
 
 import torch
-from jaxtyping import Float, Int, Integer, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core import grey_levels as grey
+from exactflow.core.shapes import GreyLevels, Images, Labels, PerSample
 from exactflow.models.diffusion.step_importance import StepImportance
 from exactflow.nn.unet import Resampling, UNet, UNetConfig
 from exactflow.nn.unet_parts import AttentionOrder
@@ -155,31 +156,22 @@ class DiscreteDiffusion(ChainModel):
     def prediction(self) -> Prediction:
         return "eps"
 
-    def predict(
-        self,
-        x_t: Float[Tensor, "batch channels height width"],
-        t: Float[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
-        """See `PathModel.predict`: the network at the step, a real number, of library time t."""
+    def predict(self, x_t: Images, t: PerSample, label: Labels | None = None) -> Images:
+        """The predicted noise at the step, a real number, of library time t."""
         return self.predict_noise(x_t, self.path.step_of(t), label)[0]
 
     def predict_noise(
         self,
-        x_t: Float[Tensor, "batch channels height width"],
+        x_t: Images,
         timestep: Shaped[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
+        label: Labels | None = None,
         low: Float[Tensor, "batch channels low_height low_width"] | None = None,
-    ) -> tuple[
-        Float[Tensor, "batch channels height width"],
-        Float[Tensor, "batch channels height width"] | None,
-    ]:
-        """See `ChainModel.predict_noise`."""
+    ) -> tuple[Images, Images | None]:
         scale = TIMESTEP_SCALE / self.config.diffusion_steps
         time = timestep.to(self.wide_dtype)
         time = time * scale if self.config.rescale_timesteps else time
         label = self._label(label, x_t)
-        out = self.network(self._beside(x_t, low), time, label)
+        out = self.network(self._input(x_t, low), time, label)
         if not self.config.learn_sigma:
             return out, None
         eps, v = out.chunk(2, dim=1)
@@ -187,11 +179,11 @@ class DiscreteDiffusion(ChainModel):
 
     def loss(
         self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
+        images: GreyLevels,
+        label: Labels | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, " batch"]:
+    ) -> PerSample:
         """The objective of each image at a random step, in its published units (see `objective`).
 
         With `timestep_law` "importance" (iDDPM, section 3.3) steps are drawn by the second moments
@@ -220,11 +212,11 @@ class DiscreteDiffusion(ChainModel):
     def objective(
         self,
         chain: MarkovChain,
-        x0: Float[Tensor, "batch channels height width"],
+        x0: Images,
         step: Int[Tensor, " batch"],
-        noise: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, " batch"]:
+        noise: Images,
+        label: Labels | None = None,
+    ) -> PerSample:
         """The configured objective at given steps (iDDPM, section 3).
 
         "simple": mean squared error of the noise, per dimension. "hybrid": that, and the bound's
@@ -269,8 +261,8 @@ class DiscreteDiffusion(ChainModel):
             )
         return label
 
-    def _beside(self, x_t: Tensor, low: Tensor | None) -> Tensor:
-        """What the network sees: an upsampler has the enlarged small image as further channels."""
+    def _input(self, x_t: Tensor, low: Tensor | None) -> Tensor:
+        """The network's input; of an upsampler, with the enlarged small images as channels."""
         side = self.config.low_size
         expected = (len(x_t), self.event_shape[0], side, side) if side else None
         if (None if low is None else tuple(low.shape)) != expected:

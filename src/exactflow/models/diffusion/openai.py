@@ -2,7 +2,7 @@
 
 A published file is a flat state dict without a configuration (github.com/openai: improved-diffusion
 and guided-diffusion). Widths, levels, blocks, attention, resampling and classes are read off names
-and shapes; what leaves no trace there must be said, see `required`.
+and shapes; what leaves no trace there must be said.
 """
 
 import math
@@ -16,22 +16,8 @@ from exactflow.models.diffusion.classifier import ClassifierConfig, ClassifierUN
 from exactflow.nn.unet import Resampling, UNet, UNetConfig
 from exactflow.nn.unet_parts import AttentionOrder
 
-Value = TypeVar("Value")
 Network = TypeVar("Network", UNet, ClassifierUNet)
 
-UNRECORDED = {  # what the files do not hold -> what the published models have
-    "height": "32 for CIFAR-10, else the side that the model's name tells",
-    "num_heads or head_channels": "iDDPM: num_heads=4, LSUN 1; ADM: head_channels=64, the 128-pixel"
-    " model and the 64 -> 256 upsampler num_heads=4",
-    "attention_order": "'legacy', ADM's 64-pixel model 'new'",
-    "dropout": "0.0, iDDPM on CIFAR-10 0.3, ADM's 64-pixel and LSUN models 0.1",
-    "schedule": "'cosine' for iDDPM on CIFAR-10 and ImageNet 64 and ADM's 64-pixel model, else"
-    " 'linear'",
-    "diffusion_steps": "iDDPM: 4000, LSUN 1000; ADM: 1000",
-    "rescale_timesteps": "True for iDDPM's unconditional ImageNet 64 and CIFAR-10 models, else"
-    " False",
-    "low_size": "64 for 64 -> 256, 128 for 128 -> 512 (upsamplers only)",
-}
 _ENDS = {  # name here -> published name, outside the stages
     "time.input": "time_embed.0",
     "time.output": "time_embed.2",
@@ -58,30 +44,13 @@ _PARTS = {  # the same inside a layer
 _CONV1D = (".qkv.weight", ".proj_out.weight", ".qkv_proj.weight", ".c_proj.weight")
 
 
-def required(name: str, value: Value | None) -> Value:
-    """The value of a setting that no published file holds.
-
-    Args:
-        name: one of `UNRECORDED`.
-        value: what the caller was given.
-
-    Raises:
-        ValueError: the value is None; the message says what the published models have.
-    """
-    if value is None:
-        raise ValueError(
-            f"expected {name}, which the file does not hold; published models: {UNRECORDED[name]}"
-        )
-    return value
-
-
 def unet_of(
     state: Mapping[str, Tensor],
     *,
-    num_heads: int | None = None,
-    head_channels: int | None = None,
-    attention_order: AttentionOrder | None = None,
-    dropout: float | None = None,
+    num_heads: int | None,
+    head_channels: int | None,
+    attention_order: AttentionOrder,
+    dropout: float,
 ) -> UNet:
     """The U-Net of a published state dict, in evaluation mode; it shares the state's memory.
 
@@ -93,15 +62,13 @@ def unet_of(
         dropout: that further training is to use; it changes no output.
 
     Raises:
-        ValueError: a setting is missing, or the state is no such U-Net's.
+        ValueError: the state is no such U-Net's.
     """
-    heads = num_heads if head_channels is None else head_channels
-    required("num_heads or head_channels", heads)
     config = UNetConfig(
         num_heads=num_heads,
         head_channels=head_channels,
-        attention_order=required("attention_order", attention_order),
-        dropout=required("dropout", dropout),
+        attention_order=attention_order,
+        dropout=dropout,
         **recorded(state),
     )
     with torch.device("meta"):
@@ -134,9 +101,7 @@ def recorded(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def classifier_of(
-    state: Mapping[str, Tensor], *, head_channels: int | None = None
-) -> ClassifierUNet:
+def classifier_of(state: Mapping[str, Tensor], *, head_channels: int) -> ClassifierUNet:
     """The classifier of a published state dict, in evaluation mode; it shares the state's memory.
 
     Args:
@@ -144,12 +109,8 @@ def classifier_of(
         head_channels: width of one attention head, 64 in all published classifiers.
 
     Raises:
-        ValueError: the width is missing, or the state is no such classifier's.
+        ValueError: the state is no such classifier's.
     """
-    if head_channels is None:
-        raise ValueError(
-            "expected head_channels, which the file does not hold; published classifiers: 64"
-        )
     _check_keys(state, "classifier with attention pooling", "out.2.positional_embedding")
     multiples, blocks, factors = _encoder(state, _classifier_levels(state))
     side = math.isqrt(state["out.2.positional_embedding"].shape[1] - 1)
@@ -166,20 +127,6 @@ def classifier_of(
     with torch.device("meta"):
         network = ClassifierUNet(config)
     return _filled(network, state)
-
-
-def learns_variance(config: UNetConfig, image_channels: int = 3) -> bool:
-    """Whether half the outputs are of the variance (learned sigma).
-
-    Raises:
-        ValueError: outputs for neither the image's channels nor twice as many.
-    """
-    if config.out_channels not in (image_channels, 2 * image_channels):
-        raise ValueError(
-            f"expected {image_channels} or {2 * image_channels} output channels for images of "
-            f"{image_channels}, got {config.out_channels}"
-        )
-    return config.out_channels == 2 * image_channels
 
 
 def to_published(network: UNet | ClassifierUNet) -> dict[str, Tensor]:

@@ -19,7 +19,8 @@ class StepImportance(nn.Module):
     E[L_t^2] is the mean over the last 10 losses seen at t; until every step has been seen 10 times
     the law is uniform, and it keeps a uniform share of 0.001. Weights 1 / (T p_t) make a weighted
     loss unbiased whatever the history. The history is part of the model's state, from which a run
-    resumes; processes that train together draw and record steps of the whole batch, and have one.
+    resumes. Processes that train together draw and record the steps of the whole batch, so that all
+    have the same history.
 
     Args:
         steps: T.
@@ -50,7 +51,7 @@ class StepImportance(nn.Module):
 
     @torch.no_grad()
     def record(self, step: Int[Tensor, " count"], loss: Float[Tensor, " count"]) -> None:
-        """Take up the unweighted losses of steps, in order."""
+        """Add the unweighted losses of steps to the history, in order."""
         losses, seen = self.get_buffer("losses"), self.get_buffer("seen")
         order = torch.argsort(step, stable=True)
         step, loss = step[order], loss[order]

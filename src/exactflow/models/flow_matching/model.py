@@ -5,26 +5,20 @@ and law of t are chosen one by one, so that diffusion objectives are members of 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, final, get_args
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal, final, get_args, get_origin
 
 import torch
-from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from exactflow.core import grey_levels as grey
+from exactflow.core.shapes import GreyLevels, Images, Labels, PerSample, Values
 from exactflow.nn.dit import DiT, DiTConfig
 from exactflow.nn.unet import UNet, UNetConfig
 from exactflow.parallel import shared_batch as batch
 from exactflow.paths.coupling import minibatch_transport
 from exactflow.paths.path import Cosine, LinearVP, Path, Straight, VariancePreserving
-from exactflow.paths.path_model import (
-    PathModel,
-    Prediction,
-    combine,
-    spread,
-    velocity_gain,
-)
+from exactflow.paths.path_model import PathModel, Prediction, combine, spread, velocity_gain
 
 PathName = Literal["straight", "ot", "vp", "linear-vp", "cosine"]
 TimeLaw = Literal["uniform", "stratified", "edm", "logit-normal"]
@@ -81,19 +75,10 @@ class FlowMatchingConfig:
                 "expected label_dropout in [0, 1] and time_scale > 0, "
                 f"got {self.label_dropout}, {self.time_scale}"
             )
-        choices = {
-            "path": get_args(PathName),
-            "prediction": get_args(Prediction),
-            "weight": ("velocity", "prediction"),
-            "times": get_args(TimeLaw),
-            "coupling": ("independent", "minibatch-ot"),
-            "network": ("unet", "dit"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"expected {name} {' | '.join(known)}, got {getattr(self, name)!r}"
-                )
+        for field in fields(self):
+            value, known = getattr(self, field.name), get_args(field.type)
+            if get_origin(field.type) is Literal and value not in known:
+                raise ValueError(f"expected {field.name} {' | '.join(known)}, got {value!r}")
         _named_path(self)
         if self.network == "dit":
             _ = self.dit
@@ -144,7 +129,7 @@ class FlowMatchingConfig:
 
 @final
 class FlowMatching(PathModel):
-    """The model: a U-Net or a DiT on a path."""
+    """A U-Net or a DiT that predicts on a path x_t = alpha(t) x0 + sigma(t) eps."""
 
     kind: ClassVar[str] = "flow-matching"
 
@@ -168,12 +153,7 @@ class FlowMatching(PathModel):
     def prediction(self) -> Prediction:
         return self.config.prediction
 
-    def predict(
-        self,
-        x_t: Float[Tensor, "batch channels height width"],
-        t: Float[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+    def predict(self, x_t: Images, t: PerSample, label: Labels | None = None) -> Images:
         """See `PathModel.predict`. Raises ValueError for a label the model cannot take."""
         self.check_label(label, len(x_t))
         if label is None and self.num_classes:
@@ -182,11 +162,11 @@ class FlowMatching(PathModel):
 
     def loss(
         self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
+        images: GreyLevels,
+        label: Labels | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, " batch"]:
+    ) -> PerSample:
         """Mean over dimensions of the square error of velocity or prediction (eq. 9).
 
         In training, labels are dropped with probability `label_dropout`, sample by sample.
@@ -203,7 +183,7 @@ class FlowMatching(PathModel):
         return error.square().flatten(1).mean(1)
 
     def _noise(self, x0: Tensor, generator: torch.Generator | None) -> Tensor:
-        """What the images are coupled with."""
+        """Noise for each image, drawn alone or assigned by minibatch optimal transport."""
         options = {"generator": generator, "dtype": x0.dtype, "device": x0.device}
         if self.config.coupling == "independent":
             return batch.randn(x0.shape, **options)
@@ -212,9 +192,7 @@ class FlowMatching(PathModel):
         return batch.own_rows(lambda _: paired, len(x0))
 
 
-def draw_times(
-    law: TimeLaw, path: Path, x: Float[Tensor, "batch *shape"], generator: torch.Generator | None
-) -> Float[Tensor, " batch"]:
+def draw_times(law: TimeLaw, path: Path, x: Values, generator: torch.Generator | None) -> PerSample:
     """Training times in [0, 1] of a batch like x.
 
     Args:

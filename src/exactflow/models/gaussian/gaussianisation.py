@@ -11,17 +11,18 @@ from typing import ClassVar, Literal, final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from exactflow.core import grey_levels as grey
+from exactflow.core.shapes import Labels, PerSample
+from exactflow.models.gaussian.moments import Arranged
 from exactflow.models.gaussian.whitening import (
     FittedTransform,
     LinearFirstFlow,
     Whitening,
     WhiteningConfig,
 )
-from exactflow.models.presets import Preset
 
 REACH = 2.6  # standard deviations up to which maps are bent
 TAIL = 0.3143  # mean of x - REACH where a normal x exceeds REACH
@@ -39,9 +40,7 @@ class GaussianisationConfig:
     image_shape: tuple[int, int, int] = (1, 8, 8)  # channels, height, width
     covariance: Literal["full", "patch", "dct", "diagonal"] = "full"
     patch_size: int = 4  # side of a patch, for "patch"; divides height and width
-    rotation: Literal["cholesky", "pca", "zca"] = (
-        "cholesky"  # what the first layer's marginals are of
-    )
+    rotation: Literal["cholesky", "pca", "zca"] = "cholesky"  # of the first layer's input
     shrinkage: float | None = 0.0  # weight of diag(S); None: what held-out images like best
     levels: int = grey.PHOTOGRAPHIC_LEVELS  # grey levels of the images
     layers: int = 8
@@ -113,25 +112,18 @@ class MarginalLayer(FittedTransform):
         self.start = nn.Parameter(torch.full((tokens, groups), -REACH))  # where the first ends
         self.log_slope = nn.Parameter(torch.zeros(tokens, groups, bins + 2))
 
-    def forward(
-        self, x: Float[Tensor, "batch tokens positions"], label: Int[Tensor, " batch"] | None = None
-    ) -> tuple[Float[Tensor, "batch tokens positions"], Float[Tensor, " batch"]]:
-        """See `Transform.forward`."""
+    def forward(self, x: Arranged, label: Labels | None = None) -> tuple[Arranged, PerSample]:
         lines = Lines(self.start.to(x.dtype), self.log_slope.to(x.dtype))
         y, log_rate = lines.forward(self._by_marginal(self._rotated(x)))
         return self._by_sample(y, x), self._by_sample(log_rate, x).flatten(1).sum(1)
 
-    def inverse(
-        self, z: Float[Tensor, "batch tokens positions"], label: Int[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, "batch tokens positions"]:
-        """See `Transform.inverse`."""
+    def inverse(self, z: Arranged, label: Labels | None = None) -> Arranged:
         lines = Lines(self.start.to(z.dtype), self.log_slope.to(z.dtype))
         x = self._by_sample(lines.inverse(self._by_marginal(z)), z)
         return x if self.signs is None else hartley(x) * self.signs
 
     @torch.no_grad()
     def fit(self, z: Float[Tensor, "n tokens positions"], source: torch.Generator) -> str:
-        """See `FittedTransform.fit`."""
         if self.signs is not None:
             coins = torch.randint(0, 2, self.signs.shape, generator=source)
             self.signs.copy_(2 * coins - 1)
@@ -159,9 +151,7 @@ class MarginalLayer(FittedTransform):
         return values.permute(2, 0, 1)
 
 
-def hartley(
-    x: Float[Tensor, "batch tokens positions"],
-) -> Float[Tensor, "batch tokens positions"]:
+def hartley(x: Arranged) -> Arranged:
     """The orthonormal discrete Hartley transform of tokens (Bracewell 1983): its own inverse."""
     spectrum = torch.fft.fft(x, dim=1, norm="ortho")
     return spectrum.real - spectrum.imag
@@ -198,10 +188,10 @@ class Lines:
 
 
 def fit_lines(values: Float[Tensor, "marginals n"], bins: int) -> tuple[Lines, Tensor]:
-    """Maps to N(0, 1), and which marginals are better for theirs; values in random order.
+    """Maps of marginals to N(0, 1), and for which marginals they help; values in random order.
 
-    Where maps fitted to either half of the values gain less likelihood on the other half than the
-    standard error of that gain, the map is the identity.
+    Where maps fitted to either half of the values gain less likelihood on the other half than
+    `CERTAINTY` standard errors of that gain, the map is the identity.
     """
     found = _quantile_lines(values, bins)
     one, other = values.tensor_split(2, 1)
@@ -253,12 +243,3 @@ def _tail_slope(excess: Tensor) -> Tensor:
     linear = REACH * (TAIL + excess.sum(1, keepdim=True))
     square = 1 - REACH * TAIL + excess.square().sum(1, keepdim=True)
     return 2 * count / (linear + (linear.square() + 4 * square * count).sqrt())
-
-
-PRESETS: dict[str, Preset] = {
-    "gaussianisation-tiny": Preset(
-        GaussianisationConfig(levels=17, layers=2, bins=8), data={"source": "digits"}
-    ),
-    "gaussianisation-full": Preset(GaussianisationConfig((1, 28, 28), layers=2)),
-    "gaussianisation-patch": Preset(GaussianisationConfig((3, 64, 64), "patch")),
-}

@@ -1,6 +1,6 @@
 """First and second moments of images, in one pass, and the Gaussian that follows from them.
 
-What is a token, and which tokens share a covariance, decides how much has to be estimated:
+Which values are a token, and which tokens share a covariance, decides how much is estimated:
 
 * full: every value is a token; D (D + 1) / 2 numbers;
 * patch: one covariance of the values of a patch, shared by all patches, which are independent;
@@ -20,12 +20,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exactflow.core import grey_levels as grey
+from exactflow.core.shapes import Images
 
 FULL_COVARIANCE_DIMS = 4096  # beyond this the covariance alone fills a laptop's memory
 CHUNK_VALUES = 2**23  # numbers turned to float64 at a time
 HELD_OUT_EVERY = 5  # one image of so many judges the shrinkage
 CANDIDATES = 121  # values of the shrinkage that are compared
 LEAST_SHRINKAGE = -6  # decimal logarithm of the smallest of them that is not zero
+
+
+Arranged = Float[Tensor, "batch tokens positions"]  # images as `Layout.arrange` gives them
 
 
 @final
@@ -80,9 +84,7 @@ class Layout:
         """G: different covariances, one for all positions or one for each."""
         return self.positions if self.covariance in ("dct", "diagonal") else 1
 
-    def arrange(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch tokens positions"]:
+    def arrange(self, x: Images) -> Arranged:
         """Images as tokens at positions: an orthogonal map. Channels slowest, then rows."""
         match self.covariance:
             case "full":
@@ -95,9 +97,7 @@ class Layout:
             case "diagonal":
                 return x.flatten(1)[:, None]
 
-    def restore(
-        self, tokens: Float[Tensor, "batch tokens positions"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def restore(self, tokens: Arranged) -> Images:
         """Inverse of `arrange`."""
         _, height, width = self.image_shape
         if self.covariance == "patch":
@@ -132,15 +132,15 @@ class Moments:
         self.mean = torch.zeros(tokens, layout.positions, **wide)
         self.scatter = torch.zeros(layout.groups, tokens, tokens, **wide)
 
-    def update(self, x: Float[Tensor, "batch tokens positions"]) -> None:
-        """Take up some samples."""
+    def update(self, x: Arranged) -> None:
+        """Add some samples."""
         if len(x):
             mean = x.mean(0)
             _add_products(self.scatter, x - mean)
             self._move(len(x), mean)
 
     def merge(self, other: "Moments") -> None:
-        """Take up what another one has seen."""
+        """Add the samples of another one."""
         if other.count:
             self.scatter += other.scatter
             self._move(other.count, other.mean)
@@ -164,9 +164,7 @@ class Moments:
 
 
 def _add_products(
-    scatter: Float[Tensor, "groups tokens tokens"],
-    deviation: Float[Tensor, "batch tokens positions"],
-    weight: float = 1.0,
+    scatter: Float[Tensor, "groups tokens tokens"], deviation: Arranged, weight: float = 1.0
 ) -> None:
     """Add outer products of tokens in place: summed over positions, or of each position."""
     if len(scatter) == 1:
@@ -182,7 +180,7 @@ def _add_products(
 @final
 @dataclass(frozen=True)
 class LinearFit:
-    """What a whitening is made of: m, S after shrinkage by rho, and L, from `count` images."""
+    """Parameters of a whitening: m, S after shrinkage by rho, and L, from `count` images."""
 
     count: int
     mean: Float[Tensor, "tokens positions"]

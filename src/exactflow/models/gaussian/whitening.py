@@ -3,7 +3,7 @@
 z = W (x - m) with W^T W = S^-1 and z ~ N(0, I) is the maximum-likelihood Gaussian of mean m and
 covariance S, written as a flow. S = L L^T, and z = R L^-1 (x - m): every whitening is the
 triangular one, L^-1, which is a linear autoregressive transform, followed by a rotation R of the
-latent, which no likelihood sees. `Layout` says which covariances S there are.
+latent, which changes no likelihood. `Layout` says which covariances S there are.
 """
 
 from abc import ABC, abstractmethod
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from exactflow.core import grey_levels as grey
@@ -21,9 +21,9 @@ from exactflow.core.density_flow import FittedFlow
 from exactflow.core.model import log_density
 from exactflow.core.prior import DiagonalGaussian
 from exactflow.core.randomness import generator, uniform_rows
+from exactflow.core.shapes import GreyLevels, Images, Labels, PerSample
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver, Transform
-from exactflow.models.gaussian.moments import Layout, fit_linear
-from exactflow.models.presets import Preset
+from exactflow.models.gaussian.moments import Arranged, Layout, fit_linear
 
 FIT_BATCH = 1024  # latents mapped at a time
 FIT_VALUES = 2**17  # values of the same kind, at many positions, that suffice to fit layers to
@@ -65,8 +65,7 @@ class TriangularWhitening(AutoregressiveTransform):
 
     L = A^-1 diag(scale) with A of unit diagonal: token t is shifted by its linear prediction from
     the tokens before it, and divided by the standard deviation of what is left (an L D L^T
-    factorisation). The numbers kept are those that are free, D (D + 3) / 2 for a full covariance.
-
+    factorisation). Its parameters are the free numbers, D (D + 3) / 2 for a full covariance.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -83,7 +82,7 @@ class TriangularWhitening(AutoregressiveTransform):
     def set(
         self, mean: Float[Tensor, "tokens positions"], factor: Float[Tensor, "groups tokens tokens"]
     ) -> None:
-        """Take over m and L."""
+        """Set m and L."""
         scale = factor.diagonal(dim1=1, dim2=2)
         self.mean.copy_(mean)
         self.log_scale.copy_(scale.log().T)
@@ -92,9 +91,7 @@ class TriangularWhitening(AutoregressiveTransform):
             unit = torch.linalg.solve_triangular(factor, spread, upper=False, left=False)
             self.below.copy_(unit[:, _is_below(0, self.num_tokens, unit.device)])
 
-    def new_cache(
-        self, x: Float[Tensor, "batch tokens positions"], decoding: Decoding | None = None
-    ) -> Tensor | None:
+    def new_cache(self, x: Arranged, decoding: Decoding | None = None) -> Tensor | None:
         """See `AutoregressiveTransform.new_cache`: A - I, unpacked once."""
         how = decoding or Decoding()
         if how.step != "eager" or how.dtype not in (None, x.dtype):
@@ -104,10 +101,10 @@ class TriangularWhitening(AutoregressiveTransform):
     def conditioner(
         self,
         x: Float[Tensor, "batch stop positions"],
-        label: Int[Tensor, " batch"] | None = None,
+        label: Labels | None = None,
         cache: Tensor | None = None,
         start: int = 0,
-        temperature: Float[Tensor, " batch"] | None = None,
+        temperature: PerSample | None = None,
     ) -> Float[Tensor, "batch window size"]:
         """See `AutoregressiveTransform.conditioner`. Raises ValueError for a temperature."""
         if temperature is not None:
@@ -123,9 +120,7 @@ class TriangularWhitening(AutoregressiveTransform):
         log_scale = self.log_scale[start:stop].to(x.dtype)
         return torch.cat([log_scale.expand_as(shift), shift], dim=-1)
 
-    def substitute(
-        self, z: Float[Tensor, "batch tokens positions"]
-    ) -> Float[Tensor, "batch tokens positions"]:
+    def substitute(self, z: Arranged) -> Arranged:
         """The inverse by forward substitution, all tokens in one call of the linear algebra."""
         c = z * self.log_scale.to(z.dtype).exp()
         if self.below is not None:
@@ -157,7 +152,7 @@ def _is_below(start: int, stop: int, device: torch.device) -> Tensor:
 
 
 def apply_linear(
-    weight: Float[Tensor, "groups rows tokens"], x: Float[Tensor, "batch tokens positions"]
+    weight: Float[Tensor, "groups rows tokens"], x: Arranged
 ) -> Float[Tensor, "batch rows positions"]:
     """One matrix for all positions, or one for each."""
     if len(weight) == 1:
@@ -170,7 +165,7 @@ class FittedTransform(Transform, ABC):
 
     @abstractmethod
     def fit(self, z: Float[Tensor, "n tokens positions"], source: torch.Generator) -> str:
-        """Set all parameters, with random choices from `source`; says what was done."""
+        """Set all parameters, with random choices from `source`; return what was done, as text."""
 
 
 class LinearFirstFlow(FittedFlow, ABC):
@@ -203,11 +198,7 @@ class LinearFirstFlow(FittedFlow, ABC):
     def prior(self) -> DiagonalGaussian:
         return DiagonalGaussian(torch.ones_like(self.whitening.mean, requires_grad=False))
 
-    def encode(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> tuple[Float[Tensor, "batch tokens positions"], Float[Tensor, " batch"]]:
+    def encode(self, x: Images, label: Labels | None = None) -> tuple[Arranged, PerSample]:
         """See `Flow.encode`. Raises ValueError for a wrong shape, dtype or label."""
         self.check_input(x, label)
         z, log_abs_det = self._whitened(x.to(torch.promote_types(x.dtype, torch.float32)))
@@ -218,12 +209,8 @@ class LinearFirstFlow(FittedFlow, ABC):
 
     @torch.no_grad()
     def trajectory(
-        self,
-        z: Float[Tensor, "batch tokens positions"],
-        label: Int[Tensor, " batch"] | None = None,
-        *,
-        solver: Solver | None = None,
-    ) -> Iterator[Float[Tensor, "batch channels height width"]]:
+        self, z: Arranged, label: Labels | None = None, *, solver: Solver | None = None
+    ) -> Iterator[Images]:
         """See `Flow.trajectory`. Raises ValueError for a wrong shape."""
         self.check_input(z, label, latent=True)
         yield self.layout.restore(z)
@@ -241,11 +228,11 @@ class LinearFirstFlow(FittedFlow, ABC):
 
     def loss(
         self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
+        images: GreyLevels,
+        label: Labels | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, " batch"]:
+    ) -> PerSample:
         """-ln p(x) / D in nats per dimension, of one draw of uniform dequantisation."""
         return -log_density(self, self.add_noise(images, generator), label) / self.dims
 
@@ -312,16 +299,3 @@ class Whitening(LinearFirstFlow):
     def __init__(self, config: WhiteningConfig) -> None:
         super().__init__(config)
         self.config = config
-
-
-_ONE_PASS = {"batch_size": 1024}
-PRESETS: dict[str, Preset] = {
-    "whitening-tiny": Preset(WhiteningConfig(levels=17), _ONE_PASS, {"source": "digits"}),
-    "whitening-full": Preset(WhiteningConfig((3, 32, 32)), _ONE_PASS),
-    "whitening-pca": Preset(WhiteningConfig((3, 32, 32), rotation="pca"), _ONE_PASS),
-    "whitening-zca": Preset(WhiteningConfig((3, 32, 32), rotation="zca"), _ONE_PASS),
-    "whitening-shrunk": Preset(WhiteningConfig((3, 32, 32), shrinkage=None), _ONE_PASS),
-    "whitening-patch": Preset(WhiteningConfig((3, 64, 64), "patch"), _ONE_PASS),
-    "whitening-dct": Preset(WhiteningConfig((3, 64, 64), "dct"), _ONE_PASS),
-    "whitening-diagonal": Preset(WhiteningConfig((3, 64, 64), "diagonal"), _ONE_PASS),
-}

@@ -38,7 +38,7 @@ def token_positions(
 class AxialRotary(nn.Module):
     """Rotary embedding of the first half of a head: half of its pairs by y, half by x.
 
-    Frequencies lie between pi and 10 pi, spread over all heads: none has another's.
+    Frequencies lie between pi and 10 pi, spread over all heads: no two heads share one.
 
     Args:
         head_dim: width of a head, a multiple of 8.
@@ -58,10 +58,8 @@ class AxialRotary(nn.Module):
     ) -> Float[Tensor, "batch heads height width dim"]:
         """Pairs (a, b) become (a cos - b sin, b cos + a sin)."""
         freqs = self.get_buffer("freqs").to(x.dtype)
-        angle = (
-            position.to(x.dtype)[..., None] * freqs[:, None, None, None]
-        )  # heads, h, w, 2, pairs
-        angle = angle.flatten(3)
+        angle = position.to(x.dtype)[..., None] * freqs[:, None, None, None]
+        angle = angle.flatten(3)  # of heads, height, width, 2, pairs
         a, b, rest = x.tensor_split((angle.shape[-1], 2 * angle.shape[-1]), dim=-1)
         cos, sin = angle.cos(), angle.sin()
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)

@@ -1,4 +1,4 @@
-"""What conditions an hourglass transformer, and how its layers take it up.
+"""The conditioning of an hourglass transformer, and the norms that apply it.
 
 Random Fourier features, a mapping network, and RMS norms whose scale is a function of its output:
 HDiT, arXiv 2401.11605, section 4. Submodules carry the names of published checkpoints.
@@ -20,8 +20,8 @@ class FourierFeatures(nn.Module):
     """[cos | sin] of 2 pi W x, with a fixed random W ~ N(0, 1) that belongs to the checkpoint.
 
     Args:
-        inputs: numbers that come in.
-        features: numbers that go out, even.
+        inputs: numbers in the input.
+        features: numbers in the output, even.
     """
 
     def __init__(self, inputs: int, features: int) -> None:
@@ -29,7 +29,7 @@ class FourierFeatures(nn.Module):
         self.register_buffer("weight", torch.randn(features // 2, inputs))
 
     def forward(self, x: Float[Tensor, "batch inputs"]) -> Float[Tensor, "batch features"]:
-        """Features in the dtype of x; autocast has no say in the phases."""
+        """Features in the dtype of x, also under autocast."""
         weight = self.get_buffer("weight").to(x.dtype)
         phase = 2 * math.pi * (x[:, None] * weight).sum(-1)
         return torch.cat([phase.cos(), phase.sin()], dim=-1)

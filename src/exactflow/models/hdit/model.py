@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final, get_args
 
 import torch
-from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from exactflow.core import grey_levels as grey
 from exactflow.core.model import ParameterRule
+from exactflow.core.shapes import GreyLevels, Images, Labels, PerSample
 from exactflow.models.hdit.network import AttentionKind, HourglassLevel, HourglassTransformer
 from exactflow.parallel import shared_batch as batch
 from exactflow.paths.edm import Preconditioning
@@ -186,12 +186,7 @@ class HDiT(PathModel):
     def prediction(self) -> Prediction:
         return "v"
 
-    def predict(
-        self,
-        x_t: Float[Tensor, "batch channels height width"],
-        t: Float[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+    def predict(self, x_t: Images, t: PerSample, label: Labels | None = None) -> Images:
         """See `PathModel.predict`."""
         self.check_label(label, len(x_t))
         log_sigma = -0.5 * self.path.at(t).log_snr
@@ -200,11 +195,11 @@ class HDiT(PathModel):
 
     def loss(
         self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
+        images: GreyLevels,
+        label: Labels | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, " batch"]:
+    ) -> PerSample:
         """Weighted denoising error of centred images; in training, labels are dropped."""
         x0 = self.as_data(images)
         self.check_label(label, len(images))
@@ -213,19 +208,15 @@ class HDiT(PathModel):
         return self.denoising_loss(x0, noise, log_sigma, self.drop_labels(label, generator))
 
     def denoising_loss(
-        self,
-        x0: Float[Tensor, "batch channels height width"],
-        noise: Float[Tensor, "batch channels height width"],
-        log_sigma: Float[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, " batch"]:
+        self, x0: Images, noise: Images, log_sigma: PerSample, label: Labels | None = None
+    ) -> PerSample:
         """Squared error of the network's output times the weight, mean over dimensions."""
         x = x0 + spread(log_sigma.exp(), x0) * noise
         output = self._evaluate(x * self._edm.scale(x0, log_sigma), log_sigma, label)
         error = output - self._edm.target(x0, noise, log_sigma)
         return error.square().flatten(1).mean(1) * self.weight(log_sigma)
 
-    def weight(self, log_sigma: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    def weight(self, log_sigma: PerSample) -> PerSample:
         """Weight of F's squared error: (s d)^2 / (s^2 + d^2) times that of x0's.
 
         Of x0: 1 / (s^2 + d^2) under "soft-min-snr" (arXiv 2401.11605, section 4.5),
@@ -244,9 +235,7 @@ class HDiT(PathModel):
             case _:
                 return torch.ones_like(factor)
 
-    def _evaluate(
-        self, x: Tensor, log_sigma: Tensor, label: Tensor | None
-    ) -> Float[Tensor, "batch channels height width"]:
+    def _evaluate(self, x: Tensor, log_sigma: Tensor, label: Tensor | None) -> Images:
         """The network F at unit-variance x, in the dtype of x."""
         if label is None and self.num_classes:
             label = torch.full((len(x),), self.null_label, device=x.device)
@@ -254,7 +243,7 @@ class HDiT(PathModel):
         return output.to(x.dtype)
 
 
-def _times(like: Tensor, generator: torch.Generator | None) -> Float[Tensor, " batch"]:
+def _times(like: Tensor, generator: torch.Generator | None) -> PerSample:
     """Times uniform on [0, 1), one in each of `batch` equal intervals, in random order."""
 
     def stratified(rows: int) -> Tensor:

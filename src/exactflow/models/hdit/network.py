@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from exactflow.core.shapes import Images, Labels, PerSample
 from exactflow.models.hdit.attention import (
     AxialRotary,
     cosine_normalize,
@@ -190,7 +191,7 @@ class TokenSplit(nn.Module):
 
 @final
 class HourglassTransformer(nn.Module):
-    """The network, from noisy images and their noise level to whatever it is trained for.
+    """The network: a prediction of an image's shape from noisy images and their noise level.
 
     Args:
         levels: the scales, full resolution first.
@@ -230,11 +231,11 @@ class HourglassTransformer(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "batch channels height width"],
-        log_sigma: Float[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
+        x: Images,
+        log_sigma: PerSample,
+        label: Labels | None = None,
         augmentation: Float[Tensor, "batch 9"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+    ) -> Images:
         """The network's output.
 
         Args:

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from exactflow.core.config import checked
-from exactflow.models.foreign import SIZE, ForeignFile, Hints, PublishedFiles, size_in, without_size
+from exactflow.models.foreign import (
+    SIZE,
+    ForeignFile,
+    Hints,
+    PublishedFiles,
+    filled,
+    size_in,
+    without_size,
+)
 from exactflow.models.hdit.model import HDiT, HDiTConfig
 
 MODEL_TYPE = "image_transformer_v2"
@@ -44,31 +52,26 @@ _UNRECORDED = {  # what bare weights do not tell -> an example of how to say it
 }
 
 
-def from_published(state: Mapping[str, Any], *, hints: Mapping[str, Any] | None = None) -> HDiT:
+def from_published(
+    weights: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    hints: Mapping[str, Any] | None = None,
+) -> HDiT:
     """The model in a k-diffusion checkpoint, in evaluation mode, float32.
 
     Args:
-        state: what the file holds: the averaged weights under "model_ema" are taken before
-            "model", and "config" is the run's JSON; or bare weights, name by name.
+        weights: tensors by published name.
+        config: the run's JSON, if the file holds it.
         hints: fields of `HDiTConfig` that the file does not tell. Bare weights need `image_shape`
             and `attention` (and `sigma_data`, `weighting` where they are not the usual ones); where
             `kernel_size` or `window_size` matters and is not given, a warning says what was taken.
 
     Raises:
-        ValueError: no such checkpoint, a field that is missing, or one that contradicts the
-            weights; with what was expected.
+        ValueError: a field that is missing, or one that contradicts the weights; with what was
+            expected.
+        KeyError: a tensor that every such checkpoint has is missing.
     """
-    nested = state.get("model_ema", state.get("model"))
-    weights = state if nested is None else nested
-    if not isinstance(weights, Mapping) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise ValueError("expected a mapping of names to tensors, bare or under 'model_ema'")
-    for key in (MARK, "time_emb.weight", "mid_level.0.ff.up_proj.weight"):
-        if key not in weights:
-            raise ValueError(
-                f"not an HDiT checkpoint of k-diffusion: it has no {key!r} "
-                f"(its first keys: {list(weights)[:3]})"
-            )
-    recorded = checked(HDiTConfig, _recorded(state["config"]) if "config" in state else {})
+    recorded = checked(HDiTConfig, {} if config is None else _recorded(config))
     hinted = checked(HDiTConfig, hints or {})
     said = {**recorded, **hinted}
     read = _from_weights(weights)
@@ -81,15 +84,15 @@ def from_published(state: Mapping[str, Any], *, hints: Mapping[str, Any] | None 
             raise ValueError(f"the file does not tell {name}: give it, such as {name}={example}")
     _assume_reach(said)
     side = math.isqrt(weights[MARK].shape[1] // said["image_shape"][0])
-    return _filled(HDiTConfig(**{"patch_size": side, **said, **read}), weights)
+    own = {  # copies: tensors of a file may be in float16, and share memory
+        f"network.{name}": value.to("cpu", torch.float32, copy=True)
+        for name, value in weights.items()
+    }
+    return filled(HDiT, HDiTConfig(**{"patch_size": side, **said, **read}), own)
 
 
-def image_channels(weights: Mapping[str, Tensor]) -> int:
-    """3 or 1, whichever makes tokens square patches of pixels.
-
-    Raises:
-        ValueError: neither does.
-    """
+def _image_channels(weights: Mapping[str, Tensor]) -> int:
+    """3 or 1, whichever makes tokens square patches of pixels."""
     inputs = weights[MARK].shape[1]
     for channels in (3, 1):
         if inputs == channels * math.isqrt(inputs // channels) ** 2:
@@ -130,7 +133,7 @@ def _from_weights(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _recorded(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, or a ValueError whatever else the JSON is."""
+    """`_from_config`; ValueError where the JSON is another one."""
     try:
         return _from_config(config)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -190,27 +193,12 @@ def _assume_reach(said: Mapping[str, Any]) -> None:
             )
 
 
-def _filled(config: HDiTConfig, weights: Mapping[str, Tensor]) -> HDiT:
-    """The model of that configuration with these weights."""
-    with torch.device("meta"):
-        model = HDiT(config)
-    copied = {name: value.to("cpu", torch.float32, copy=True) for name, value in weights.items()}
-    try:
-        model.network.load_state_dict(copied, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"the weights do not fill the HDiT that they describe: {error}") from error
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return model.eval()
-
-
 def _read(file: ForeignFile, hints: Hints) -> HDiT:
     fields = without_size(hints)
     if file.config is None or hints.keys() & SIZE:
-        channels = hints.get("channels") or image_channels(file.weights)
+        channels = hints.get("channels") or _image_channels(file.weights)
         fields["image_shape"] = (channels, *size_in(hints))
-    config = {} if file.config is None else {"config": file.config}
-    return from_published({"model": file.weights, **config}, hints=fields)
+    return from_published(file.weights, file.config, fields)
 
 
 FILES = PublishedFiles("HDiT", MARK, _read, takes=(*SIZE, *HINTS))

@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exactflow.core.shapes import Images
+from exactflow.models.transforms import Context
 from exactflow.nn.data_dependent import DataDependent, standardize
 
 DIRECTION_STD = 0.05  # initial spread of the directions of weights
@@ -70,7 +72,7 @@ class WeightNormConv(DataDependent):
         return self._convolve(self.weight, self.bias, x)
 
     def frozen(self, dtype: torch.dtype | None = None) -> Kernel:
-        """The convolution with the weights of now, computed once."""
+        """The convolution with its present weights, normalised once."""
         weight, bias = self.weight.detach(), self.bias.detach()
         dtype = dtype or weight.dtype
         return partial(self._convolve, weight.to(dtype), bias.to(dtype))
@@ -144,7 +146,7 @@ class MaskedNetwork(nn.Module):
         return output(F.elu(h if hidden is None else h + hidden))
 
     def frozen(self, dtype: torch.dtype | None = None) -> tuple[Kernel, Kernel]:
-        """Both convolutions with the weights of now."""
+        """Both convolutions with their present weights."""
         return self.conv.frozen(dtype), self.output.frozen(dtype)
 
 
@@ -209,9 +211,7 @@ class ContextEncoder(nn.Module):
         )
         self.output = WeightNormConv(planes, outputs)
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch features height width"]:
+    def forward(self, x: Images) -> Context:
         """Features at full size."""
         h = self.bottom(x)
         for down, residual in zip(self.down, self.residual, strict=True):

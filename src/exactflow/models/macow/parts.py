@@ -4,26 +4,27 @@ Ma et al., arXiv 1902.04208, section 3. Written from the paper's mathematics.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from exactflow.core.composition import Composition, ReversibleTransform
+from exactflow.core.shapes import Images, PerSample
 from exactflow.core.transform import Solver
+from exactflow.models.macow.config import MultiScalePlan
 from exactflow.models.macow.masked_convolution import CouplingNetwork
 from exactflow.models.macow.transforms import (
     ActNorm,
     Coupling,
     MaskedConvolution,
     Orientation,
-    Squeeze,
+    squeeze,
+    unsqueeze,
 )
-from exactflow.models.transforms import InvertibleConvolution
+from exactflow.models.transforms import Context, InvertibleComposition, InvertibleConvolution
 
-Steps = tuple[tuple[int, ...], ...]
 UNITS_PER_STEP = 2
 SPLIT = 2  # a step's coupling transforms one channel in two
 
@@ -42,7 +43,7 @@ class StepPlan:
 
 
 @final
-class GlowStep(Composition):
+class GlowStep(InvertibleComposition):
     """ActNorm, a 1x1 convolution, and a coupling that transforms the last channels // factor.
 
     With a standard normal latent this is the learned conditional Gaussian of those channels.
@@ -64,26 +65,10 @@ class GlowStep(Composition):
         parts = [self.actnorm, self.mixing]
         return parts if self.coupling is None else [*parts, self.coupling]
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        """z and ln |det dz/dx|."""
-        return self.through(x, context)
-
-    def inverse(
-        self, z: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
-        """The x of z, without a context."""
-        for part in reversed(self.parts):
-            z = part.inverse(z)
-        return z
-
 
 @final
 class Unit(nn.Module):
-    """ActNorm, A, B, ActNorm, C, D."""
+    """ActNorm, masked convolutions A and B, ActNorm, masked convolutions C and D."""
 
     def __init__(self, plan: StepPlan, channels: int) -> None:
         super().__init__()
@@ -106,11 +91,7 @@ class Unit(nn.Module):
             ]
         )
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+    def forward(self, x: Images, context: Context | None = None) -> tuple[Images, PerSample]:
         """z and ln |det dz/dx|."""
         log_abs_det = x.new_zeros(len(x))
         for part in self.parts:
@@ -118,9 +99,7 @@ class Unit(nn.Module):
             log_abs_det = log_abs_det + change
         return x, log_abs_det
 
-    def inverse(
-        self, z: Float[Tensor, "batch channels height width"], solver: Solver | None = None
-    ) -> Float[Tensor, "batch channels height width"]:
+    def inverse(self, z: Images, solver: Solver | None = None) -> Images:
         """The x of z, without a context."""
         for part in reversed(self.parts):
             if isinstance(part, MaskedConvolution):
@@ -146,17 +125,11 @@ class Step(Composition):
     def parts(self) -> list[nn.Module]:
         return [*self.units, self.glow]
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+    def forward(self, x: Images, context: Context | None = None) -> tuple[Images, PerSample]:
         """z and ln |det dz/dx|."""
         return self.through(x, context)
 
-    def inverse(
-        self, z: Float[Tensor, "batch channels height width"], solver: Solver | None = None
-    ) -> Float[Tensor, "batch channels height width"]:
+    def inverse(self, z: Images, solver: Solver | None = None) -> Images:
         """The x of z, without a context."""
         z = self.glow.inverse(z)
         for unit in reversed(self.units):
@@ -197,11 +170,7 @@ class Level(nn.Module):
         )
         self.kept = channels - leaving * len(runs)
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+    def forward(self, x: Images, context: Context | None = None) -> tuple[Images, PerSample]:
         """z and ln |det dz/dx|; channels from `kept` on are done, the last to leave first."""
         log_abs_det, done = x.new_zeros(len(x)), x[:, :0]
         for index, run in enumerate(self.runs):
@@ -214,9 +183,7 @@ class Level(nn.Module):
                 x = x[:, : -self.leaving]
         return torch.cat([x, done], dim=1), log_abs_det
 
-    def inverse(
-        self, z: Float[Tensor, "batch channels height width"], solver: Solver | None = None
-    ) -> Float[Tensor, "batch channels height width"]:
+    def inverse(self, z: Images, solver: Solver | None = None) -> Images:
         """The x of z, without a context."""
         z, done = z[:, : self.kept], z[:, self.kept :]
         for index in reversed(range(len(self.runs))):
@@ -241,61 +208,40 @@ class MultiScale(nn.Module):
     levels below, and unsqueezed with it.
 
     Args:
-        image_shape: channels, height, width.
-        steps: of each level, see `MaCowConfig`.
-        hidden: channels of each level's coupling networks.
-        kernel: of orientation A.
-        factor: a level's priors take one channel in so many.
-        additive: whether steps only shift.
-        additive_prior: whether priors do.
-        context: channels of the context at full size; 0: none.
-        soft_clip: of raw parameters, see `shift_and_log_scale`.
+        plan: the levels.
     """
 
-    def __init__(
-        self,
-        image_shape: tuple[int, int, int],
-        steps: Steps,
-        hidden: tuple[int, ...],
-        kernel: tuple[int, int],
-        factor: int,
-        additive: bool = False,
-        additive_prior: bool = False,
-        context: int = 0,
-        soft_clip: float = 0.0,
-    ) -> None:
+    def __init__(self, plan: MultiScalePlan) -> None:
         super().__init__()
-        channels, height, width = image_shape
-        plan = StepPlan((height, width), 0, kernel, additive, context, soft_clip)
+        channels, height, width = plan.image_shape
         levels: list[Level] = []
-        for index, runs in enumerate(steps):
-            if index:
-                channels, (height, width) = 4 * channels, plan.size
-                size = (height // 2, width // 2)
-                plan = replace(plan, size=size, context=4 * plan.context)
-            plan = replace(plan, hidden=hidden[index])
-            leaving = channels // factor if 0 < index < len(steps) - 1 else 0
-            levels.append(Level(plan, channels, runs, leaving, additive_prior))
+        for index, runs in enumerate(plan.steps):
+            channels *= 4 if index else 1
+            step = StepPlan(
+                (height >> index, width >> index),
+                plan.hidden[index],
+                plan.kernel,
+                plan.additive,
+                plan.context * 4**index,
+                plan.soft_clip,
+            )
+            leaving = channels // plan.factor if 0 < index < len(plan.steps) - 1 else 0
+            levels.append(Level(step, channels, runs, leaving, plan.additive_prior))
             channels = levels[-1].kept
         self.levels = nn.ModuleList(levels)
-        self.squeeze = Squeeze("offset")
 
     @property
     def steps(self) -> list[nn.Module]:
         """All steps in encoding order."""
         return [module for module in self.modules() if isinstance(module, Step)]
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+    def forward(self, x: Images, context: Context | None = None) -> tuple[Images, PerSample]:
         """z in the layout of x, and ln |det dz/dx|."""
         log_abs_det, done = x.new_zeros(len(x)), []
         for index, level in enumerate(self._levels):
             if index:
-                x = self.squeeze(x)[0]
-                context = None if context is None else self.squeeze(context)[0]
+                x = squeeze(x)
+                context = None if context is None else squeeze(context)
             x = x.contiguous(memory_format=torch.channels_last)  # twice as fast for few channels
             x, change = level(x, context)
             log_abs_det = log_abs_det + change
@@ -303,19 +249,17 @@ class MultiScale(nn.Module):
             x = x[:, : level.kept]
         return self._join(x, done), log_abs_det
 
-    def trajectory(
-        self, z: Float[Tensor, "batch channels height width"], solver: Solver | None = None
-    ) -> Iterator[Float[Tensor, "batch channels height width"]]:
+    def trajectory(self, z: Images, solver: Solver | None = None) -> Iterator[Images]:
         """z, then the result of each level's inverse, coarsest first, laid out as an image."""
         yield z
         x, done = z, []
         for index, level in enumerate(self._levels):
-            x = self.squeeze(x)[0] if index else x
+            x = squeeze(x) if index else x
             done.append(x[:, level.kept :])
             x = x[:, : level.kept]
         for index, level in reversed(list(enumerate(self._levels))):
             x = level.inverse(torch.cat([x, done.pop()], dim=1), solver)
-            x = self.squeeze.inverse(x) if index else x
+            x = unsqueeze(x) if index else x
             yield self._join(x, done)
 
     @property
@@ -326,5 +270,5 @@ class MultiScale(nn.Module):
         """x, the result of as many levels as have something in `done`, as an image."""
         for index in reversed(range(len(done))):
             x = torch.cat([x, done[index]], dim=1)
-            x = self.squeeze.inverse(x) if index else x
+            x = unsqueeze(x) if index else x
         return x

@@ -10,14 +10,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from exactflow.models.foreign import ForeignFile, Hints, PublishedFiles, size_in
-from exactflow.models.macow.model import MaCow, MaCowConfig
-from exactflow.models.macow.parts import Steps
+from exactflow.models.foreign import ForeignFile, Hints, PublishedFiles, filled, size_in
+from exactflow.models.macow.config import MaCowConfig, Steps
+from exactflow.models.macow.model import MaCow
 
 MARK = "flow.blocks.0.steps.0.glow_step.actnorm.bias"  # a key that no other family has
 _PARTS = {"actnorm1": 0, "conv1": 1, "conv2": 2, "actnorm2": 3, "conv3": 4, "conv4": 5}
 _UP = re.compile(r"^dequant_flow\.encoder\.up(\d+)\.")
-# Every rule is applied to every key, in order: published names to names here, and back.
+# Published name -> name here; every rule is applied to every key, in order.
 _RULES: tuple[tuple[str, str], ...] = (
     (r"^dequant_flow\.macow\.", "dequantizer.flow."),
     (r"^dequant_flow\.encoder\.", "dequantizer.encoder."),
@@ -41,29 +41,6 @@ _RULES: tuple[tuple[str, str], ...] = (
     (r"\.(?:weight_g|parametrizations\.weight\.original0)$", ".gain"),
     (r"\.(?:weight_v|parametrizations\.weight\.original1)$", ".direction"),
 )
-_RULES_BACK: tuple[tuple[str, str], ...] = (
-    (r"^dequantizer\.flow\.", "dequant_flow.macow."),
-    (r"^dequantizer\.encoder\.", "dequant_flow.encoder."),
-    (r"\.levels\.(\d+)\.runs\.", r".blocks.\1.layers."),
-    (r"\.levels\.(\d+)\.priors\.", r".blocks.\1.priors."),
-    *((rf"(\.units\.\d+)\.parts\.{index}\.", rf"\1.{name}.") for name, index in _PARTS.items()),
-    (r"(\.conv\d)\.network\.conv\.", r"\1.net.masked_conv.conv."),
-    (r"(\.conv\d)\.network\.output\.", r"\1.net.conv1x1.conv."),
-    (r"(\.conv\d)\.network\.context\.", r"\1.s_conv.conv."),
-    (r"\.glow\.coupling\.network\.(conv\d)\.", r".glow.coupling.net.\1.conv."),
-    (r"\.coupling\.network\.(conv\d)\.", r".nice.net.\1.conv."),
-    (r"\.glow\.", ".glow_step."),
-    (r"\.mixing\.weight$", ".conv1x1.weight"),
-    (r"\.bottom\.(\d+)\.", r".resnet_bottom.main.\1."),
-    (r"\.residual\.(\d+)\.", r".resnet\1.main."),
-    (r"(\.main\.\d+\.conv[12])\.", r"\1.conv."),
-    (r"\.shortcut\.", ".downsample.conv."),
-    (r"\.down\.(\d+)\.", r".down\1.conv."),
-    (r"\.up\.(\d+)\.", r".up\1.deconv."),
-    (r"\.encoder\.output\.", ".encoder.s_level.conv."),
-    (r"\.gain$", ".weight_g"),
-    (r"\.direction$", ".weight_v"),
-)
 
 
 def from_published(state: Mapping[str, Tensor], size: tuple[int, int], levels: int) -> MaCow:
@@ -75,74 +52,43 @@ def from_published(state: Mapping[str, Tensor], size: tuple[int, int], levels: i
         levels: grey levels, 2 ** n_bits.
 
     Raises:
-        ValueError: for anything else, with what was expected.
+        ValueError: tensors are missing, left over or of another shape.
+        KeyError: a tensor that every such state dict has is missing.
     """
-    config = published_config(state, size, levels)
-    with torch.device("meta"):
-        model = MaCow(config)
-    ours = {
-        _here(key): value.clone()
+    own = {
+        _rename(key): value.clone()
         for key, value in _deepest_first(state).items()
         if not key.endswith("weight_inv")
     }
-    ours["initialized"] = torch.tensor(True)
-    try:
-        model.load_state_dict(ours, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"this is not a complete MaCow state dict: {error}") from error
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return model.eval()
-
-
-def to_published(model: MaCow) -> dict[str, Tensor]:
-    """The state dict of `model` under the published names, with the inverses it keeps."""
-    found: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        if name == "initialized":
-            continue
-        key = _there(name, model.config)
-        found[key] = value.clone()
-        if key.endswith(".conv1x1.weight"):
-            found[f"{key}_inv"] = torch.linalg.inv(value)
-    return found
+    own["initialized"] = torch.tensor(True)
+    return filled(MaCow, published_config(state, size, levels), own)
 
 
 def published_config(
     state: Mapping[str, Tensor], size: tuple[int, int], levels: int
 ) -> MaCowConfig:
-    """The configuration that the names and shapes of a published state dict tell.
-
-    Raises:
-        ValueError: where it is no MaCow.
-    """
-    try:
-        image_shape = (len(state[MARK]), *size)
-        steps, hidden, kernel, factor = _architecture(state, "flow", image_shape[0])
-        first = "flow.blocks.0.steps.0.units.0.conv1.net"
-        additive = _gain(state, f"{first}.conv1x1.conv") == image_shape[0]
-        config = MaCowConfig(image_shape, steps, hidden, kernel, factor, additive, levels=levels)
-        if len(steps) > 2:
-            moved = 4 * image_shape[0] // factor
-            prior = _gain(state, "flow.blocks.1.priors.0.nice.net.conv3.conv")
-            config = replace(config, additive_prior=prior == moved)
-        if not any(key.startswith("dequant_flow.") for key in state):
-            return config
-        steps, hidden, kernel, factor = _architecture(state, "dequant_flow.macow", image_shape[0])
-        return replace(
-            config,
-            dequantization="variational",
-            dequantizer_steps=steps,
-            dequantizer_hidden=hidden,
-            dequantizer_kernel=kernel,
-            dequantizer_factor=factor,
-            context=_gain(state, "dequant_flow.encoder.s_level.conv"),
-        )
-    except KeyError as error:
-        raise ValueError(
-            f"expected the state dict of a published MaCow, found none of {error.args[0]!r} "
-            f"(first keys: {list(state)[:3]})"
-        ) from error
+    """The configuration that the names and shapes of a published state dict tell."""
+    image_shape = (len(state[MARK]), *size)
+    steps, hidden, kernel, factor = _architecture(state, "flow", image_shape[0])
+    first = "flow.blocks.0.steps.0.units.0.conv1.net"
+    additive = _outputs(state, f"{first}.conv1x1.conv") == image_shape[0]
+    config = MaCowConfig(image_shape, steps, hidden, kernel, factor, additive, levels=levels)
+    if len(steps) > 2:
+        moved = 4 * image_shape[0] // factor
+        prior = _outputs(state, "flow.blocks.1.priors.0.nice.net.conv3.conv")
+        config = replace(config, additive_prior=prior == moved)
+    if not any(key.startswith("dequant_flow.") for key in state):
+        return config
+    steps, hidden, kernel, factor = _architecture(state, "dequant_flow.macow", image_shape[0])
+    return replace(
+        config,
+        dequantization="variational",
+        dequantizer_steps=steps,
+        dequantizer_hidden=hidden,
+        dequantizer_kernel=kernel,
+        dequantizer_factor=factor,
+        context=_outputs(state, "dequant_flow.encoder.s_level.conv"),
+    )
 
 
 def _architecture(
@@ -167,7 +113,7 @@ def _architecture(
         block = f"{root}.blocks.{level}"
         inner = 0 < level < len(steps) - 1
         step = f"{block}.layers.0.0" if inner else f"{block}.steps.0"
-        hidden.append(_gain(state, f"{step}.glow_step.coupling.net.conv1.conv"))
+        hidden.append(_outputs(state, f"{step}.glow_step.coupling.net.conv1.conv"))
     if len(steps) > 2:  # channels of the first split level, over those of its first part
         several = len(steps[1]) > 1
         after = f"{root}.blocks.1.layers.1.0" if several else f"{root}.blocks.2"
@@ -178,7 +124,7 @@ def _architecture(
     return steps, tuple(hidden), (weight.shape[2], weight.shape[3]), factor
 
 
-def _gain(state: Mapping[str, Tensor], conv: str) -> int:
+def _outputs(state: Mapping[str, Tensor], conv: str) -> int:
     """Output channels of a convolution."""
     return state[f"{conv}.bias"].shape[0]
 
@@ -188,21 +134,11 @@ def _direction(state: Mapping[str, Tensor], conv: str) -> Tensor:
     return state[new] if new in state else state[f"{conv}.weight_v"]
 
 
-def _here(key: str) -> str:
+def _rename(key: str) -> str:
     """The name here of a published one."""
     for pattern, replacement in _RULES:
         key = re.sub(pattern, replacement, key)
     return key
-
-
-def _there(name: str, config: MaCowConfig) -> str:
-    """The published name of one here."""
-    for pattern, replacement in _RULES_BACK:
-        name = re.sub(pattern, replacement, name)
-    main = config.steps if name.startswith("flow.") else config.dequantizer_steps
-    for edge in {0, len(main) - 1}:
-        name = name.replace(f".blocks.{edge}.layers.0.", f".blocks.{edge}.steps.")
-    return name
 
 
 def _deepest_first(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,21 +3,21 @@
 from typing import Literal, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core.composition import ElementaryTransform
 from exactflow.core.conditional import Affine
-from exactflow.core.transform import AutoregressiveTransform, Decoding, Transform
+from exactflow.core.shapes import Images, Labels, PerSample, Tokens
+from exactflow.core.transform import AutoregressiveTransform, Decoding
 from exactflow.models.macow.masked_convolution import Kernel, MaskedNetwork
-from exactflow.models.transforms import AffineCoupling
+from exactflow.models.transforms import AffineCoupling, Context, Kept, Moved
 from exactflow.nn.data_dependent import DataDependent, standardize
 
 LOG_SCALE_STD = 0.05  # initial spread of ActNorm's log-scales
 SCALE_OFFSET = 2.0  # of the sigmoid: raw output 0 gives the scale sigmoid(2) = 0.88
 Orientation = Literal["A", "B", "C", "D"]  # sees what is above, below, left, right
-SqueezeOrder = Literal["offset", "channel"]
 
 
 @final
@@ -34,67 +34,33 @@ class ActNorm(ElementaryTransform, DataDependent):
         self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
 
     def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        """See `Transform.forward`."""
+        self, x: Images, label: Labels | None = None, context: Context | None = None
+    ) -> tuple[Images, PerSample]:
         log_scale = self.log_scale.to(x.dtype)
         log_abs_det = log_scale.sum() * (x.shape[2] * x.shape[3])
         z = torch.addcmul(self.bias.to(x.dtype), x, log_scale.exp())
         return z, log_abs_det.expand(len(x))
 
     def inverse(
-        self,
-        z: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
-        """See `Transform.inverse`."""
+        self, z: Images, label: Labels | None = None, context: Context | None = None
+    ) -> Images:
         return (z - self.bias.to(z.dtype)) * torch.exp(-self.log_scale.to(z.dtype))
 
     @torch.no_grad()
-    def initialize(self, x: Float[Tensor, "batch channels height width"]) -> None:
-        """See `DataDependent.initialize`."""
+    def initialize(self, x: Images) -> None:
         mean, scale = standardize(self.forward(x)[0])
         self.log_scale.add_(scale.log().view(-1, 1, 1))
         self.bias.sub_(mean.view(-1, 1, 1)).mul_(scale.view(-1, 1, 1))
 
 
-@final
-class Squeeze(Transform):
-    """Every 2 x 2 square of places becomes one place with four times the channels.
+def squeeze(x: Images) -> Float[Tensor, "batch more half_height half_width"]:
+    """Every 2 x 2 square of places as one, whose channel (2 dy + dx) C + c is c at (dy, dx)."""
+    return F.pixel_unshuffle(x, 2).unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, 2)
 
-    Args:
-        order: which index runs slowest. "offset": channel (2 dy + dx) C + c (MaCow, Glow);
-            "channel": 4 c + 2 dy + dx (DenseFlow).
-    """
 
-    def __init__(self, order: SqueezeOrder) -> None:
-        super().__init__()
-        self.order: SqueezeOrder = order
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> tuple[Float[Tensor, "batch more half_height half_width"], Float[Tensor, " batch"]]:
-        """See `Transform.forward`."""
-        z = F.pixel_unshuffle(x, 2)
-        if self.order == "offset":
-            z = z.unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, 2)
-        return z, x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
-
-    def inverse(
-        self,
-        z: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch fewer double_height double_width"]:
-        """See `Transform.inverse`."""
-        if self.order == "offset":
-            z = z.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2)
-        return F.pixel_shuffle(z, 2)
+def unsqueeze(z: Images) -> Float[Tensor, "batch fewer double_height double_width"]:
+    """Inverse of `squeeze`."""
+    return F.pixel_shuffle(z.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2), 2)
 
 
 @final
@@ -117,14 +83,7 @@ class Coupling(AffineCoupling):
         self.network, self.kept, self.additive = network, kept, additive
         self.soft_clip = soft_clip
 
-    def move(
-        self,
-        kept: Float[Tensor, "batch kept height width"],
-        context: Float[Tensor, "batch features height width"] | None,
-    ) -> tuple[
-        Float[Tensor, "batch moved height width"], Float[Tensor, "batch moved height width"]
-    ]:
-        """See `AffineCoupling.move`."""
+    def move(self, kept: Kept, context: Context | None) -> tuple[Moved, Moved]:
         seen = kept if context is None else torch.cat([kept, context.to(kept.dtype)], dim=1)
         raw = self.network(seen).to(kept.dtype)
         return shift_and_log_scale(raw, self.additive, self.soft_clip)
@@ -136,7 +95,7 @@ def shift_and_log_scale(
     """mu and ln s = ln sigmoid(r + 2) of raw parameters (mu, r); ln s = 0 if additive.
 
     Args:
-        raw: what the network says.
+        raw: the network's output.
         additive: whether these are shifts only.
         soft_clip: c > 0: raw parameters r become c tanh(r / c), so that s >= sigmoid(2 - c) and the
             inverse, which divides by s, is bounded; 0: they are taken as they are (published).
@@ -155,7 +114,7 @@ class MaskedConvolution(AutoregressiveTransform):
 
     Tokens are the lines of the image in the order of `orientation`: rows downwards (A) or upwards
     (B), columns rightwards (C) or leftwards (D). The mask is a shift: zeros for the lines before
-    the first, and the last line left out. Nothing but tokens is ever turned.
+    the first, and the last line left out. Only tokens are transposed or flipped, images never.
 
     Args:
         channels: of the image.
@@ -190,27 +149,19 @@ class MaskedConvolution(AutoregressiveTransform):
             window, padding = (kernel[1], kernel[0]), (padding[1], padding[0])
         self.network = MaskedNetwork(channels, hidden, outputs, window, padding, context)
 
-    def arrange(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch tokens dim"]:
+    def arrange(self, x: Images) -> Tokens:
         """The image's lines in generation order."""
         x = x.permute(0, 2, 1, 3) if self.orientation in "AB" else x.permute(0, 3, 1, 2)
         return (x.flip(1) if self.orientation in "BD" else x).flatten(2)
 
-    def restore(
-        self, tokens: Float[Tensor, "batch tokens dim"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def restore(self, tokens: Tokens) -> Images:
         """Inverse of `arrange`; also of a few lines only."""
         tokens = tokens.flip(1) if self.orientation in "BD" else tokens
         x = tokens.unflatten(2, (self.channels, -1))
         return x.permute(0, 2, 1, 3) if self.orientation in "AB" else x.permute(0, 2, 3, 1)
 
-    def encode(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        context: Float[Tensor, "batch features height width"] | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        """`forward` of an image, without the way over tokens, and with a context."""
+    def encode(self, x: Images, context: Context | None = None) -> tuple[Images, PerSample]:
+        """`forward` of an image laid out as such, not as tokens; it may depend on a context."""
         hidden = None
         if context is not None:
             assert self.network.context is not None
@@ -218,12 +169,10 @@ class MaskedConvolution(AutoregressiveTransform):
         mu, log_s = self._move(x, (self.seen, -1), hidden)
         return torch.addcmul(mu, x, log_s.exp()), log_s.sum((1, 2, 3))
 
-    def new_cache(
-        self, x: Float[Tensor, "batch tokens dim"], decoding: Decoding | None = None
-    ) -> tuple[Kernel, Kernel]:
-        """See `AutoregressiveTransform.new_cache`: the weights, normalised once.
+    def new_cache(self, x: Tokens, decoding: Decoding | None = None) -> tuple[Kernel, Kernel]:
+        """The weights, normalised once: nothing of the lines before, which `conditioner` is given.
 
-        What a line needs of those before it are the lines themselves, which `conditioner` is given.
+        Raises ValueError for another step than "eager".
         """
         how = decoding or Decoding()
         if how.step != "eager":
@@ -233,10 +182,10 @@ class MaskedConvolution(AutoregressiveTransform):
     def conditioner(
         self,
         x: Float[Tensor, "batch stop dim"],
-        label: Int[Tensor, " batch"] | None = None,
+        label: Labels | None = None,
         cache: tuple[Kernel, Kernel] | None = None,
         start: int = 0,
-        temperature: Float[Tensor, " batch"] | None = None,
+        temperature: PerSample | None = None,
     ) -> Float[Tensor, "batch window size"]:
         """See `AutoregressiveTransform.conditioner`: log-scale -ln s and shift -mu / s."""
         before = self.restore(x[:, max(start - self.seen, 0) : -1])

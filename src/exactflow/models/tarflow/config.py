@@ -1,4 +1,4 @@
-"""What defines a TarFlow: its architecture, its training noise, and what it does to a token."""
+"""What defines a TarFlow: its architecture, its training noise, and its map of a token."""
 
 from dataclasses import dataclass
 from typing import Literal, final
@@ -38,8 +38,8 @@ class TarFlowConfig:
     final_norm: bool = False  # RMSNorm before the output map, STARFlow
     conditional: tuple[Part, ...] = ("affine",)  # maps of a token, from data to latent
     components: int = 4  # K of a mixture, or bins of a spline
-    start_token: bool = False  # token 0 moves too, by what a learned token before it says
-    mixing: bool = False  # before each block, numbers of a token predict those after them
+    start_token: bool = False  # a learned token gives token 0 its parameters; else it is kept
+    mixing: bool = False  # before each block, see `TokenMixing`
 
     def __post_init__(self) -> None:
         """Raise ValueError for what cannot be built."""
@@ -89,7 +89,7 @@ class TarFlowConfig:
         return self.image_shape[0] * self.patch_size**2
 
     def make_conditional(self) -> Conditional:
-        """What a block does to one token."""
+        """The map of one token, given its parameters."""
         dim = self.token_dim
         known = {
             "affine": Affine(dim, self.scale),
@@ -102,7 +102,7 @@ class TarFlowConfig:
         return parts[0] if len(parts) == 1 else Chain(parts)
 
     def _channels(self) -> tuple[tuple[int, int], ...]:
-        """Pairs of a number and one of the same pixel in a channel before."""
+        """Pairs of a number of a token and one of the same pixel in an earlier channel."""
         channels, size = self.image_shape[0], self.patch_size**2
         return tuple(
             (channel * size + pixel, before * size + pixel)

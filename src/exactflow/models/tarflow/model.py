@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exactflow.core.density_flow import DensityFlow
 from exactflow.core.model import ParameterRule
 from exactflow.core.prior import DiagonalGaussian
+from exactflow.core.shapes import GreyLevels, Images, Labels, PerSample, Tokens
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver, Transform
 from exactflow.models.tarflow.config import TarFlowConfig
 from exactflow.nn.decoding import DecodingCache
@@ -31,8 +32,8 @@ VARIANCE_MOMENTUM = 0.1  # weight of a new batch in the volume-preserving prior'
 class TokenMixing(Transform):
     """z = (I + N) x for every token, N learned and strictly lower triangular, 0 at first.
 
-    What is constant of how the pixels of a patch depend on each other need not be predicted anew at
-    each token; its determinant is 1.
+    The linear dependence between the numbers of a token that is the same in all tokens: the network
+    need not predict it. The determinant is 1.
 
     Args:
         dim: numbers of a token.
@@ -42,17 +43,12 @@ class TokenMixing(Transform):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(dim, dim))
 
-    def forward(
-        self, x: Float[Tensor, "batch tokens dim"], label: Int[Tensor, " batch"] | None = None
-    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, " batch"]]:
-        """See `Transform.forward`."""
+    def forward(self, x: Tokens, label: Labels | None = None) -> tuple[Tokens, PerSample]:
         with torch.autocast(x.device.type, enabled=False):
             return x + x @ self._coupling(x).mT, x.new_zeros(len(x))
 
-    def inverse(
-        self, z: Float[Tensor, "batch tokens dim"], label: Int[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """See `Transform.inverse`: a forward substitution."""
+    def inverse(self, z: Tokens, label: Labels | None = None) -> Tokens:
+        """The x of z, by forward substitution."""
         upper = self._coupling(z).mT
         return torch.linalg.solve_triangular(upper, z, upper=True, unitriangular=True, left=False)
 
@@ -62,9 +58,10 @@ class TokenMixing(Transform):
 
 @final
 class TarFlowBlock(AutoregressiveTransform):
-    """One block in generation order: token t moves by what precedes it.
+    """One block in generation order: z_t = g(x_t; theta_t(x_<t)), theta a causal transformer's.
 
-    Token 0 does not move at all, unless there is a start token.
+    g is affine in the paper (eq. 4), z_t = (x_t - mu_t) exp(-alpha_t). Token 0 is not changed,
+    unless a start token gives its parameters.
 
     Args:
         config: the model's configuration.
@@ -98,16 +95,11 @@ class TarFlowBlock(AutoregressiveTransform):
                 with torch.no_grad():
                     self.output.bias.copy_(self.conditional.start)
 
-    def arrange(
-        self, tokens: Float[Tensor, "batch tokens dim"]
-    ) -> Float[Tensor, "batch tokens dim"]:
+    def arrange(self, tokens: Tokens) -> Tokens:
         """Image order to generation order and back: the permutation is its own inverse."""
         return tokens.flip(1) if self.reverse else tokens
 
-    def new_cache(
-        self, x: Float[Tensor, "batch tokens dim"], decoding: Decoding | None = None
-    ) -> DecodingCache:
-        """See `AutoregressiveTransform.new_cache`."""
+    def new_cache(self, x: Tokens, decoding: Decoding | None = None) -> DecodingCache:
         how = decoding or Decoding()
         head_dim, tokens = self.config.head_dim, self.num_tokens - (not self.predicts_first)
         return DecodingCache(
@@ -117,10 +109,10 @@ class TarFlowBlock(AutoregressiveTransform):
     def conditioner(
         self,
         x: Float[Tensor, "batch stop dim"],
-        label: Int[Tensor, " batch"] | None = None,
+        label: Labels | None = None,
         cache: DecodingCache | None = None,
         start: int = 0,
-        temperature: Float[Tensor, " batch"] | None = None,
+        temperature: PerSample | None = None,
     ) -> Float[Tensor, "batch window size"]:
         """See `AutoregressiveTransform.conditioner`.
 
@@ -173,7 +165,7 @@ class TarFlowBlock(AutoregressiveTransform):
         return position + table[label][:, None]
 
     def _theta(self, raw: Tensor) -> Tensor:
-        """Of raw outputs, in the dtype of the tokens, which is never below float32."""
+        """Parameters from raw outputs, in the dtype of the tokens, which is never below float32."""
         if self.config.soft_clip:
             raw = self.config.soft_clip * torch.tanh(raw / self.config.soft_clip)
         if self.config.volume_preserving:  # shifts only
@@ -183,9 +175,18 @@ class TarFlowBlock(AutoregressiveTransform):
 
 @final
 class TarFlow(DensityFlow):
-    """The model: blocks over patches, alternating directions, a Gaussian prior (eq. 3).
+    """z = f_T o ... o f_1(x), blocks f over patches in alternating directions (eq. 3).
+
+    With affine blocks, z_t = (x_t - mu_t(x_<t)) exp(-alpha_t(x_<t)) for every token t, and
+
+        ln p(x) = ln N(z; 0, I) - sum over blocks and tokens of alpha_t.
 
     Latents keep the published token layout (batch, N, C P P), in the order of the image.
+
+    >>> model = TarFlow(TarFlowConfig((1, 8, 8), patch_size=2, width=64, blocks=2))
+    >>> z, log_abs_det = model.encode(torch.zeros(3, 1, 8, 8))
+    >>> tuple(z.shape), tuple(log_abs_det.shape)
+    ((3, 16, 4), (3,))
     """
 
     kind: ClassVar[str] = "tarflow"
@@ -220,26 +221,18 @@ class TarFlow(DensityFlow):
         mixings = [mixing for mixing in self.mixings if isinstance(mixing, TokenMixing)]
         return list(zip(mixings or [None] * len(blocks), blocks, strict=True))
 
-    def patchify(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch tokens dim"]:
+    def patchify(self, x: Images) -> Tokens:
         """Patches in raster order; within one, channel slowest, then row, then column."""
         return F.pixel_unshuffle(x, self.config.patch_size).flatten(2).transpose(1, 2)
 
-    def unpatchify(
-        self, tokens: Float[Tensor, "batch tokens dim"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def unpatchify(self, tokens: Tokens) -> Images:
         """Inverse of `patchify`."""
         _, height, width = self.event_shape
         side = self.config.patch_size
         grid = tokens.transpose(1, 2).unflatten(2, (height // side, width // side))
         return F.pixel_shuffle(grid, side)
 
-    def encode(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, " batch"]]:
+    def encode(self, x: Images, label: Labels | None = None) -> tuple[Tokens, PerSample]:
         """See `Flow.encode`. Raises ValueError for a wrong shape, dtype or label."""
         self.check_input(x, label)
         tokens = self.patchify(x).to(torch.promote_types(x.dtype, torch.float32))
@@ -253,12 +246,8 @@ class TarFlow(DensityFlow):
 
     @torch.no_grad()
     def trajectory(
-        self,
-        z: Float[Tensor, "batch tokens dim"],
-        label: Int[Tensor, " batch"] | None = None,
-        *,
-        solver: Solver | None = None,
-    ) -> Iterator[Float[Tensor, "batch channels height width"]]:
+        self, z: Tokens, label: Labels | None = None, *, solver: Solver | None = None
+    ) -> Iterator[Images]:
         """See `Flow.trajectory`: blocks in reverse order. Raises ValueError for a wrong shape."""
         self.check_input(z, label, latent=True)
         tokens = z
@@ -273,11 +262,11 @@ class TarFlow(DensityFlow):
 
     def loss(
         self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
+        images: GreyLevels,
+        label: Labels | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, " batch"]:
+    ) -> PerSample:
         """-ln p(x) / D in nats per dimension under N(0, I) (eq. 6, with its constant).
 
         In training, labels are dropped with probability `label_dropout`, and a volume-preserving
