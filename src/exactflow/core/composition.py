@@ -89,7 +89,6 @@ class ElementaryTransform(ReversibleTransform, ABC):
         z: Float[Tensor, "batch *latent"],
         context: Float[Tensor, "batch *features"] | None = None,
     ) -> Retraced:
-        """See `ReversibleTransform.retrace`."""
         with torch.no_grad():
             x = self.inverse(z, context=context)
         x = x.detach().requires_grad_()

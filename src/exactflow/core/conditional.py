@@ -94,28 +94,23 @@ class Affine(Conditional):
         return torch.zeros(self.size)
 
     def constrain(self, raw: Numbers) -> Numbers:
-        """See `Conditional.constrain`."""
         if self.scale == "exp":
             return raw
         r, shift = raw.chunk(2, dim=-1)
         return torch.cat([F.softplus(r + SOFTPLUS_OFFSET).log(), shift], dim=-1)
 
     def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
-        """See `Conditional.forward`."""
         log_scale, shift = theta.chunk(2, dim=-1)
         return (x - shift) * torch.exp(-log_scale), -log_scale.flatten(1).sum(1)
 
     def inverse(self, z: Tokens, theta: Theta) -> Tokens:
-        """See `Conditional.inverse`."""
         log_scale, shift = theta.chunk(2, dim=-1)
         return torch.addcmul(shift, z, log_scale.exp())
 
     def extrapolate(self, theta: Theta, other: Theta, scale: Scale) -> Theta:
-        """See `Conditional.extrapolate`."""
         return theta + scale * (theta - other)
 
     def named(self, theta: Numbers) -> Mapping[str, Tensor]:
-        """See `Conditional.named`."""
         log_scale, shift = theta.chunk(2, dim=-1)
         return {"log_scale": log_scale, "shift": shift}
 
@@ -160,7 +155,6 @@ class Triangular(Conditional):
         return LARGEST_COUPLING * torch.tanh(raw / LARGEST_COUPLING)
 
     def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
-        """See `Conditional.forward`."""
         if self.entries is None:
             z = x + (self._matrix(theta) * x[..., None, :]).sum(-1)  # autocast rounds products of @
         else:  # few of them
@@ -169,7 +163,6 @@ class Triangular(Conditional):
         return z, x.new_zeros(len(x))
 
     def inverse(self, z: Tokens, theta: Theta) -> Tokens:
-        """See `Conditional.inverse`."""
         matrix = self._matrix(theta)
         column = z[..., None]
         column = torch.linalg.solve_triangular(matrix, column, upper=False, unitriangular=True)
@@ -180,7 +173,6 @@ class Triangular(Conditional):
         return theta
 
     def named(self, theta: Numbers) -> Mapping[str, Tensor]:
-        """See `Conditional.named`."""
         return {"coupling": theta}
 
     def _matrix(self, theta: Tensor) -> Float[Tensor, "batch tokens dim dim"]:
@@ -236,7 +228,6 @@ class LogisticMixture(Conditional):
         return raw
 
     def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
-        """See `Conditional.forward`."""
         below, above, density = self._logarithms(x, *self._components(theta))
         log_derivative = density - below - above - math.log(LOGISTIC_SCALE)
         return (below - above) / LOGISTIC_SCALE, log_derivative.flatten(1).sum(1)
@@ -274,7 +265,6 @@ class LogisticMixture(Conditional):
         return theta + scale * (theta - other)
 
     def named(self, theta: Numbers) -> Mapping[str, Tensor]:
-        """See `Conditional.named`."""
         names = "log_weight", "mean", "log_scale"
         return dict(zip(names, self._components(theta), strict=True))
 
@@ -319,12 +309,10 @@ class Chain(Conditional):
         return torch.cat([part.start for part in self.parts])
 
     def constrain(self, raw: Numbers) -> Numbers:
-        """See `Conditional.constrain`."""
         pairs = zip(self.parts, self._split(raw), strict=True)
         return torch.cat([part.constrain(r) for part, r in pairs], dim=-1)
 
     def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
-        """See `Conditional.forward`."""
         log_abs_det = x.new_zeros(len(x))
         for part, own in zip(self.parts, self._split(theta), strict=True):
             x, change = part.forward(x, own)
@@ -332,13 +320,11 @@ class Chain(Conditional):
         return x, log_abs_det
 
     def inverse(self, z: Tokens, theta: Theta) -> Tokens:
-        """See `Conditional.inverse`."""
         for part, own in reversed([*zip(self.parts, self._split(theta), strict=True)]):
             z = part.inverse(z, own)
         return z
 
     def extrapolate(self, theta: Theta, other: Theta, scale: Scale) -> Theta:
-        """See `Conditional.extrapolate`."""
         pairs = zip(self.parts, self._split(theta), self._split(other), strict=True)
         return torch.cat([part.extrapolate(t, o, scale) for part, t, o in pairs], dim=-1)
 

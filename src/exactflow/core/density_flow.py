@@ -20,17 +20,14 @@ class DensityFlow(Flow, ABC):
 
     @property
     def likelihood_kind(self) -> LikelihoodKind:
-        """See `GenerativeModel.likelihood_kind`."""
         return "noisy-density" if self.noise_std > 0 else "dequantized"
 
     @property
     def dequantization(self) -> Dequantization:
-        """See `Flow.dequantization`."""
         return "gaussian" if self.noise_std > 0 else "uniform"
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
-        """See `Flow.noise_shape`."""
         return self.event_shape
 
     def with_noise(

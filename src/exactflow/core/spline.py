@@ -55,7 +55,6 @@ class Spline(Conditional):
         return raw
 
     def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
-        """See `Conditional.forward`."""
         knots, images, slopes = self._knots(theta)
         left, width, bottom, height, first, last, inside = _bin(x, knots, images, slopes)
         place = ((x - left) / width).clamp(0, 1)
@@ -80,11 +79,9 @@ class Spline(Conditional):
         return torch.where(inside, left + place * width, y).to(z.dtype)
 
     def extrapolate(self, theta: Theta, other: Theta, scale: Scale) -> Theta:
-        """See `Conditional.extrapolate`."""
         return theta + scale * (theta - other)
 
     def named(self, theta: Numbers) -> Mapping[str, Tensor]:
-        """See `Conditional.named`."""
         width, height, slope = self._parts(theta)
         return {"log_width": width, "log_height": height, "raw_slope": slope}
 

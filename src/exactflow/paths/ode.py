@@ -110,7 +110,6 @@ class Euler(FixedSteps):
     evaluations_per_step = 1
 
     def advance(self, field: _Field, t: float, step: float, state: State) -> State:
-        """See `FixedSteps.advance`."""
         return _moved(state, step, field(t, state))
 
 
@@ -122,7 +121,6 @@ class Midpoint(FixedSteps):
     evaluations_per_step = 2
 
     def advance(self, field: _Field, t: float, step: float, state: State) -> State:
-        """See `FixedSteps.advance`."""
         half = _moved(state, step / 2, field(t, state))
         return _moved(state, step, field(t + step / 2, half))
 
@@ -135,7 +133,6 @@ class Heun(FixedSteps):
     evaluations_per_step = 2
 
     def advance(self, field: _Field, t: float, step: float, state: State) -> State:
-        """See `FixedSteps.advance`."""
         here = field(t, state)
         there = field(t + step, _moved(state, step, here))
         return _moved(_moved(state, step / 2, here), step / 2, there)

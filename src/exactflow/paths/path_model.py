@@ -134,7 +134,6 @@ class PathModel(GenerativeModel):
 
     @property
     def likelihood_kind(self) -> LikelihoodKind:
-        """See `GenerativeModel.likelihood_kind`."""
         return self._likelihood_kind
 
     @property

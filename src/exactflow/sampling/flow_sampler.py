@@ -38,7 +38,6 @@ class FlowSampler(Sampler):
         self.certificate = Certificate(model, self.guidance, self.null_label) if parts else None
 
     def draw(self, rows: range, advance: Callable[[int], None]) -> DrawnBatch:
-        """See `Sampler.draw`."""
         model, options, label = self.model, self.request.options, self.request.labels(rows)
         seeds = self.request.seeds(rows)
         inversion = Inversion(

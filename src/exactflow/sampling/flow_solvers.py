@@ -36,7 +36,6 @@ class Sequential:
         z: Float[Tensor, "batch tokens dim"],
         label: Int[Tensor, " batch"] | None,
     ) -> Float[Tensor, "batch tokens dim"]:
-        """See `Solver`."""
         return transform.inverse(z, label, self.decoding)
 
 
@@ -69,7 +68,6 @@ class Jacobi:
         z: Float[Tensor, "batch tokens dim"],
         label: Int[Tensor, " batch"] | None,
     ) -> Float[Tensor, "batch tokens dim"]:
-        """See `Solver`."""
         tolerance = WHILE_SOLVING * tolerance_of(transform, self.tolerance)
         u = first_guess(z, self.start)
         active = torch.arange(len(z), device=z.device)
@@ -186,7 +184,6 @@ class Adaptive:
         z: Float[Tensor, "batch tokens dim"],
         label: Int[Tensor, " batch"] | None,
     ) -> Float[Tensor, "batch tokens dim"]:
-        """See `Solver`."""
         tolerance = WHILE_SOLVING * tolerance_of(transform, self.tolerance)
         u, tokens = z.clone(), z.shape[1]
         cache = transform.new_cache(z, self.decoding)
@@ -239,7 +236,6 @@ class Selective(BlockSolvers):
     """The first generated block token by token, the others by Jacobi (arXiv 2505.24791)."""
 
     def of_blocks(self, flow: Flow, rows: int, batches: int) -> Sequence[Solver]:
-        """See `BlockSolvers.of_blocks`."""
         others = len(autoregressive_parts(flow)) - 1
         return [Sequential(), *[Jacobi(tolerance=self.tolerance)] * others]
 

@@ -91,7 +91,6 @@ class GuidedTransform(AutoregressiveTransform):
     def new_cache(
         self, x: Float[Tensor, "batch tokens dim"], decoding: Decoding | None = None
     ) -> GuidedCache:
-        """See `AutoregressiveTransform.new_cache`."""
         tokens = torch.zeros_like(x).repeat(2, 1, 1)
         return GuidedCache(tokens, self.transform.new_cache(tokens, decoding))
 

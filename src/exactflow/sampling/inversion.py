@@ -88,7 +88,6 @@ class CountedTransform(AutoregressiveTransform):
     def new_cache(
         self, x: Float[Tensor, "batch tokens dim"], decoding: Decoding | None = None
     ) -> Any:
-        """See `AutoregressiveTransform.new_cache`."""
         return self.transform.new_cache(x, decoding)
 
     def conditioner(

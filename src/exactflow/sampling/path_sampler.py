@@ -41,7 +41,6 @@ class PathSampler(Sampler):
 
     @torch.no_grad()
     def draw(self, rows: range, advance: Callable[[int], None]) -> DrawnBatch:
-        """See `Sampler.draw`."""
         model, request = self.model, self.request
         seeds, options = request.seeds(rows), request.options
         low = options.low

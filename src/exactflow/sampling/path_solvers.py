@@ -160,7 +160,6 @@ class Ancestral(ChainSolver):
         step: int,
         noise: Float[Tensor, "batch channels height width"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
-        """See `ChainSolver.advance`."""
         steps = torch.full((len(x_t),), step, device=x_t.device)
         kernel = chain.reverse_kernel(denoiser.noise, x_t, steps, denoiser.label, clip=self.clip)
         x, shift = kernel.mean, denoiser.gradient(x_t, chain.timesteps.to(steps.device)[steps])
@@ -203,7 +202,6 @@ class DDIM(ChainSolver):
         step: int,
         noise: Float[Tensor, "batch channels height width"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
-        """See `ChainSolver.advance`."""
         steps = torch.full((len(x_t),), step, device=x_t.device)
         x0 = chain.reverse_kernel(denoiser.noise, x_t, steps, denoiser.label, clip=self.clip).x0
         eps = chain.eps_from_x0(x0, x_t, steps)
