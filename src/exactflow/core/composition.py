@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from exactflow.core.shapes import Labels, Latents, PerSample, Values
 from exactflow.core.transform import Transform
 
 
@@ -50,26 +51,24 @@ class ReversibleTransform(Transform, ABC):
     @abstractmethod
     def forward(
         self,
-        x: Float[Tensor, "batch *shape"],
-        label: Int[Tensor, " batch"] | None = None,
+        x: Values,
+        label: Labels | None = None,
         context: Float[Tensor, "batch *features"] | None = None,
-    ) -> tuple[Float[Tensor, "batch *latent"], Float[Tensor, " batch"]]:
+    ) -> tuple[Latents, PerSample]:
         """See `Transform.forward`."""
 
     @abstractmethod
     def inverse(
         self,
-        z: Float[Tensor, "batch *latent"],
-        label: Int[Tensor, " batch"] | None = None,
+        z: Latents,
+        label: Labels | None = None,
         context: Float[Tensor, "batch *features"] | None = None,
-    ) -> Float[Tensor, "batch *shape"]:
+    ) -> Values:
         """See `Transform.inverse`."""
 
     @abstractmethod
     def retrace(
-        self,
-        z: Float[Tensor, "batch *latent"],
-        context: Float[Tensor, "batch *features"] | None = None,
+        self, z: Latents, context: Float[Tensor, "batch *features"] | None = None
     ) -> Retraced:
         """The x of z, and `forward` of that x: together at the cost of one `forward`.
 
@@ -85,9 +84,7 @@ class ElementaryTransform(ReversibleTransform, ABC):
     """
 
     def retrace(
-        self,
-        z: Float[Tensor, "batch *latent"],
-        context: Float[Tensor, "batch *features"] | None = None,
+        self, z: Latents, context: Float[Tensor, "batch *features"] | None = None
     ) -> Retraced:
         with torch.no_grad():
             x = self.inverse(z, context=context)
@@ -111,10 +108,8 @@ class Composition(nn.Module, ABC):
         """
 
     def through(
-        self,
-        x: Float[Tensor, "batch *shape"],
-        context: Float[Tensor, "batch *features"] | None = None,
-    ) -> tuple[Float[Tensor, "batch *latent"], Float[Tensor, " batch"]]:
+        self, x: Values, context: Float[Tensor, "batch *features"] | None = None
+    ) -> tuple[Latents, PerSample]:
         """x through all parts, and the sum of their ln |det|."""
         log_abs_det = x.new_zeros(len(x))
         for part in self.parts:

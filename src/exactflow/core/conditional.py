@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-Tokens = Float[Tensor, "batch tokens dim"]
+from exactflow.core.shapes import PerSample, Tokens
+
 Theta = Float[Tensor, "batch tokens size"]
 Numbers = Float[Tensor, "*batch size"]  # raw outputs, or theta
 Scale = float | Float[Tensor, "tokens 1"]
@@ -49,7 +50,7 @@ class Conditional(ABC):
         """theta from a network's output, which may be any real numbers."""
 
     @abstractmethod
-    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
+    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, PerSample]:
         """z, and ln |det dz/dx| of each sample, summed over its tokens, in nats."""
 
     @abstractmethod
@@ -99,7 +100,7 @@ class Affine(Conditional):
         r, shift = raw.chunk(2, dim=-1)
         return torch.cat([F.softplus(r + SOFTPLUS_OFFSET).log(), shift], dim=-1)
 
-    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
+    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, PerSample]:
         log_scale, shift = theta.chunk(2, dim=-1)
         return (x - shift) * torch.exp(-log_scale), -log_scale.flatten(1).sum(1)
 
@@ -154,7 +155,7 @@ class Triangular(Conditional):
         """See `Conditional.constrain`: |N_ij| < 2."""
         return LARGEST_COUPLING * torch.tanh(raw / LARGEST_COUPLING)
 
-    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
+    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, PerSample]:
         if self.entries is None:
             z = x + (self._matrix(theta) * x[..., None, :]).sum(-1)  # autocast rounds products of @
         else:  # few of them
@@ -227,7 +228,7 @@ class LogisticMixture(Conditional):
         """See `Conditional.constrain`: any numbers will do."""
         return raw
 
-    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
+    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, PerSample]:
         below, above, density = self._logarithms(x, *self._components(theta))
         log_derivative = density - below - above - math.log(LOGISTIC_SCALE)
         return (below - above) / LOGISTIC_SCALE, log_derivative.flatten(1).sum(1)
@@ -312,7 +313,7 @@ class Chain(Conditional):
         pairs = zip(self.parts, self._split(raw), strict=True)
         return torch.cat([part.constrain(r) for part, r in pairs], dim=-1)
 
-    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
+    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, PerSample]:
         log_abs_det = x.new_zeros(len(x))
         for part, own in zip(self.parts, self._split(theta), strict=True):
             x, change = part.forward(x, own)

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from exactflow.core import grey_levels as grey
 from exactflow.core.model import Dequantization, Flow, LikelihoodKind, log_density
+from exactflow.core.shapes import GreyLevels, Images, Labels, PerSample
 from exactflow.parallel import shared_batch as batch
 
 
@@ -30,21 +31,13 @@ class DensityFlow(Flow, ABC):
     def noise_shape(self) -> tuple[int, ...]:
         return self.event_shape
 
-    def with_noise(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        noise: Float[Tensor, "batch channels height width"],
-    ) -> Float[Tensor, "batch channels height width"]:
+    def with_noise(self, images: GreyLevels, noise: Images) -> Images:
         """What the flow has the density of: images in [-1, 1] with the noise of one draw."""
         if self.noise_std > 0:
             return grey.center(images, self.levels, noise.dtype) + self.noise_std * noise
         return grey.dequantize(images, noise, self.levels)
 
-    def add_noise(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+    def add_noise(self, images: GreyLevels, generator: torch.Generator | None = None) -> Images:
         """Images with the noise of training. Raises ValueError for what are no grey levels."""
         grey.check_images(images, self.event_shape, self.levels)
         options = {"dtype": self.wide_dtype, "device": images.device}
@@ -52,11 +45,8 @@ class DensityFlow(Flow, ABC):
         return self.with_noise(images, draw(images.shape, generator=generator, **options))
 
     def draw(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None,
-        noise: Float[Tensor, "batch *noise"],
-    ) -> Float[Tensor, " batch"]:
+        self, images: GreyLevels, label: Labels | None, noise: Float[Tensor, "batch *noise"]
+    ) -> PerSample:
         """See `Flow.draw`: ln p(x), times the volume of a grey level if it is dequantised."""
         nats = log_density(self, self.with_noise(images, noise), label).double()
         return nats if self.noise_std > 0 else nats - self.level_nats

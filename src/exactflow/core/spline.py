@@ -12,14 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from exactflow.core.conditional import (
-    SOFTPLUS_OFFSET,
-    Conditional,
-    Numbers,
-    Scale,
-    Theta,
-    Tokens,
-)
+from exactflow.core.conditional import SOFTPLUS_OFFSET, Conditional, Numbers, Scale, Theta
+from exactflow.core.shapes import PerSample, Tokens
 
 BOUND = 4.0  # B: splines are the identity beyond
 LEAST = 1e-2  # share of a bin, and slope at a knot, at the least
@@ -54,7 +48,7 @@ class Spline(Conditional):
         """See `Conditional.constrain`: any numbers will do."""
         return raw
 
-    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
+    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, PerSample]:
         knots, images, slopes = self._knots(theta)
         left, width, bottom, height, first, last, inside = _bin(x, knots, images, slopes)
         place = ((x - left) / width).clamp(0, 1)

@@ -5,25 +5,22 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, final, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from exactflow.core.conditional import Conditional
+from exactflow.core.shapes import Labels, Latents, PerSample, Tokens, Values
 
 
 class Transform(nn.Module, ABC):
     """An invertible map of one sample, applied to a batch."""
 
     @abstractmethod
-    def forward(
-        self, x: Float[Tensor, "batch *shape"], label: Int[Tensor, " batch"] | None = None
-    ) -> tuple[Float[Tensor, "batch *latent"], Float[Tensor, " batch"]]:
+    def forward(self, x: Values, label: Labels | None = None) -> tuple[Latents, PerSample]:
         """The image of x and ln |det dz/dx|, summed, in nats, float32 or better."""
 
     @abstractmethod
-    def inverse(
-        self, z: Float[Tensor, "batch *latent"], label: Int[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, "batch *shape"]:
+    def inverse(self, z: Latents, label: Labels | None = None) -> Values:
         """The x with forward(x, label)[0] == z, up to rounding."""
 
 
@@ -72,10 +69,10 @@ class AutoregressiveTransform(Transform):
     def conditioner(
         self,
         x: Float[Tensor, "batch stop dim"],
-        label: Int[Tensor, " batch"] | None = None,
+        label: Labels | None = None,
         cache: Any = None,
         start: int = 0,
-        temperature: Float[Tensor, " batch"] | None = None,
+        temperature: PerSample | None = None,
     ) -> Float[Tensor, "batch window size"]:
         """theta of the tokens start .. stop - 1.
 
@@ -92,30 +89,21 @@ class AutoregressiveTransform(Transform):
         """
 
     @abstractmethod
-    def new_cache(
-        self, x: Float[Tensor, "batch tokens dim"], decoding: Decoding | None = None
-    ) -> Any:
+    def new_cache(self, x: Tokens, decoding: Decoding | None = None) -> Any:
         """An empty cache for one inversion of a batch of the size, dtype and device of `x`.
 
         It belongs to one batch, one label and one temperature. Raises ValueError for a way of
         decoding that this network, device or dtype does not have.
         """
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch tokens dim"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, " batch"]]:
+    def forward(self, x: Tokens, label: Labels | None = None) -> tuple[Tokens, PerSample]:
         """All tokens at once: one evaluation of the network."""
         return self.conditional.forward(x, self.conditioner(x, label))
 
     @torch.no_grad()
     def inverse(
-        self,
-        z: Float[Tensor, "batch tokens dim"],
-        label: Int[Tensor, " batch"] | None = None,
-        decoding: Decoding | None = None,
-    ) -> Float[Tensor, "batch tokens dim"]:
+        self, z: Tokens, label: Labels | None = None, decoding: Decoding | None = None
+    ) -> Tokens:
         """The reference: token by token, exact by construction; carries no gradient."""
         x = torch.zeros_like(z)
         with torch.inference_mode():  # a third of a small model's time is autograd's bookkeeping
@@ -131,10 +119,7 @@ class Solver(Protocol):
     """A way to invert one autoregressive transform."""
 
     def __call__(
-        self,
-        transform: AutoregressiveTransform,
-        z: Float[Tensor, "batch tokens dim"],
-        label: Int[Tensor, " batch"] | None,
-    ) -> Float[Tensor, "batch tokens dim"]:
+        self, transform: AutoregressiveTransform, z: Tokens, label: Labels | None
+    ) -> Tokens:
         """The x with transform(x, label)[0] == z."""
         ...

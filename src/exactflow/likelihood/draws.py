@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar, final
 
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Int, Integer
 from torch import Tensor
 
 from exactflow.core import grey_levels as grey
 from exactflow.core.model import GenerativeModel, evaluating
 from exactflow.core.progress import tracked
 from exactflow.core.randomness import generator, normal_rows, uniform_rows
+from exactflow.core.shapes import Values
 from exactflow.parallel.process_group import current
 
 T = TypeVar("T")
@@ -51,7 +52,7 @@ class Draws:
         draw: int,
         *,
         uniform: bool,
-    ) -> Float[Tensor, "batch *shape"]:
+    ) -> Values:
         """The noise of one draw for images of these numbers, on the model's device."""
         sources = [generator(self.seed, "score", number, draw) for number in numbers]
         rows = uniform_rows if uniform else normal_rows

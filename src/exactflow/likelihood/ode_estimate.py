@@ -15,6 +15,7 @@ from torch import Tensor
 from exactflow.core import grey_levels as grey
 from exactflow.core.prior import DiagonalGaussian
 from exactflow.core.randomness import generator, normal_rows, uniform_rows
+from exactflow.core.shapes import GreyLevels, Labels, PerSample
 from exactflow.likelihood.draws import ONE_DRAW, Draws
 from exactflow.likelihood.value import LogLikelihood, check_finite
 from exactflow.paths.ode import Dopri5, Field, OdeSolver, State, uniform_times
@@ -158,11 +159,8 @@ class _Trajectory:
     trace: Hutchinson | ExactTrace
 
     def score(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None,
-        numbers: range,
-    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch probes"], int]:
+        self, images: GreyLevels, label: Labels | None, numbers: range
+    ) -> tuple[PerSample, Float[Tensor, "batch probes"], int]:
         """ln of the mean density over draws, the same by each probe alone, and evaluations."""
         densities, evaluations, model = [], 0, self.model
         for draw in range(self.draws.k):
@@ -194,7 +192,7 @@ class _Trajectory:
 
 def with_divergence(
     model: PathModel,
-    label: Int[Tensor, " batch"] | None,
+    label: Labels | None,
     vectors: Float[Tensor, "probes batch channels height width"] | None,
 ) -> Field:
     """Rate of (x, ln det): the velocity, and its divergence by each probe, (batch, probes).

@@ -7,10 +7,11 @@ gives the probability flow that DDIM follows.
 from abc import abstractmethod
 from typing import ClassVar
 
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from exactflow.core.model import LikelihoodKind
+from exactflow.core.shapes import Images, Labels
 from exactflow.paths.chain import MarkovChain
 from exactflow.paths.path_model import PathModel
 
@@ -31,13 +32,13 @@ class ChainModel(PathModel):
     @abstractmethod
     def predict_noise(
         self,
-        x_t: Float[Tensor, "batch channels height width"],
+        x_t: Images,
         timestep: Shaped[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
+        label: Labels | None = None,
         low: Float[Tensor, "batch channels low_height low_width"] | None = None,
     ) -> tuple[
-        Float[Tensor, "batch channels height width"],
-        Float[Tensor, "batch channels height width"] | None,
+        Images,
+        Images | None,
     ]:
         """One evaluation of the network; without `low`, a `chain.Network`.
 

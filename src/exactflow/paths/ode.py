@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from exactflow.core.model import NonFiniteError
+from exactflow.core.shapes import PerSample
 from exactflow.paths.path import Path
 
 State = tuple[Tensor, ...]
@@ -285,7 +285,7 @@ def _dopri5(
 
 def _first_steps(
     rate: Callable[[Tensor, State], State], state: State, slope: State, tolerance: float
-) -> Float[Tensor, " batch"]:
+) -> PerSample:
     """Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4."""
     position, speed = (_size(y, state, state, tolerance) for y in (state, slope))
     small = (position < 1e-5) | (speed < 1e-5)
@@ -315,7 +315,7 @@ def _chosen(good: Tensor, yes: State, no: State) -> State:
     return tuple(torch.where(_spread(good, b), a, b) for a, b in zip(yes, no, strict=True))
 
 
-def _size(error: State, before: State, after: State, tolerance: float) -> Float[Tensor, " batch"]:
+def _size(error: State, before: State, after: State, tolerance: float) -> PerSample:
     """In units of the tolerance: of each row, the largest root mean square over the tensors."""
     sizes = []
     for e, a, b in zip(error, before, after, strict=True):

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float
 from torch import Tensor
 
 from exactflow.core import grey_levels as grey
 from exactflow.core.model import GenerativeModel, LikelihoodKind
+from exactflow.core.shapes import GreyLevels, Images, Labels, PerSample, Values
 from exactflow.parallel import shared_batch as batch
 from exactflow.paths.path import SINGULAR_MARGIN, Path, Point
 
@@ -22,11 +23,8 @@ Prediction = Literal["x0", "eps", "v", "velocity"]
 
 
 def data_and_noise(
-    prediction: Float[Tensor, "batch *shape"],
-    x_t: Float[Tensor, "batch *shape"],
-    point: Point,
-    source: Prediction,
-) -> tuple[Float[Tensor, "batch *shape"], Float[Tensor, "batch *shape"]]:
+    prediction: Values, x_t: Values, point: Point, source: Prediction
+) -> tuple[Values, Values]:
     """(x0, eps) that a prediction at x_t stands for.
 
     Divides by sigma for x0, by alpha for eps, by alpha^2 + sigma^2 or delta, which are never 0,
@@ -49,12 +47,7 @@ def data_and_noise(
             return x0, (d_alpha * x_t - alpha * prediction) / delta
 
 
-def combine(
-    x0: Float[Tensor, "batch *shape"],
-    eps: Float[Tensor, "batch *shape"],
-    point: Point,
-    target: Prediction,
-) -> Float[Tensor, "batch *shape"]:
+def combine(x0: Values, eps: Values, point: Point, target: Prediction) -> Values:
     """What a network that predicts `target` is to say of data x0 and noise eps; no division."""
     match target:
         case "x0":
@@ -68,12 +61,8 @@ def combine(
 
 
 def convert(
-    prediction: Float[Tensor, "batch *shape"],
-    x_t: Float[Tensor, "batch *shape"],
-    point: Point,
-    source: Prediction,
-    target: Prediction,
-) -> Float[Tensor, "batch *shape"]:
+    prediction: Values, x_t: Values, point: Point, source: Prediction, target: Prediction
+) -> Values:
     """A prediction of `source` at x_t, as one of `target`.
 
     Args:
@@ -101,7 +90,7 @@ def velocity_gain(point: Point, source: Prediction) -> Float[Tensor, "*times"]:
             return torch.ones_like(point.alpha)
 
 
-def spread(values: Float[Tensor, "*times"], x: Float[Tensor, "batch *shape"]) -> Tensor:
+def spread(values: Float[Tensor, "*times"], x: Values) -> Tensor:
     """One value per sample, shaped and typed to multiply x."""
     return values.to(x.dtype).reshape(values.shape + (1,) * (x.dim() - values.dim()))
 
@@ -111,8 +100,8 @@ def spread(values: Float[Tensor, "*times"], x: Float[Tensor, "batch *shape"]) ->
 class Posterior:
     """What a model knows of the data behind x_t: the mean, and the variance where it gives one."""
 
-    mean: Float[Tensor, "batch channels height width"]
-    var: Float[Tensor, "batch channels height width"] | None = None
+    mean: Images
+    var: Images | None = None
 
 
 class PathModel(GenerativeModel):
@@ -147,12 +136,7 @@ class PathModel(GenerativeModel):
         """What `predict` returns."""
 
     @abstractmethod
-    def predict(
-        self,
-        x_t: Float[Tensor, "batch channels height width"],
-        t: Float[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+    def predict(self, x_t: Images, t: PerSample, label: Labels | None = None) -> Images:
         """One evaluation of the network.
 
         Args:
@@ -175,31 +159,17 @@ class PathModel(GenerativeModel):
             last -= SINGULAR_MARGIN
         return first, last
 
-    def denoise(
-        self,
-        x_t: Float[Tensor, "batch channels height width"],
-        t: Float[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> Posterior:
+    def denoise(self, x_t: Images, t: PerSample, label: Labels | None = None) -> Posterior:
         """The data expected behind x_t (arguments as for `predict`)."""
         said = self.predict(x_t, t, label)
         return Posterior(convert(said, x_t, self.path.at(t), self.prediction, "x0"))
 
-    def velocity(
-        self,
-        x_t: Float[Tensor, "batch channels height width"],
-        t: Float[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+    def velocity(self, x_t: Images, t: PerSample, label: Labels | None = None) -> Images:
         """Rate of x_t of the probability flow in library time (arguments as for `predict`)."""
         said = self.predict(x_t, t, label)
         return convert(said, x_t, self.path.at(t), self.prediction, "velocity")
 
-    def as_data(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+    def as_data(self, images: GreyLevels, generator: torch.Generator | None = None) -> Images:
         """What the model is trained on: grey levels in [-1, 1], dequantised or centred."""
         grey.check_images(images, self.event_shape, self.levels)
         if not self.dequantized:
@@ -208,9 +178,7 @@ class PathModel(GenerativeModel):
         noise = batch.rand(images.shape, generator=generator, **options)
         return grey.dequantize(images, noise, self.levels)
 
-    def to_grey_levels(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Integer[Tensor, "batch channels height width"]:
+    def to_grey_levels(self, x: Images) -> GreyLevels:
         """Grey levels of images in [-1, 1]; only here is anything clipped to the range."""
         quantize = grey.quantize_dequantized if self.dequantized else grey.quantize_centered
         return quantize(x, self.levels)

@@ -10,11 +10,12 @@ import copy
 from typing import final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from exactflow.core.conditional import Conditional
 from exactflow.core.model import Flow, autoregressive_parts
+from exactflow.core.shapes import Images, Labels, Latents, PerSample, Tokens
 from exactflow.core.transform import AutoregressiveTransform
 from exactflow.sampling.guidance import Guidance, GuidedTransform
 
@@ -64,11 +65,8 @@ def solved(
 
 @torch.no_grad()
 def backward_error(
-    transform: AutoregressiveTransform,
-    u: Float[Tensor, "batch tokens dim"],
-    v: Float[Tensor, "batch tokens dim"],
-    label: Tensor | None,
-) -> Float[Tensor, " batch"]:
+    transform: AutoregressiveTransform, u: Tokens, v: Tokens, label: Tensor | None
+) -> PerSample:
     """max |f(u) - v| of each sample, by one pass of the network in its own arithmetic.
 
     The map itself is evaluated in float64, so that what is left is the solver's: it says how well
@@ -107,12 +105,7 @@ class Certificate:
                 part.forward = GuidedTransform(copy.copy(part), guidance, null_label).forward
 
     @torch.no_grad()
-    def __call__(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        z: Float[Tensor, "batch *latent"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, " batch"]:
+    def __call__(self, x: Images, z: Latents, label: Labels | None = None) -> PerSample:
         """max |encode(x) - z| of each image, NaN or infinite where that is; on the images' device.
 
         Args:

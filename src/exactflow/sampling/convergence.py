@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from exactflow.core.conditional import Affine
 from exactflow.core.model import Flow, NonFiniteError
+from exactflow.core.shapes import Tokens
 from exactflow.core.transform import AutoregressiveTransform
 
 Norm = Literal["2", "1", "fro"]
@@ -166,7 +167,7 @@ def _solved(
 
 def _step(
     transform: AutoregressiveTransform, guess: Tensor, v: Tensor, label: Tensor | None
-) -> Float[Tensor, "batch tokens dim"]:
+) -> Tokens:
     """F(guess): one Jacobi iteration, one evaluation of the network."""
     return transform.conditional.inverse(v, transform.conditioner(guess, label))
 

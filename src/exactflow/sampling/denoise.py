@@ -1,17 +1,12 @@
 """Removing the noise a model was trained with, by the score of its exact density."""
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from exactflow.core.model import Flow, log_density
+from exactflow.core.shapes import Images, Labels
 
 
-def score_denoise(
-    flow: Flow,
-    y: Float[Tensor, "batch channels height width"],
-    label: Int[Tensor, " batch"] | None = None,
-) -> Float[Tensor, "batch channels height width"]:
+def score_denoise(flow: Flow, y: Images, label: Labels | None = None) -> Images:
     """Tweedie's formula, E[x | y] = y + sigma^2 d/dy ln p(y | label) (arXiv 2412.06329, eq. 9).
 
     Args:

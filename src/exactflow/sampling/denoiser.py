@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from exactflow.core.shapes import Images, Labels, PerSample
+from exactflow.paths.chain import Steps
 from exactflow.paths.chain_model import ChainModel
 from exactflow.paths.path_model import PathModel, Prediction, convert
 
@@ -33,12 +35,7 @@ class ClassifierGuidance:
         if not 0 <= self.scale < math.inf:
             raise ValueError(f"expected a finite guidance scale >= 0, got {self.scale}")
 
-    def gradient(
-        self,
-        x_t: Float[Tensor, "batch channels height width"],
-        timestep: Int[Tensor, " batch"],
-        label: Int[Tensor, " batch"],
-    ) -> Float[Tensor, "batch channels height width"]:
+    def gradient(self, x_t: Images, timestep: Steps, label: Labels) -> Images:
         """s times the gradient of ln p(label | x_t) by x_t."""
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
@@ -62,7 +59,7 @@ class Denoiser:
     def __init__(
         self,
         model: PathModel,
-        label: Int[Tensor, " batch"] | None = None,
+        label: Labels | None = None,
         guidance: float | ClassifierGuidance = 0.0,
         low: Float[Tensor, "batch channels low_height low_width"] | None = None,
     ) -> None:
@@ -71,23 +68,16 @@ class Denoiser:
         self.scale = 0.0 if isinstance(guidance, ClassifierGuidance) else guidance
         self.evaluations = 0
 
-    def denoise(
-        self, x_t: Float[Tensor, "batch channels height width"], t: Float[Tensor, " batch"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def denoise(self, x_t: Images, t: PerSample) -> Images:
         """The data expected behind x_t at library times t."""
         return self._predicted(x_t, t, "x0")
 
-    def velocity(
-        self, x_t: Float[Tensor, "batch channels height width"], t: Float[Tensor, " batch"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def velocity(self, x_t: Images, t: PerSample) -> Images:
         """Rate of x_t of the probability flow in library time."""
         return self._predicted(x_t, t, "velocity")
 
     def noise(
-        self,
-        x_t: Float[Tensor, "batch channels height width"],
-        timestep: Int[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None,
+        self, x_t: Images, timestep: Steps, label: Labels | None
     ) -> tuple[Tensor, Tensor | None]:
         """Noise and place of the log-variance that a chain model predicts: a `chain.Network`.
 
@@ -104,9 +94,7 @@ class Denoiser:
             eps = eps + self.scale * (eps - other)
         return eps, v
 
-    def gradient(
-        self, x_t: Float[Tensor, "batch channels height width"], timestep: Int[Tensor, " batch"]
-    ) -> Float[Tensor, "batch channels height width"] | None:
+    def gradient(self, x_t: Images, timestep: Steps) -> Images | None:
         """Where the classifier guides to; None without one."""
         if self.classifier is None or self.label is None:
             return None

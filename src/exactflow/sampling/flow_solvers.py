@@ -12,10 +12,10 @@ from itertools import accumulate, pairwise
 from typing import Literal, final
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from exactflow.core.model import Flow, autoregressive_parts
+from exactflow.core.shapes import Labels, Tokens
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.sampling.certificate import WHILE_SOLVING, solved, tolerance_of
 
@@ -31,11 +31,8 @@ class Sequential:
     decoding: Decoding = field(default_factory=Decoding)
 
     def __call__(
-        self,
-        transform: AutoregressiveTransform,
-        z: Float[Tensor, "batch tokens dim"],
-        label: Int[Tensor, " batch"] | None,
-    ) -> Float[Tensor, "batch tokens dim"]:
+        self, transform: AutoregressiveTransform, z: Tokens, label: Labels | None
+    ) -> Tokens:
         return transform.inverse(z, label, self.decoding)
 
 
@@ -63,11 +60,8 @@ class Jacobi:
 
     @torch.no_grad()
     def __call__(
-        self,
-        transform: AutoregressiveTransform,
-        z: Float[Tensor, "batch tokens dim"],
-        label: Int[Tensor, " batch"] | None,
-    ) -> Float[Tensor, "batch tokens dim"]:
+        self, transform: AutoregressiveTransform, z: Tokens, label: Labels | None
+    ) -> Tokens:
         tolerance = WHILE_SOLVING * tolerance_of(transform, self.tolerance)
         u = first_guess(z, self.start)
         active = torch.arange(len(z), device=z.device)
@@ -112,11 +106,8 @@ class GaussSeidelJacobi:
 
     @torch.no_grad()
     def __call__(
-        self,
-        transform: AutoregressiveTransform,
-        z: Float[Tensor, "batch tokens dim"],
-        label: Int[Tensor, " batch"] | None,
-    ) -> Float[Tensor, "batch tokens dim"]:
+        self, transform: AutoregressiveTransform, z: Tokens, label: Labels | None
+    ) -> Tokens:
         """See `Solver`. Raises ValueError for lengths that are not those of the tokens."""
         tolerance = WHILE_SOLVING * tolerance_of(transform, self.tolerance)
         u = first_guess(z, self.start)
@@ -179,11 +170,8 @@ class Adaptive:
 
     @torch.no_grad()
     def __call__(
-        self,
-        transform: AutoregressiveTransform,
-        z: Float[Tensor, "batch tokens dim"],
-        label: Int[Tensor, " batch"] | None,
-    ) -> Float[Tensor, "batch tokens dim"]:
+        self, transform: AutoregressiveTransform, z: Tokens, label: Labels | None
+    ) -> Tokens:
         tolerance = WHILE_SOLVING * tolerance_of(transform, self.tolerance)
         u, tokens = z.clone(), z.shape[1]
         cache = transform.new_cache(z, self.decoding)
@@ -262,9 +250,7 @@ def own_tolerance(solver: object) -> float | None:
     return None
 
 
-def first_guess(
-    z: Float[Tensor, "batch tokens dim"], start: Start
-) -> Float[Tensor, "batch tokens dim"]:
+def first_guess(z: Tokens, start: Start) -> Tokens:
     """The latent, or zeros behind its first token."""
     u = z.clone()
     if start == "zeros":

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from exactflow.core.conditional import Affine
+from exactflow.core.shapes import Labels, PerSample, Tokens
 from exactflow.core.transform import AutoregressiveTransform, Decoding
 
 
@@ -88,19 +89,17 @@ class GuidedTransform(AutoregressiveTransform):
         self.conditional = transform.conditional
         self.predicts_first = transform.predicts_first
 
-    def new_cache(
-        self, x: Float[Tensor, "batch tokens dim"], decoding: Decoding | None = None
-    ) -> GuidedCache:
+    def new_cache(self, x: Tokens, decoding: Decoding | None = None) -> GuidedCache:
         tokens = torch.zeros_like(x).repeat(2, 1, 1)
         return GuidedCache(tokens, self.transform.new_cache(tokens, decoding))
 
     def conditioner(
         self,
         x: Float[Tensor, "batch stop dim"],
-        label: Int[Tensor, " batch"] | None = None,
+        label: Labels | None = None,
         cache: GuidedCache | None = None,
         start: int = 0,
-        temperature: Float[Tensor, " batch"] | None = None,
+        temperature: PerSample | None = None,
     ) -> Float[Tensor, "batch window size"]:
         """See `AutoregressiveTransform.conditioner`; a temperature is the conditional branch's."""
         batch, stop = x.shape[:2]

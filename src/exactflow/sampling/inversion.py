@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from exactflow.core.shapes import Labels, PerSample, Tokens
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.sampling.certificate import WHILE_SOLVING, backward_error, solved, tolerance_of
 from exactflow.sampling.flow_solvers import Sequential
@@ -70,10 +71,7 @@ class CountedTransform(AutoregressiveTransform):
     """
 
     def __init__(
-        self,
-        transform: AutoregressiveTransform,
-        v: Float[Tensor, "batch tokens dim"] | None = None,
-        tolerance: float = 0.0,
+        self, transform: AutoregressiveTransform, v: Tokens | None = None, tolerance: float = 0.0
     ) -> None:
         super().__init__()
         self.transform = transform
@@ -85,18 +83,16 @@ class CountedTransform(AutoregressiveTransform):
         self.passes: list[Pass] = []
         self._v, self._tolerance = v, tolerance
 
-    def new_cache(
-        self, x: Float[Tensor, "batch tokens dim"], decoding: Decoding | None = None
-    ) -> Any:
+    def new_cache(self, x: Tokens, decoding: Decoding | None = None) -> Any:
         return self.transform.new_cache(x, decoding)
 
     def conditioner(
         self,
         x: Float[Tensor, "batch stop dim"],
-        label: Int[Tensor, " batch"] | None = None,
+        label: Labels | None = None,
         cache: Any = None,
         start: int = 0,
-        temperature: Float[Tensor, " batch"] | None = None,
+        temperature: PerSample | None = None,
     ) -> Float[Tensor, "batch window size"]:
         """See `AutoregressiveTransform.conditioner`; a constant theta_0 costs no evaluation."""
         read = x.shape[1] - start if self.predicts_first else x.shape[1] - 1 - max(start - 1, 0)
@@ -156,11 +152,8 @@ class Inversion:
 
     @torch.no_grad()
     def __call__(
-        self,
-        transform: AutoregressiveTransform,
-        z: Float[Tensor, "batch tokens dim"],
-        label: Int[Tensor, " batch"] | None,
-    ) -> Float[Tensor, "batch tokens dim"]:
+        self, transform: AutoregressiveTransform, z: Tokens, label: Labels | None
+    ) -> Tokens:
         """Invert one block; see `Solver`. Raises ValueError for more blocks than solvers."""
         began = time.perf_counter()
         index = len(self.records)

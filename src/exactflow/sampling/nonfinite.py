@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from typing import Literal, final
 
-from jaxtyping import Float
-from torch import Tensor
-
 from exactflow.core.model import NonFiniteError
+from exactflow.core.shapes import Values
 
 OnNonFinite = Literal["raise", "omit"]
 
@@ -25,7 +23,7 @@ class Watch:
         self.on_nonfinite = on_nonfinite
         self.failures: dict[int, str] = {}
 
-    def __call__(self, result: Float[Tensor, "batch *shape"], place: str) -> None:
+    def __call__(self, result: Values, place: str) -> None:
         """Note or raise the first place of every sample that is not finite.
 
         Args:

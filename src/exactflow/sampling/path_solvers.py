@@ -12,9 +12,9 @@ from functools import singledispatch
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from exactflow.core.shapes import Images
 from exactflow.paths.chain import MarkovChain
 from exactflow.paths.ode import OdeSolver, State, edm_times, uniform_times
 from exactflow.paths.path import InterpolatedCosine, Path
@@ -52,12 +52,7 @@ class DPMSolver:
             raise ValueError(f"expected steps >= 1, got {self.steps}")
 
     @torch.no_grad()
-    def solve(
-        self,
-        denoiser: Denoiser,
-        x: Float[Tensor, "batch channels height width"],
-        times: Sequence[float],
-    ) -> Float[Tensor, "batch channels height width"]:
+    def solve(self, denoiser: Denoiser, x: Images, times: Sequence[float]) -> Images:
         """Follow the probability flow along `times`; every sample is computed by itself.
 
         Args:
@@ -113,10 +108,10 @@ class ChainSolver(ABC):
         self,
         chain: MarkovChain,
         denoiser: Denoiser,
-        x_t: Float[Tensor, "batch channels height width"],
+        x_t: Images,
         step: int,
-        noise: Float[Tensor, "batch channels height width"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+        noise: Images | None = None,
+    ) -> Images:
         """x_{t-1}.
 
         Args:
@@ -156,10 +151,10 @@ class Ancestral(ChainSolver):
         self,
         chain: MarkovChain,
         denoiser: Denoiser,
-        x_t: Float[Tensor, "batch channels height width"],
+        x_t: Images,
         step: int,
-        noise: Float[Tensor, "batch channels height width"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+        noise: Images | None = None,
+    ) -> Images:
         steps = torch.full((len(x_t),), step, device=x_t.device)
         kernel = chain.reverse_kernel(denoiser.noise, x_t, steps, denoiser.label, clip=self.clip)
         x, shift = kernel.mean, denoiser.gradient(x_t, chain.timesteps.to(steps.device)[steps])
@@ -198,10 +193,10 @@ class DDIM(ChainSolver):
         self,
         chain: MarkovChain,
         denoiser: Denoiser,
-        x_t: Float[Tensor, "batch channels height width"],
+        x_t: Images,
         step: int,
-        noise: Float[Tensor, "batch channels height width"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+        noise: Images | None = None,
+    ) -> Images:
         steps = torch.full((len(x_t),), step, device=x_t.device)
         x0 = chain.reverse_kernel(denoiser.noise, x_t, steps, denoiser.label, clip=self.clip).x0
         eps = chain.eps_from_x0(x0, x_t, steps)

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
+from exactflow.core.shapes import PerSample
 from exactflow.sampling.denoiser import ClassifierGuidance
 from exactflow.sampling.guidance import Guidance
 from exactflow.sampling.inversion import BlockRecord
@@ -113,7 +114,7 @@ class DrawnBatch:
     images: Float[Tensor, "steps batch channels height width"]
     evaluations: int
     failures: dict[int, str]
-    certificate: Float[Tensor, " batch"]
+    certificate: PerSample
     records: Sequence[BlockRecord] = ()
 
 
