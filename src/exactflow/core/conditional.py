@@ -1,4 +1,4 @@
-"""What an autoregressive flow does to one token, given what its conditioner predicts of it.
+"""Bijections of one token, given the parameters theta that a conditioner predicts for it.
 
 A conditional is a value without weights: a bijection z = g(x; theta) of the numbers of a token,
 increasing in each of them given those before it (the transformer of Papamakarios et al.,
@@ -26,14 +26,14 @@ Scale = float | Float[Tensor, "tokens 1"]
 SOFTPLUS_OFFSET = 0.541324854612918  # softplus(offset) = 1: raw output 0 is the identity
 LARGEST_COUPLING = 2.0  # of one number of a token to another
 LOGISTIC_SCALE = 1.7  # logit(p) / 1.7 is within 0.01 of the normal quantile
-SPREAD = 1.5  # means of a new mixture's components: from minus to plus this
-SPREAD_SCALE = 0.3  # and their least scale; where they are few, 0.4 of their distance
+LARGEST_MEAN = 1.5  # of a new mixture: its components lie evenly from minus to plus this
+LEAST_SCALE = 0.3  # of these components; 0.4 of their distance where that is more
 MOST_ITERATIONS = 100  # bisections alone need about 50 of them
 CLOSE = {torch.float32: 1e-7, torch.float64: 1e-12}  # last change of a root that is found
 
 
 class Conditional(ABC):
-    """A bijection of one token given its parameters theta; see the module."""
+    """A bijection z = g(x; theta) of one token, given its parameters theta; see the module."""
 
     @property
     @abstractmethod
@@ -63,12 +63,19 @@ class Conditional(ABC):
 
     @abstractmethod
     def named(self, theta: Numbers) -> Mapping[str, Tensor]:
-        """The parts of theta by their names, for people."""
+        """The parts of theta by their names, for tables and plots."""
+
+
+class LinearlyGuided(Conditional, ABC):
+    """A conditional whose whole theta guidance extrapolates."""
+
+    def extrapolate(self, theta: Theta, other: Theta, scale: Scale) -> Theta:
+        return theta + scale * (theta - other)
 
 
 @final
 @dataclass(frozen=True)
-class Affine(Conditional):
+class Affine(LinearlyGuided):
     """z = (x - m) exp(-a) for every number by itself (TarFlow, arXiv 2412.06329, eq. 4).
 
     theta is the log-scales a, then the shifts m.
@@ -107,9 +114,6 @@ class Affine(Conditional):
     def inverse(self, z: Tokens, theta: Theta) -> Tokens:
         log_scale, shift = theta.chunk(2, dim=-1)
         return torch.addcmul(shift, z, log_scale.exp())
-
-    def extrapolate(self, theta: Theta, other: Theta, scale: Scale) -> Theta:
-        return theta + scale * (theta - other)
 
     def named(self, theta: Numbers) -> Mapping[str, Tensor]:
         log_scale, shift = theta.chunk(2, dim=-1)
@@ -196,7 +200,7 @@ class Triangular(Conditional):
 
 @final
 @dataclass(frozen=True)
-class LogisticMixture(Conditional):
+class LogisticMixture(LinearlyGuided):
     """z = logit(F(x)) / 1.7, F the distribution function of a mixture of logistics, by number.
 
     (Ho et al., Flow++, arXiv 1902.00275, eq. 12.) theta is the log-weights, not normalised, the
@@ -219,8 +223,8 @@ class LogisticMixture(Conditional):
     def start(self) -> Float[Tensor, " size"]:
         means, log_scale = torch.zeros(self.components), -math.log(LOGISTIC_SCALE)
         if self.components > 1:
-            means = torch.linspace(-SPREAD, SPREAD, self.components)
-            log_scale = math.log(max(SPREAD_SCALE, 0.8 * SPREAD / (self.components - 1)))
+            means = torch.linspace(-LARGEST_MEAN, LARGEST_MEAN, self.components)
+            log_scale = math.log(max(LEAST_SCALE, 0.8 * LARGEST_MEAN / (self.components - 1)))
         raw = torch.stack([torch.zeros_like(means), means, torch.full_like(means, log_scale)])
         return raw[:, :, None].expand(3, self.components, self.dim).flatten()
 
@@ -260,10 +264,6 @@ class LogisticMixture(Conditional):
             if not bool(active.any()):
                 break
         return x.to(z.dtype)
-
-    def extrapolate(self, theta: Theta, other: Theta, scale: Scale) -> Theta:
-        """See `Conditional.extrapolate`: log-weights, means and log-scales."""
-        return theta + scale * (theta - other)
 
     def named(self, theta: Numbers) -> Mapping[str, Tensor]:
         names = "log_weight", "mean", "log_scale"

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from exactflow.core.conditional import SOFTPLUS_OFFSET, Conditional, Numbers, Scale, Theta
+from exactflow.core.conditional import SOFTPLUS_OFFSET, LinearlyGuided, Numbers, Theta
 from exactflow.core.shapes import PerSample, Tokens
 
 BOUND = 4.0  # B: splines are the identity beyond
@@ -21,7 +21,7 @@ LEAST = 1e-2  # share of a bin, and slope at a knot, at the least
 
 @final
 @dataclass(frozen=True)
-class Spline(Conditional):
+class Spline(LinearlyGuided):
     """z = g(x), g a monotone rational-quadratic spline on -B .. B and the identity outside.
 
     theta is, for all numbers of the token in turn, ln of the widths and of the heights of the bins,
@@ -71,9 +71,6 @@ class Spline(Conditional):
         a, b, c = height * (slope - first) + bent, height * first - bent, -slope * above
         place = 2 * c / (-b - (b * b - 4 * a * c).clamp(min=0).sqrt())
         return torch.where(inside, left + place * width, y).to(z.dtype)
-
-    def extrapolate(self, theta: Theta, other: Theta, scale: Scale) -> Theta:
-        return theta + scale * (theta - other)
 
     def named(self, theta: Numbers) -> Mapping[str, Tensor]:
         width, height, slope = self._parts(theta)
