@@ -1,8 +1,8 @@
 """A plain diffusion transformer: patches as tokens, conditioning by adaLN-zero.
 
 Peebles & Xie, Scalable Diffusion Models with Transformers, arXiv 2212.09748, section 3. Every block
-is modulated by six vectors read off the sum of the time's and the label's embedding, and starts as
-the identity. Written from the paper's mathematics.
+is modulated by six vectors, a linear function of the embedding of time and label, and starts as the
+identity. Written from the paper's mathematics.
 """
 
 import math
@@ -14,10 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exactflow.nn.unet_parts import sinusoidal_embedding
+
 NORM_EPS = 1e-6
 TIME_FREQUENCIES = 128  # a cosine and a sine each
-LONGEST_PERIOD = 10_000.0  # in units of 2 pi, of times and of positions
-EMBEDDING_STD = 0.02  # initial spread of the class table and of the time's network
+LONGEST_PERIOD = 10_000.0  # of positions, in units of 2 pi
+EMBEDDING_STD = 0.02  # of initial weights of the class table and of the time's network
 
 
 @final
@@ -96,7 +98,7 @@ class DiTBlock(nn.Module):
 
 @final
 class DiT(nn.Module):
-    """The network, from noisy images and their times to whatever it is trained for."""
+    """The network: noisy images or latents, times and labels -> a prediction."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -150,9 +152,7 @@ class DiT(nn.Module):
 
     def _condition(self, t: Tensor, label: Tensor | None) -> Tensor:
         """Embedding of the time plus that of the label."""
-        place = torch.arange(TIME_FREQUENCIES, device=t.device, dtype=t.dtype) / TIME_FREQUENCIES
-        phase = t[:, None] * torch.exp(-math.log(LONGEST_PERIOD) * place)
-        features = torch.cat([phase.cos(), phase.sin()], dim=1).to(self.time_in.weight.dtype)
+        features = sinusoidal_embedding(t, 2 * TIME_FREQUENCIES).to(self.time_in.weight.dtype)
         condition = self.time_out(F.silu(self.time_in(features)))
         if self.label is None:
             return condition

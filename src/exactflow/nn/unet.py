@@ -95,7 +95,7 @@ class UNetConfig:
 
     @property
     def size_divisor(self) -> int:
-        """What divides the height and width of every image the network takes."""
+        """Height and width of the images must be multiples of this."""
         return 2 ** (len(self.channel_mult) - 1)
 
     def attends(self, factor: int) -> bool:
@@ -136,7 +136,7 @@ def middle(config: UNetConfig) -> UNetStage:
 
 
 def _decoder(config: UNetConfig, kept: Sequence[int]) -> nn.ModuleList:
-    """The stages after the middle, which take up what the encoder kept, the last first."""
+    """The stages after the middle; each takes one result of the encoder too, the last one first."""
     stages, skips, channels = nn.ModuleList(), list(kept), config.widths[-1]
     for level in reversed(range(len(config.widths))):
         for index in range(config.num_res_blocks + 1):
@@ -233,9 +233,9 @@ class UNet(nn.Module):
         """The raw prediction, in x's type.
 
         Args:
-            x: noisy images, beside them whatever else the network is given as channels.
-            t: time as it enters the sinusoids: scaling it is the caller's.
-            label: rows of the label table; None just for a network without one.
+            x: noisy images, with further channels if the network takes any.
+            t: time as it enters the sinusoids; the caller scales it.
+            label: rows of the label table; None only for a network without one.
 
         Raises:
             ValueError: images that cannot be halved often enough, or labels missing or too many.
