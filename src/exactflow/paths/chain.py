@@ -21,8 +21,8 @@ Schedule = Literal["linear", "cosine"]
 FixedVariance = Literal["large", "small"]
 Steps = Int[Tensor, " batch"]  # index in a chain, of each image
 
-# (x_t, original timestep of each image, label) -> (eps, v): predicted noise, and the place of the
-# log-variance between its bounds, in [-1, 1] if it keeps between them; None where it is fixed.
+# (x_t, original timestep of each image, label) -> (eps, v): predicted noise, and the number that
+# places the log-variance between its bounds, -1 .. 1 from one to the other; None if it is fixed.
 Network = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 COSINE_OFFSET = 0.008  # s of iDDPM eq. 17: the first steps add at least a grey level of noise
@@ -139,7 +139,7 @@ class ReverseKernel:
     Attributes:
         mean: of the Gaussian.
         log_variance: its ln sigma^2; broadcasts to `mean`.
-        x0: the predicted image, clipped if that was asked for.
+        x0: the predicted image, after clipping if there is any.
     """
 
     mean: Images
@@ -149,7 +149,7 @@ class ReverseKernel:
 
 @final
 class MarkovChain:
-    """A forward chain q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t) and what reverses it.
+    """A forward chain q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t) and its reverse.
 
     Coefficients are float64 on the CPU; results have the dtype and device of x.
 
@@ -162,6 +162,11 @@ class MarkovChain:
 
     Raises:
         ValueError: for betas that make no chain.
+
+    Example:
+        >>> chain = MarkovChain(schedule_betas("cosine", 100)).respaced("10")
+        >>> chain.timesteps.tolist()
+        [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
     """
 
     def __init__(
@@ -185,7 +190,7 @@ class MarkovChain:
         self.previous_alpha_bar = torch.cat([betas.new_ones(1), self.alpha_bar[:-1]])
         noise = 1 - self.alpha_bar
         variance = betas * (1 - self.previous_alpha_bar) / noise
-        # q(x_0 | x_1, x_0) is a point: the next step's variance stands for it
+        # q(x_0 | x_1, x_0) has variance 0, whose logarithm is replaced by the next step's
         self.posterior_log_variance = torch.cat([variance[1:2], variance[1:]]).log()
         self.largest_log_variance = betas.log()
         self._x0_share = betas * self.previous_alpha_bar.sqrt() / noise
@@ -234,7 +239,7 @@ class MarkovChain:
         """ln sigma^2 of the kernel: between beta and the posterior's (iDDPM, eq. 15), or fixed.
 
         Args:
-            v: -1 gives the posterior's variance, 1 beta's, not confined to these; None: fixed.
+            v: -1 gives the posterior's variance, 1 beta's, and it may lie beyond; None: fixed.
             step: index in this chain.
             like: gives dtype and device.
         """
@@ -261,7 +266,7 @@ class MarkovChain:
     def reverse_kernel(
         self, network: Network, x_t: Images, step: Steps, label: Labels | None = None, *, clip: bool
     ) -> ReverseKernel:
-        """`kernel` of what `network` says; it is told the timesteps of the original chain."""
+        """`kernel` of the network's outputs; its timesteps are those of the original chain."""
         eps, v = network(x_t, self.timesteps.to(step.device)[step], label)
         return self.kernel(eps, v, x_t, step, clip=clip)
 

@@ -1,7 +1,7 @@
-"""Diffusion models with a discrete chain: what the variational bound and its samplers ask of one.
+"""Diffusion models with a discrete chain, as the variational bound and its samplers need them.
 
-A chain model is a path model as well: its network, asked at times between the steps of the chain,
-gives the probability flow that DDIM follows.
+A chain model is a path model as well: its network, evaluated at times between the steps of the
+chain, gives the probability flow that DDIM follows.
 """
 
 from abc import abstractmethod
@@ -44,12 +44,12 @@ class ChainModel(PathModel):
 
         Args:
             x_t: noisy images.
-            timestep: step of each in `chain`; real numbers stand for times between steps.
+            timestep: step of each in `chain`; a real number is a time between steps.
             label: class of each image; None for a dropped label.
             low: the small images in [-1, 1] that an upsampler enlarges; None for other models.
 
         Returns:
-            The predicted noise, and the place v of the log-variance between its bounds; None where
+            The predicted noise, and v, which places the log-variance between its bounds; None if
             the variance is fixed.
 
         Raises:

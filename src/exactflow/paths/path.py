@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SINGULAR_MARGIN = 1e-5  # how far short of a singular end a path is followed
-BISECTIONS = 64  # halvings of [0, 1]: more than float64 can tell apart
+BISECTIONS = 64  # halvings of [0, 1]: more than float64 resolves
 
 
 @final
@@ -43,7 +43,7 @@ class Point:
 
 
 class Path(ABC):
-    """The factors of data and noise as functions of time; the log-SNR rises with t."""
+    """alpha(t) and sigma(t), the factors of data and noise; the log-SNR rises with t."""
 
     @abstractmethod
     def at(self, t: Float[Tensor, "*times"]) -> Point:
@@ -66,6 +66,11 @@ class Straight(Path):
 
     Attributes:
         sigma_min: noise left at t = 1; 0 gives the straight path between noise and data.
+
+    Example:
+        >>> point = Straight().at(torch.tensor(0.25))
+        >>> float(point.alpha), float(point.sigma), float(point.d_sigma)
+        (0.25, 0.75, -1.0)
     """
 
     sigma_min: float = 0.0
@@ -232,7 +237,7 @@ class DiscreteBetas(Path):
 @final
 @dataclass(frozen=True)
 class InterpolatedCosine(Path):
-    """Cosine log-SNR, its resolution shift interpolated over time; variance preserving.
+    """Variance preserving, with a cosine log-SNR whose resolution shift changes over time.
 
     At t = 0 the schedule is shifted by 2 ln(low / size), at t = 1 by 2 ln(high / size), linearly
     between (Simple Diffusion, arXiv 2301.11093, eq. 5; HDiT, arXiv 2401.11605, section 4.1). Each
@@ -240,7 +245,7 @@ class InterpolatedCosine(Path):
 
     Attributes:
         size: side of the images.
-        low: side at which the unshifted cosine would be right for high noise.
+        low: side at which the cosine needs no shift for high noise.
         high: the same for low noise.
         sigma_min: noise level at t = 1.
         sigma_max: noise level at t = 0.
@@ -293,7 +298,7 @@ class InterpolatedCosine(Path):
         return at_low + t * gap, rate_low + gap + t * (rate_high - rate_low)
 
     def _angles(self, side: int) -> tuple[float, float, float]:
-        """Of the cosine made for `side`: the noise level at 45 degrees, first and last angle."""
+        """Noise level at 45 degrees, first and last angle of the cosine made for `side`."""
         level = self.sigma_data * self.size / side
         return level, math.atan(self.sigma_max / level), math.atan(self.sigma_min / level)
 
@@ -306,7 +311,7 @@ class InterpolatedCosine(Path):
 
 
 def _variance_preserving(log_alpha: Tensor, rate: Tensor) -> Point:
-    """The point with sigma^2 = 1 - alpha^2, of ln alpha and its rate."""
+    """The point with sigma^2 = 1 - alpha^2 for ln alpha and its rate."""
     alpha, sigma = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
     d_alpha = rate * alpha
     return Point(alpha, sigma, d_alpha, -alpha * d_alpha / sigma)

@@ -1,6 +1,6 @@
 """Models that follow a Gaussian path: diffusion and flow matching are this one class.
 
-What a network predicts at x_t = alpha x0 + sigma eps is one of four things, each of which gives
+A network predicts one of four quantities at x_t = alpha x0 + sigma eps, each of which determines
 the others: x0, the data; eps, the noise; v = alpha eps - sigma x0 (Salimans & Ho,
 arXiv 2202.00512); velocity = d_alpha x0 + d_sigma eps, the rate of x_t in library time.
 """
@@ -48,7 +48,7 @@ def data_and_noise(
 
 
 def combine(x0: Values, eps: Values, point: Point, target: Prediction) -> Values:
-    """What a network that predicts `target` is to say of data x0 and noise eps; no division."""
+    """The prediction of kind `target` that is right for data x0 and noise eps; no division."""
     match target:
         case "x0":
             return x0
@@ -66,11 +66,11 @@ def convert(
     """A prediction of `source` at x_t, as one of `target`.
 
     Args:
-        prediction: what the network said.
-        x_t: where it said it.
+        prediction: the network's output.
+        x_t: its input.
         point: the path at the times of x_t, (batch,) or a scalar.
-        source: what `prediction` is.
-        target: what is asked for.
+        source: kind of `prediction`.
+        target: kind of the result.
     """
     if source == target:
         return prediction
@@ -78,7 +78,7 @@ def convert(
 
 
 def velocity_gain(point: Point, source: Prediction) -> Float[Tensor, "*times"]:
-    """How far the velocity moves when the prediction moves by 1: `convert` is affine."""
+    """Derivative of the velocity by the prediction, at fixed x_t: `convert` is affine."""
     match source:
         case "x0":
             return point.delta / point.sigma
@@ -98,7 +98,7 @@ def spread(values: Float[Tensor, "*times"], x: Values) -> Tensor:
 @final
 @dataclass(frozen=True)
 class Posterior:
-    """What a model knows of the data behind x_t: the mean, and the variance where it gives one."""
+    """Mean of the data given x_t, and its variance if the model predicts one."""
 
     mean: Images
     var: Images | None = None
@@ -108,10 +108,9 @@ class PathModel(GenerativeModel):
     """A network that predicts data, noise or velocity along a path.
 
     Attributes:
-        usual_solver: what samples are drawn with where nothing else is asked for.
+        usual_solver: name of the solver that "auto" stands for.
         dequantized: whether the model is one of uniformly dequantised images; otherwise of
             centred grey levels.
-        usual_solver: name of the solver that it is usually sampled with.
     """
 
     iterative: ClassVar[bool] = True
@@ -133,7 +132,7 @@ class PathModel(GenerativeModel):
     @property
     @abstractmethod
     def prediction(self) -> Prediction:
-        """What `predict` returns."""
+        """The kind of quantity that `predict` returns."""
 
     @abstractmethod
     def predict(self, x_t: Images, t: PerSample, label: Labels | None = None) -> Images:
@@ -149,7 +148,7 @@ class PathModel(GenerativeModel):
     def span(self) -> tuple[float, float]:
         """The path's span, short of an end where this prediction gives no velocity.
 
-        Noise says nothing of the data where alpha = 0, data nothing of the noise where sigma = 0.
+        Noise does not determine the data where alpha = 0, nor data the noise where sigma = 0.
         """
         first, last = self.path.span
         ends = self.path.at(torch.tensor([first, last], dtype=torch.float64))
@@ -161,16 +160,16 @@ class PathModel(GenerativeModel):
 
     def denoise(self, x_t: Images, t: PerSample, label: Labels | None = None) -> Posterior:
         """The data expected behind x_t (arguments as for `predict`)."""
-        said = self.predict(x_t, t, label)
-        return Posterior(convert(said, x_t, self.path.at(t), self.prediction, "x0"))
+        predicted = self.predict(x_t, t, label)
+        return Posterior(convert(predicted, x_t, self.path.at(t), self.prediction, "x0"))
 
     def velocity(self, x_t: Images, t: PerSample, label: Labels | None = None) -> Images:
         """Rate of x_t of the probability flow in library time (arguments as for `predict`)."""
-        said = self.predict(x_t, t, label)
-        return convert(said, x_t, self.path.at(t), self.prediction, "velocity")
+        predicted = self.predict(x_t, t, label)
+        return convert(predicted, x_t, self.path.at(t), self.prediction, "velocity")
 
     def as_data(self, images: GreyLevels, generator: torch.Generator | None = None) -> Images:
-        """What the model is trained on: grey levels in [-1, 1], dequantised or centred."""
+        """The data of training: grey levels in [-1, 1], dequantised or centred."""
         grey.check_images(images, self.event_shape, self.levels)
         if not self.dequantized:
             return grey.center(images, self.levels, self.wide_dtype)
