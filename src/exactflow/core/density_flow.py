@@ -32,13 +32,13 @@ class DensityFlow(Flow, ABC):
         return self.event_shape
 
     def with_noise(self, images: GreyLevels, noise: Images) -> Images:
-        """What the flow has the density of: images in [-1, 1] with the noise of one draw."""
+        """Images in [-1, 1] with the noise of one draw: the variable of the flow's density."""
         if self.noise_std > 0:
             return grey.center(images, self.levels, noise.dtype) + self.noise_std * noise
         return grey.dequantize(images, noise, self.levels)
 
     def add_noise(self, images: GreyLevels, generator: torch.Generator | None = None) -> Images:
-        """Images with the noise of training. Raises ValueError for what are no grey levels."""
+        """Images with training noise. Raises ValueError unless they are grey levels."""
         grey.check_images(images, self.event_shape, self.levels)
         options = {"dtype": self.wide_dtype, "device": images.device}
         draw = batch.randn if self.noise_std > 0 else batch.rand
@@ -70,8 +70,8 @@ class FittedFlow(DensityFlow):
         Args:
             batches: grey levels 0 .. levels-1; iterated once or several times, each time alike.
             seed: names the dequantisation noise, where the fit needs any.
-            report: told what is being done, for people.
+            report: called with a line of text for the user at each step.
 
         Raises:
-            ValueError: no images, or images that are not the model's.
+            ValueError: no images, or images of another shape or range than the model's.
         """
