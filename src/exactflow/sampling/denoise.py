@@ -1,4 +1,4 @@
-"""Removing the noise a model was trained with, by the score of its exact density."""
+"""Removal of training noise from samples, by the score of a flow's exact density."""
 
 import torch
 
@@ -14,7 +14,7 @@ def score_denoise(flow: Flow, y: Images, label: Labels | None = None) -> Images:
         y: noisy images in [-1, 1] units, as such a model samples them; not clipped.
 
     Raises:
-        ValueError: for a model trained with dequantisation noise, where the formula has no sense.
+        ValueError: for a model trained with dequantisation noise, to which it does not apply.
     """
     if flow.noise_std == 0:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a solver asks of a model on a path: its predictions, guided, and counted."""
+"""Predictions of a model on a path for a solver: guided, and counted."""
 
 import math
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class ClassifierGuidance:
 
 @final
 class Denoiser:
-    """A model for one batch: its labels, its guidance, and how often it was evaluated.
+    """A model with the labels and guidance of one batch; it counts its evaluations.
 
     Args:
         model: any model on a path.
@@ -79,10 +79,10 @@ class Denoiser:
     def noise(
         self, x_t: Images, timestep: Steps, label: Labels | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Noise and place of the log-variance that a chain model predicts: a `chain.Network`.
+        """Predictions of a chain model, as a `chain.Network`.
 
-        The variance is the conditional's; an unconditional model is not told where a classifier
-        guides.
+        Guidance leaves the variance as the conditional's. An unconditional model gets no label,
+        which only a classifier uses then.
         """
         model = chain_model(self.model)
         self.evaluations += 1
@@ -95,7 +95,7 @@ class Denoiser:
         return eps, v
 
     def gradient(self, x_t: Images, timestep: Steps) -> Images | None:
-        """Where the classifier guides to; None without one."""
+        """The classifier's gradient; None without one."""
         if self.classifier is None or self.label is None:
             return None
         return self.classifier.gradient(x_t, timestep, self.label)
@@ -103,15 +103,15 @@ class Denoiser:
     def _predicted(self, x_t: Tensor, t: Tensor, target: Prediction) -> Tensor:
         model = self.model
         self.evaluations += 1
-        said = model.predict(x_t, t, self.label)
+        predicted = model.predict(x_t, t, self.label)
         if self.scale:
             self.evaluations += 1
-            said = said + self.scale * (said - model.predict(x_t, t, None))
-        return convert(said, x_t, model.path.at(t), model.prediction, target)
+            predicted = predicted + self.scale * (predicted - model.predict(x_t, t, None))
+        return convert(predicted, x_t, model.path.at(t), model.prediction, target)
 
 
 def chain_model(model: PathModel) -> ChainModel:
-    """The model, of a chain. Raises ValueError for one without."""
+    """The model, if it has a chain. Raises ValueError otherwise."""
     if not isinstance(model, ChainModel):
         raise ValueError(f"expected a model with a chain, got {model.kind!r}")
     return model
