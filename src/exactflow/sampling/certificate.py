@@ -88,7 +88,8 @@ class Certificate:
         null_label: see `GuidedTransform`.
 
     Example:
-        >>> model = exactflow.build("tarflow-tiny")  # after import exactflow
+        >>> from exactflow import build
+        >>> model = build("tarflow-tiny")
         >>> z, _ = model.encode(torch.zeros(2, *model.event_shape))
         >>> residual = Certificate(model)(model.decode(z), z)  # one number per image
     """

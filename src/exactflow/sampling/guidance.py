@@ -19,7 +19,7 @@ from exactflow.core.transform import AutoregressiveTransform, Decoding
 @final
 @dataclass(frozen=True)
 class Guidance:
-    """How far to move from the unconditional towards (and past) the conditional parameters.
+    """Guidance of a flow: theta = theta_c + w (theta_c - theta_u), or a product of Gaussians.
 
     Attributes:
         scale: w; 0 leaves the model as it is.
@@ -27,8 +27,8 @@ class Guidance:
             and log-scales), or multiply the Gaussians p_c^(1+w) / p_u^w of affine conditionals,
             "gaussian-score" (STARFlow, arXiv 2506.06276).
         schedule: "linear" uses w t / (N - 1) for token t, "constant" w for all.
-        temperature: attention temperature of the unconditional branch; what an unconditional
-            model is guided by.
+        temperature: attention temperature of the unconditional branch; an unconditional model is
+            guided by this alone.
     """
 
     scale: float
@@ -37,7 +37,7 @@ class Guidance:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for unknown rules and schedules and for a useless temperature."""
+        """Raise ValueError for unknown rules and schedules and for bad numbers."""
         if self.rule not in ("extrapolate", "gaussian-score"):
             raise ValueError(
                 f"expected guidance rule 'extrapolate' or 'gaussian-score', got {self.rule!r}"
@@ -55,7 +55,7 @@ class Guidance:
 
 @final
 class GuidedCache:
-    """The transform's own cache for both branches, their tokens, labels and temperatures."""
+    """The inner transform's cache for both branches, with their tokens, labels, temperatures."""
 
     def __init__(self, tokens: Float[Tensor, "double tokens dim"], inner: Any) -> None:
         self.tokens = tokens
@@ -105,7 +105,7 @@ class GuidedTransform(AutoregressiveTransform):
         batch, stop = x.shape[:2]
         if cache is None:
             pair, branches, inner = x.repeat(2, 1, 1), self._branches(x, label, temperature), None
-        else:  # only what is evaluated is copied: the rest is there from before
+        else:  # only tokens that are evaluated are copied: earlier ones were copied before
             pair, inner = cache.tokens[:, :stop], cache.inner
             first = max(start - 1, 0)
             pair.unflatten(0, (2, batch))[:, :, first:] = x[:, first:]

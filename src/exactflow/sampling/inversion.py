@@ -1,4 +1,4 @@
-"""Inverting a flow block by block, with what it cost and how exact it came out."""
+"""Inversion of a flow block by block, with records of its cost and repairs."""
 
 import time
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ class Pass:
         start: first token whose parameters were asked for.
         stop: one past the last.
         rows: samples evaluated.
-        least: tokens known afterwards in the sample that has the fewest: those up to `start`, the
-            solved ones behind, and the one computed from them. None where samples have left the
-            batch: which ones is the solver's business.
-        greatest: the same in the sample that has the most.
+        least: known tokens after the pass, in the sample with the fewest: those before `start`,
+            the solved ones from there on, and the next one, computed from them. None if samples
+            have left the batch, since only the solver knows which.
+        greatest: the same in the sample with the most.
     """
 
     start: int
@@ -42,14 +42,14 @@ class Pass:
 @final
 @dataclass(frozen=True)
 class BlockRecord:
-    """What inverting one block took and gave.
+    """Cost and repairs of the inversion of one block.
 
     Attributes:
         evaluations: network passes, whatever their width; repairs included, checks not.
         tokens: tokens evaluated, summed over passes, per sample.
         seconds: wall-clock, repairs included.
-        repaired: which samples were inverted again, token by token, since the solver had left their
-            backward error above the tolerance.
+        repaired: whether each sample was inverted again, token by token, because its backward error
+            was above the tolerance.
         passes: every evaluation; empty unless they were observed.
     """
 
@@ -62,10 +62,10 @@ class BlockRecord:
 
 @final
 class CountedTransform(AutoregressiveTransform):
-    """A transform that counts what is asked of it.
+    """A transform that counts evaluations of another one.
 
     Args:
-        transform: what does the work.
+        transform: the other one.
         v: the latents that are being inverted, to observe every pass; None: only count.
         tolerance: backward error up to which an observed token counts as known.
     """
@@ -121,13 +121,13 @@ class Inversion:
     """A solver that guides, repairs, watches for non-finite values and keeps records.
 
     Args:
-        solvers: what does the work: one for every block in generation order, or one for all.
-        seeds: the samples' names in error messages.
+        solvers: one for every block in generation order, or one for all.
+        seeds: of the samples, for error messages.
         guidance: None for none.
         null_label: see `GuidedTransform`.
         on_nonfinite: see `Watch`.
         tolerance: backward error of a block above which a sample is inverted again, token by
-            token; None: by the network's dtype. Of solvers that are not exact by construction.
+            token; None: by the network's dtype. Not checked for the sequential solver.
         observe: keep a record of every pass.
     """
 
@@ -188,7 +188,7 @@ class Inversion:
 
 
 def _is_exact(solver: Solver) -> bool:
-    """Whether it computes every token from its final prefix in the network's own dtype."""
+    """Whether it is the reference inverse in the network's own dtype."""
     return isinstance(solver, Sequential) and solver.decoding.dtype is None
 
 
@@ -200,12 +200,9 @@ def _repair(
     label: Tensor | None,
     rows: Tensor,
 ) -> None:
-    """Put the reference inverse of these samples into `u`.
-
-    Where rounding leaves the reference further off than what is there, that stays.
-    """
+    """Put the reference inverse of these samples into `u`, unless its residual is larger."""
     part = None if label is None else label[rows]
     again = transform.inverse(z[rows], part)
     after = backward_error(transform.transform, again, z[rows], part)
-    better = ~(after > residual[rows])  # also where either is not finite: the reference decides
+    better = ~(after > residual[rows])  # also if either is not finite
     u[rows] = torch.where(better[:, None, None], again, u[rows])

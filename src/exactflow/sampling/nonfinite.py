@@ -1,4 +1,4 @@
-"""What is not a number is found where it appears: an error, or a sample left out and named."""
+"""Detection of NaN and infinity where they appear: an error, or samples that are left out."""
 
 from collections.abc import Sequence
 from typing import Literal, final
@@ -11,10 +11,10 @@ OnNonFinite = Literal["raise", "omit"]
 
 @final
 class Watch:
-    """Looks at the results of a batch.
+    """A check of the results of a batch.
 
     Args:
-        seeds: the samples' names.
+        seeds: of the samples, for messages.
         on_nonfinite: raise NonFiniteError, or note the sample in `failures` and go on.
     """
 
@@ -28,7 +28,7 @@ class Watch:
 
         Args:
             result: tokens, (batch, tokens, dim), or images.
-            place: where they come from.
+            place: block or step that they come from.
         """
         finite = result.isfinite().flatten(2).all(-1)
         if bool(finite.all()):
