@@ -1,4 +1,4 @@
-"""The noise that images are scored with: image i's is a function of (seed, i), in any batch."""
+"""Noise for scoring images: that of image i is a function of (seed, i), in any batch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ T = TypeVar("T")
 @final
 @dataclass(frozen=True)
 class Draws:
-    """Which noise, and how many images together.
+    """Seed and number of noise draws, and the batch size.
 
     Attributes:
         k: noise draws per image.
-        seed: names the noise.
-        first: number of the first image, where the images are a part of a set.
+        seed: of the noise.
+        first: number of the first image, if the images are a part of a set.
         batch_size: images scored together.
         progress: show a bar.
     """
@@ -71,7 +71,7 @@ class Draws:
         Processes that work together share the batches; the model is in evaluation mode.
 
         Raises:
-            ValueError: for images that are not the model's, or labels that it cannot take.
+            ValueError: for images of another shape or range than the model's, or wrong labels.
         """
         grey.check_images(images, model.event_shape, model.levels)
         model.check_label(None if label is None else label.cpu(), len(images))

@@ -1,4 +1,4 @@
-"""Solvers of models on a path: by its differential equation, or step by step back along its chain.
+"""Solvers of models on a path: of its differential equation, or of its chain step by step.
 
 A solver is a value with its own options, and a generator of states from noise to images.
 """
@@ -17,13 +17,13 @@ from torch import Tensor
 from exactflow.core.shapes import Images
 from exactflow.paths.chain import MarkovChain
 from exactflow.paths.ode import OdeSolver, State, edm_times, uniform_times
-from exactflow.paths.path import InterpolatedCosine, Path
+from exactflow.paths.path import InterpolatedCosine
 from exactflow.paths.path_model import PathModel
 from exactflow.sampling.denoiser import Denoiser, chain_model
 from exactflow.sampling.noise import Noise
 from exactflow.sampling.nonfinite import OnNonFinite
 
-SIGMA_MAX, SIGMA_MIN = 160.0, 1e-2  # noise levels that HDiT is sampled between
+SIGMA_MAX, SIGMA_MIN = 160.0, 1e-2  # first and last noise level of HDiT's samples
 
 
 @final
@@ -36,12 +36,12 @@ class DPMSolver:
 
         x_t = sigma_t / sigma_s x_s + sigma_t * (integral from l_s to l_t of e^l D dl),
 
-    and a step takes D as what the last two evaluations say of the middle of the step. The first and
-    the last step are of first order: before the first nothing is known, and the last may end
-    without noise, infinitely far in log-SNR.
+    and a step extrapolates D to its middle from the last two evaluations. The first and the last
+    step are of first order: the first has no earlier evaluation, and the last may end without
+    noise, infinitely far in log-SNR.
 
     Attributes:
-        steps: how many, of one evaluation each.
+        steps: their number, of one evaluation each.
     """
 
     steps: int = 50
@@ -56,10 +56,9 @@ class DPMSolver:
         """Follow the probability flow along `times`; every sample is computed by itself.
 
         Args:
-            denoiser: says what is expected behind x.
+            denoiser: gives D.
             x: points at the first of `times`.
-            times: steps + 1 rising library times, from noise to data; see `log_snr_times` and
-                `edm_times`.
+            times: steps + 1 rising library times, from noise to data; see `edm_times`.
 
         Raises:
             ValueError: another number of times, or times that do not rise within [0, 1].
@@ -87,10 +86,10 @@ class DPMSolver:
 
 @dataclass(frozen=True)
 class ChainSolver(ABC):
-    """How x_{t-1} is made from x_t, and for which of a chain's steps.
+    """A rule for x_{t-1} given x_t, and the steps of a chain to which it is applied.
 
     Attributes:
-        steps: taken, at equal distances; None: the usual number, or all of a shorter chain.
+        steps: their number, at equal distances; None: the usual one, or all of a shorter chain.
         clip: confine each predicted image to [-1, 1], as the published samplers do.
     """
 
@@ -115,9 +114,9 @@ class ChainSolver(ABC):
         """x_{t-1}.
 
         Args:
-            chain: perhaps respaced.
+            chain: the whole chain of the model, or a respaced one.
             denoiser: of a chain model.
-            x_t: where the samples are.
+            x_t: the samples at this step.
             step: index in `chain`, the same for all; the result of step 0 is the image.
             noise: standard normal; None at step 0 and for a solver that is not stochastic.
         """
@@ -168,9 +167,11 @@ class Ancestral(ChainSolver):
 class DDIM(ChainSolver):
     """Song et al., Denoising Diffusion Implicit Models, arXiv 2010.02502, eq. 12 and 16.
 
-    Where images are clipped, the noise is what then leads to x_t. A classifier shifts the noise
-    against its gradient (arXiv 2105.05233, algorithm 2); the image that follows from it is not
-    clipped again.
+        x_{t-1} = sqrt(ab_{t-1}) x0 + sqrt(1 - ab_{t-1} - s^2) eps + s noise,
+        s = eta sqrt((1 - ab_{t-1}) / (1 - ab_t) (1 - ab_t / ab_{t-1})),  ab = alpha-bar.
+
+    If x0 is clipped, eps is the noise that leads from it to x_t. A classifier shifts eps against
+    its gradient (arXiv 2105.05233, algorithm 2); the x0 of that eps is not clipped again.
 
     Attributes:
         eta: 0 is deterministic; 1, over all steps, ancestral sampling with the posterior's
@@ -217,7 +218,7 @@ PathSolver = OdeSolver | DPMSolver | ChainSolver
 def states(
     solver: object, denoiser: Denoiser, noise: Noise, on_nonfinite: OnNonFinite
 ) -> Iterator[Tensor]:
-    """What a solver reaches on its way from noise, the images last; see `PathSolver`."""
+    """The states of a `PathSolver` on its way from noise, the images last."""
     raise ValueError(f"expected a solver of models on a path, got {solver!r}")
 
 
@@ -262,39 +263,17 @@ def _(
 
 
 def steps_of(solver: PathSolver, model: PathModel) -> int:
-    """How many states it gives. Raises ValueError for steps that the chain does not have."""
+    """Number of its `states`. Raises ValueError for steps that the chain does not have."""
     return solver.kept(chain_model(model).chain).steps if isinstance(solver, ChainSolver) else 1
 
 
 def _published_times(model: PathModel, steps: int) -> list[float] | None:
-    """Noise levels that models of this path are sampled at; None: even steps do."""
+    """Times at which models of this path are usually sampled; None: at even steps."""
     if isinstance(model.path, InterpolatedCosine):
         return edm_times(model.path, steps, SIGMA_MAX, SIGMA_MIN)
     return None
 
 
 def _start(model: PathModel, times: Sequence[float], noise: Noise) -> Tensor:
-    """Points at the first of the times."""
+    """Noise scaled to points at the first of the times."""
     return float(model.path.at(torch.tensor(times[0], dtype=torch.float64)).sigma) * noise()
-
-
-def log_snr_times(path: Path, steps: int, span: tuple[float, float] | None = None) -> list[float]:
-    """steps + 1 library times at equal distances in log-SNR.
-
-    Args:
-        path: where the times are on.
-        steps: at least 1.
-        span: first and last time, where the log-SNR is finite; None: the path's own span.
-
-    Raises:
-        ValueError: no step, or an end of infinite log-SNR.
-    """
-    first, last = path.span if span is None else span
-    ends = path.at(torch.tensor([first, last], dtype=torch.float64)).log_snr
-    if steps < 1 or not bool(ends.isfinite().all()):
-        raise ValueError(
-            "expected at least one step between times of finite log-SNR, "
-            f"got {steps} steps from {first} to {last} with log-SNR {ends.tolist()}"
-        )
-    inner = torch.linspace(float(ends[0]), float(ends[1]), steps + 1, dtype=torch.float64)[1:-1]
-    return [first, *path.time_of(inner).tolist(), last]
