@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from exactflow.core.shapes import Labels, Latents, PerSample, Values
 from exactflow.core.transform import Transform
 
+Context = Float[Tensor, "batch *features"]  # further inputs of a map, which it does not transform
+
 
 @final
 @dataclass(frozen=True)
@@ -50,26 +52,18 @@ class ReversibleTransform(Transform, ABC):
 
     @abstractmethod
     def forward(
-        self,
-        x: Values,
-        label: Labels | None = None,
-        context: Float[Tensor, "batch *features"] | None = None,
+        self, x: Values, label: Labels | None = None, context: Context | None = None
     ) -> tuple[Latents, PerSample]:
         """See `Transform.forward`."""
 
     @abstractmethod
     def inverse(
-        self,
-        z: Latents,
-        label: Labels | None = None,
-        context: Float[Tensor, "batch *features"] | None = None,
+        self, z: Latents, label: Labels | None = None, context: Context | None = None
     ) -> Values:
         """See `Transform.inverse`."""
 
     @abstractmethod
-    def retrace(
-        self, z: Latents, context: Float[Tensor, "batch *features"] | None = None
-    ) -> Retraced:
+    def retrace(self, z: Latents, context: Context | None = None) -> Retraced:
         """The x of z, and `forward` of that x, at the cost of about one `forward`.
 
         Call this with gradients enabled. They flow to `inputs`, parameters and context, not to the
@@ -83,9 +77,7 @@ class ElementaryTransform(ReversibleTransform, ABC):
     A matrix product at each pixel is about the limit.
     """
 
-    def retrace(
-        self, z: Latents, context: Float[Tensor, "batch *features"] | None = None
-    ) -> Retraced:
+    def retrace(self, z: Latents, context: Context | None = None) -> Retraced:
         with torch.no_grad():
             x = self.inverse(z, context=context)
         x = x.detach().requires_grad_()
@@ -107,9 +99,7 @@ class Composition(nn.Module, ABC):
         composition of them saves memory.
         """
 
-    def through(
-        self, x: Values, context: Float[Tensor, "batch *features"] | None = None
-    ) -> tuple[Latents, PerSample]:
+    def through(self, x: Values, context: Context | None = None) -> tuple[Latents, PerSample]:
         """x through all parts, and the sum of their ln |det|."""
         log_abs_det = x.new_zeros(len(x))
         for part in self.parts:

@@ -25,22 +25,17 @@ LAYOUT_FILE = ".metadata"
 _LAYOUT_BYTES = 2**28
 _PART = re.compile(r"__\d+_\d+\.distcp")
 _DIMENSIONS = 16
-_STAND_INS = (
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            *("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata"),
-            *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-        )
+_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+_STAND_INS = {  # module -> names of classes that are replaced
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata"),
+        *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
     ),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(
-        (module, name)
-        for module in ("pathlib", "pathlib._local")
-        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
-    ),
-    ("torch.serialization", "_get_layout"),
-)
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,
+}
 
 
 def read_layout(folder: Path) -> Any:
@@ -114,7 +109,9 @@ class _LayoutOnly(pickle.Unpickler):
         super().__init__(file)
         # New classes for each pickle, which can set their attributes.
         self._known: dict[tuple[str, str], Any] = {
-            (module, name): _stand_in(name) for module, name in _STAND_INS
+            (module, name): _stand_in(name)
+            for module, names in _STAND_INS.items()
+            for name in names
         }
         self._known["torch", "Size"] = tuple
 

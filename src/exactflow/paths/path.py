@@ -59,9 +59,17 @@ class Path(ABC):
         """First and last time between which the path is followed: all rates are finite there."""
 
 
+class WholePath(Path, ABC):
+    """A path whose rates are finite at both ends."""
+
+    @property
+    def span(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+
 @final
 @dataclass(frozen=True)
-class Straight(Path):
+class Straight(WholePath):
     """alpha = t, sigma = 1 - (1 - sigma_min) t: optimal transport (arXiv 2210.02747, eq. 20).
 
     Attributes:
@@ -80,10 +88,6 @@ class Straight(Path):
         if not 0 <= self.sigma_min < 1:
             raise ValueError(f"expected sigma_min in [0, 1), got {self.sigma_min}")
 
-    @property
-    def span(self) -> tuple[float, float]:
-        return 0.0, 1.0
-
     def at(self, t: Float[Tensor, "*times"]) -> Point:
         one = torch.ones_like(t)
         sigma = (1 - t) + self.sigma_min * t  # exact near t = 1
@@ -95,7 +99,7 @@ class Straight(Path):
 
 @final
 @dataclass(frozen=True)
-class Polynomial(Path):
+class Polynomial(WholePath):
     """alpha = t^n, sigma = 1 - t^n."""
 
     n: float = 2.0
@@ -104,10 +108,6 @@ class Polynomial(Path):
         """Raise ValueError unless n >= 1: the rate at t = 0 would be infinite."""
         if not self.n >= 1:
             raise ValueError(f"expected an exponent of at least 1, got {self.n}")
-
-    @property
-    def span(self) -> tuple[float, float]:
-        return 0.0, 1.0
 
     def at(self, t: Float[Tensor, "*times"]) -> Point:
         alpha, rate = t**self.n, self.n * t ** (self.n - 1)
@@ -136,12 +136,8 @@ class LinearVP(Path):
 
 @final
 @dataclass(frozen=True)
-class Cosine(Path):
+class Cosine(WholePath):
     """alpha = sin(pi t / 2), sigma = cos(pi t / 2)."""
-
-    @property
-    def span(self) -> tuple[float, float]:
-        return 0.0, 1.0
 
     def at(self, t: Float[Tensor, "*times"]) -> Point:
         quarter = math.pi / 2
@@ -236,7 +232,7 @@ class DiscreteBetas(Path):
 
 @final
 @dataclass(frozen=True)
-class InterpolatedCosine(Path):
+class InterpolatedCosine(WholePath):
     """Variance preserving, with a cosine log-SNR whose resolution shift changes over time.
 
     At t = 0 the schedule is shifted by 2 ln(low / size), at t = 1 by 2 ln(high / size), linearly
@@ -276,10 +272,6 @@ class InterpolatedCosine(Path):
                 f"expected `low` not so far above `high` that the log-SNR falls, "
                 f"got {self.low}, {self.high}"
             )
-
-    @property
-    def span(self) -> tuple[float, float]:
-        return 0.0, 1.0
 
     def at(self, t: Float[Tensor, "*times"]) -> Point:
         log_snr, rate = self._log_snr(t)

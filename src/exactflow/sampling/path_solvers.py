@@ -104,12 +104,7 @@ class ChainSolver(ABC):
 
     @abstractmethod
     def advance(
-        self,
-        chain: MarkovChain,
-        denoiser: Denoiser,
-        x_t: Images,
-        step: int,
-        noise: Images | None = None,
+        self, chain: MarkovChain, denoiser: Denoiser, x_t: Images, step: int, noise: Images | None
     ) -> Images:
         """x_{t-1}.
 
@@ -147,12 +142,7 @@ class Ancestral(ChainSolver):
         return True
 
     def advance(
-        self,
-        chain: MarkovChain,
-        denoiser: Denoiser,
-        x_t: Images,
-        step: int,
-        noise: Images | None = None,
+        self, chain: MarkovChain, denoiser: Denoiser, x_t: Images, step: int, noise: Images | None
     ) -> Images:
         steps = torch.full((len(x_t),), step, device=x_t.device)
         kernel = chain.reverse_kernel(denoiser.noise, x_t, steps, denoiser.label, clip=self.clip)
@@ -191,12 +181,7 @@ class DDIM(ChainSolver):
         return self.eta > 0
 
     def advance(
-        self,
-        chain: MarkovChain,
-        denoiser: Denoiser,
-        x_t: Images,
-        step: int,
-        noise: Images | None = None,
+        self, chain: MarkovChain, denoiser: Denoiser, x_t: Images, step: int, noise: Images | None
     ) -> Images:
         steps = torch.full((len(x_t),), step, device=x_t.device)
         x0 = chain.reverse_kernel(denoiser.noise, x_t, steps, denoiser.label, clip=self.clip).x0
