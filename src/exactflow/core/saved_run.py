@@ -151,17 +151,14 @@ class Checkpoint:
         folder = self.folder / SPLIT_FOLDER
         layout = read_layout(folder)
         stored = layout.state_dict_metadata
-        names = {
-            name: f"{_AVERAGE}{name}" if f"{_AVERAGE}{name}" in stored else f"model.{name}"
-            for name in model.state_dict()
-        }
+        names: dict[str, str] = {}
         found: dict[str, Tensor] = {}
         for name, value in model.state_dict().items():
-            known = stored.get(names[name])
-            dtype = value.dtype if known is None else known.properties.dtype
-            found[names[name]] = torch.zeros(value.shape, dtype=dtype)
+            key = f"{_AVERAGE}{name}" if f"{_AVERAGE}{name}" in stored else f"model.{name}"
+            dtype = stored[key].properties.dtype if key in stored else value.dtype
+            names[name], found[key] = key, torch.zeros(value.shape, dtype=dtype)
         load_split(found, folder, layout, alone=True)
-        return {name: found[stored_name] for name, stored_name in names.items()}
+        return {name: found[key] for name, key in names.items()}
 
 
 @final

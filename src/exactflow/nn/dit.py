@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exactflow.nn.unet_parts import sinusoidal_embedding
+from exactflow.nn.unet_parts import attend, sinusoidal_embedding
 
 NORM_EPS = 1e-6
 TIME_FREQUENCIES = 128  # a cosine and a sine each
@@ -86,14 +86,10 @@ class DiTBlock(nn.Module):
         """Both residual branches."""
         parts = self.modulation(condition)[:, None].chunk(6, dim=-1)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts
-        x = x + gate * self.dropout(self._attend(_modulated(x, shift, scale)))
+        qkv = self.qkv(_modulated(x, shift, scale))
+        x = x + gate * self.dropout(self.proj(attend(qkv, x.shape[2] // self.heads, "new")))
         hidden = F.gelu(self.expand(_modulated(x, mlp_shift, mlp_scale)), approximate="tanh")
         return x + mlp_gate * self.dropout(self.contract(hidden))
-
-    def _attend(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(*qkv.unbind(0))
-        return self.proj(seen.transpose(1, 2).flatten(2))
 
 
 @final
