@@ -43,7 +43,6 @@ class Decoding:
     memory: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an unknown step."""
         if self.step not in ("eager", "compiled", "graph"):
             raise ValueError(f"expected step eager | compiled | graph, got {self.step!r}")
 

@@ -37,7 +37,6 @@ class DiTConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what cannot be built."""
         _, height, width = self.image_shape
         if min(*self.image_shape, self.out_channels, self.patch_size, self.width, self.depth) < 1:
             raise ValueError(f"expected positive sizes, width and depth, got {self}")

@@ -54,7 +54,6 @@ class UNetConfig:
     num_classes: int = 0  # rows of the label table, the null class included; 0: no labels
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what cannot be built."""
         sizes = (self.in_channels, self.out_channels, self.model_channels, self.num_res_blocks)
         if min(sizes) < 1 or not self.channel_mult or self.num_classes < 0:
             raise ValueError(f"expected positive sizes and at least one level, got {self}")

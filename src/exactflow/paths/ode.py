@@ -64,7 +64,6 @@ class FixedSteps(ABC):
     evaluations_per_step: ClassVar[int]
 
     def __post_init__(self) -> None:
-        """Raise ValueError for no step."""
         if self.steps < 1:
             raise ValueError(f"expected steps >= 1, got {self.steps}")
 
@@ -160,7 +159,6 @@ class Dopri5:
     steps: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for no tolerance."""
         if not 0 < self.tolerance < math.inf:
             raise ValueError(f"expected tolerance > 0, got {self.tolerance}")
 

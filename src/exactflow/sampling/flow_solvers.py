@@ -56,7 +56,6 @@ class Jacobi:
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what cannot be done."""
         _check(self.tolerance, self.iterations, self.start)
 
     @torch.no_grad()
@@ -98,7 +97,6 @@ class GaussSeidelJacobi:
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what cannot be done."""
         _check(self.tolerance, self.iterations, self.start)
         lengths = (self.segments,) if isinstance(self.segments, int) else self.segments
         if not lengths or min(lengths) < 1:
@@ -160,7 +158,6 @@ class Adaptive:
     decoding: Decoding = field(default_factory=Decoding)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what cannot be done."""
         _check(self.tolerance)
         if self.lookahead < 1 or (self.window is not None and self.window < 1):
             raise ValueError(
@@ -210,7 +207,6 @@ class BlockSolvers(ABC):
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a tolerance that is none."""
         _check(self.tolerance)
 
     @abstractmethod

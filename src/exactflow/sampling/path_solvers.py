@@ -47,7 +47,6 @@ class DPMSolver:
     steps: int = 50
 
     def __post_init__(self) -> None:
-        """Raise ValueError for no step."""
         if self.steps < 1:
             raise ValueError(f"expected steps >= 1, got {self.steps}")
 
