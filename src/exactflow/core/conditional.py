@@ -87,7 +87,7 @@ class Affine(LinearlyGuided):
 
     Example:
         >>> affine = Affine(dim=4)
-        >>> z, log_abs_det = affine.forward(x, theta)
+        >>> z, log_abs_det = affine.forward(torch.zeros(1, 2, 4), torch.zeros(1, 2, affine.size))
     """
 
     dim: int

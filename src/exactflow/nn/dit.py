@@ -93,7 +93,16 @@ class DiTBlock(nn.Module):
 
 @final
 class DiT(nn.Module):
-    """The network: noisy images or latents, times and labels -> a prediction."""
+    """The network: noisy images or latents, times and labels -> a prediction.
+
+    Args:
+        config: the architecture.
+
+    Example:
+        >>> net = DiT(DiTConfig(image_shape=(1, 8, 8), out_channels=1, width=24, depth=1))
+        >>> net(torch.zeros(2, 1, 8, 8), t=torch.zeros(2)).shape
+        torch.Size([2, 1, 8, 8])
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()

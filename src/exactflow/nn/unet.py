@@ -200,6 +200,11 @@ class UNet(nn.Module):
 
     Args:
         config: the architecture.
+
+    Example:
+        >>> config = UNetConfig(model_channels=32, channel_mult=(1, 2), attention_factors=(2,))
+        >>> UNet(config)(torch.zeros(1, 3, 8, 8), t=torch.zeros(1)).shape
+        torch.Size([1, 3, 8, 8])
     """
 
     def __init__(self, config: UNetConfig) -> None:
