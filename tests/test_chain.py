@@ -471,7 +471,7 @@ def test_ddim_without_noise_is_eulers_method() -> None:
         before = c.previous_alpha_bar[step]
         rate = (1 - before).sqrt() / before.sqrt() - sigma[step] / alpha[step]
         expected = before.sqrt() * (expected / alpha[step] + rate * eps)
-        x = DDIM(clip=False).advance(c, Denoiser(Oracle(c, wavy)), x, step)
+        x = DDIM(clip=False).advance(c, Denoiser(Oracle(c, wavy)), x, step, None)
         torch.testing.assert_close(x, expected, **EXACT)
 
 
@@ -564,7 +564,7 @@ def test_a_classifier_shifts_the_mean_of_an_ancestral_step() -> None:
     shift = 3 * kernel.log_variance.exp() * gradient_of(x, int(c.timesteps[5]), 1)
     denoiser = Denoiser(Oracle(c, wavy), label, ClassifierGuidance(logistic, 3.0))
     with torch.no_grad():
-        guided = Ancestral().advance(c, denoiser, x, 5)
+        guided = Ancestral().advance(c, denoiser, x, 5, None)
     torch.testing.assert_close(guided, kernel.mean + shift, **EXACT)
 
 
@@ -577,8 +577,8 @@ def test_a_classifier_shifts_the_noise_of_a_ddim_step() -> None:
         return eps - 2 * sigma * gradient_of(x_t, int(timestep[0]), 0), None
 
     solver, guidance = DDIM(clip=False), ClassifierGuidance(logistic, 2.0)
-    guided = solver.advance(c, Denoiser(Oracle(c, wavy), label, guidance), x, 5)
-    expected = solver.advance(c, Denoiser(Oracle(c, shifted), label), x, 5)
+    guided = solver.advance(c, Denoiser(Oracle(c, wavy), label, guidance), x, 5, None)
+    expected = solver.advance(c, Denoiser(Oracle(c, shifted), label), x, 5, None)
     torch.testing.assert_close(guided, expected, **EXACT)
 
 

@@ -177,7 +177,7 @@ def test_published_ddim_sample(name: str) -> None:
     x, label = expected["noise"], expected.get("y")
     with torch.no_grad():
         for step in reversed(range(chain.steps)):
-            x = DDIM().advance(chain, Denoiser(model, label), x, step)
+            x = DDIM().advance(chain, Denoiser(model, label), x, step, None)
     # The same in float64 is 2e-5 away as well: that much is the original's own rounding.
     close(x, expected["ddim_sample"], 3 * TOLERANCE)
 

@@ -1,8 +1,8 @@
-"""Maps one after another, and those whose input can be had from their output at no extra cost.
+"""Compositions of maps, and maps that are as cheap to invert as to evaluate.
 
-Training keeps the input of every map for its gradient. Where the map can be inverted for the price
-of evaluating it, the input need not be kept (Dinh et al., NICE, arXiv 1410.8516, have the maps;
-Gomez et al., The Reversible Residual Network, arXiv 1707.04585, the idea).
+Training stores the input of every map for its gradient. The input of a cheaply inverted map need
+not be stored: the backward pass computes it from the output (Gomez et al., The Reversible Residual
+Network, arXiv 1707.04585; such maps: Dinh et al., NICE, arXiv 1410.8516).
 """
 
 from abc import ABC, abstractmethod
@@ -11,21 +11,24 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from exactflow.core.shapes import Labels, Latents, PerSample, Values
 from exactflow.core.transform import Transform
+
+Context = Float[Tensor, "batch *features"]  # further inputs of a map, which it does not transform
 
 
 @final
 @dataclass(frozen=True)
 class Retraced:
-    """A map evaluated once more, from its output.
+    """A map evaluated again at the input that belongs to its output.
 
     Attributes:
-        inputs: the input, or what it is cut into along axis 1: leaves that require gradients.
+        inputs: the input, or its parts along axis 1: leaves that require gradients.
         z: the output, a function of them.
-        log_abs_det: likewise.
+        log_abs_det: ln |det|, likewise.
     """
 
     inputs: tuple[Tensor, ...]
@@ -34,62 +37,47 @@ class Retraced:
 
     @property
     def x(self) -> Tensor:
-        """The input, without history."""
-        cut = [part.detach() for part in self.inputs]
-        return cut[0] if len(cut) == 1 else torch.cat(cut, dim=1)
+        """The input, without gradient."""
+        parts = [part.detach() for part in self.inputs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class ReversibleTransform(Transform, ABC):
     """A transform whose inverse is as cheap as its forward pass; it may depend on a context.
 
-    That is more than `Transform` asks for: the inverse of an autoregressive transform, one token
-    after another, is exact too, but far too slow to be part of every training step. Both are to be
-    functions of their arguments and of the parameters alone: without random numbers, for one.
+    That is more than `Transform` requires: the inverse of an autoregressive transform, one token
+    after another, is exact too, but too slow for every training step. Both passes must be functions
+    of their arguments and of the parameters alone, without random numbers.
     """
 
     @abstractmethod
     def forward(
-        self,
-        x: Float[Tensor, "batch *shape"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch *features"] | None = None,
-    ) -> tuple[Float[Tensor, "batch *latent"], Float[Tensor, " batch"]]:
+        self, x: Values, label: Labels | None = None, context: Context | None = None
+    ) -> tuple[Latents, PerSample]:
         """See `Transform.forward`."""
 
     @abstractmethod
     def inverse(
-        self,
-        z: Float[Tensor, "batch *latent"],
-        label: Int[Tensor, " batch"] | None = None,
-        context: Float[Tensor, "batch *features"] | None = None,
-    ) -> Float[Tensor, "batch *shape"]:
+        self, z: Latents, label: Labels | None = None, context: Context | None = None
+    ) -> Values:
         """See `Transform.inverse`."""
 
     @abstractmethod
-    def retrace(
-        self,
-        z: Float[Tensor, "batch *latent"],
-        context: Float[Tensor, "batch *features"] | None = None,
-    ) -> Retraced:
-        """The x of z, and `forward` of that x: together at the cost of one `forward`.
+    def retrace(self, z: Latents, context: Context | None = None) -> Retraced:
+        """The x of z, and `forward` of that x, at the cost of about one `forward`.
 
-        To be called with gradients enabled. Parameters and context are reached by them too; `z`
-        itself, which is where gradients come from, is not.
+        Call this with gradients enabled. They flow to `inputs`, parameters and context, not to the
+        argument `z`.
         """
 
 
 class ElementaryTransform(ReversibleTransform, ABC):
-    """A transform without a network: inverted and evaluated again, it still costs next to nothing.
+    """A transform without a network, so cheap that `retrace` inverts and evaluates it.
 
-    A matrix product at each place is about the limit.
+    A matrix product at each pixel is about the limit.
     """
 
-    def retrace(
-        self,
-        z: Float[Tensor, "batch *latent"],
-        context: Float[Tensor, "batch *features"] | None = None,
-    ) -> Retraced:
-        """See `ReversibleTransform.retrace`."""
+    def retrace(self, z: Latents, context: Context | None = None) -> Retraced:
         with torch.no_grad():
             x = self.inverse(z, context=context)
         x = x.detach().requires_grad_()
@@ -97,25 +85,21 @@ class ElementaryTransform(ReversibleTransform, ABC):
 
 
 class Composition(nn.Module, ABC):
-    """A module that takes its input through several maps in turn.
+    """A module that applies several maps in turn: z = f_n(.. f_1(x)), ln |det| their sum.
 
-    It must do so by `through`, which reversible training replaces.
+    It must call `through`, which reversible training replaces.
     """
 
     @property
     @abstractmethod
     def parts(self) -> Sequence[nn.Module]:
-        """The maps, first applied first; called with x and a keyword `context`.
+        """The maps in the order of application; called with x and a keyword `context`.
 
-        Each gives its output and ln |det|, of every sample, and is a `ReversibleTransform`, a
-        composition, or anything else.
+        Each returns its output and ln |det| of every sample. Only a `ReversibleTransform` or a
+        composition of them saves memory.
         """
 
-    def through(
-        self,
-        x: Float[Tensor, "batch *shape"],
-        context: Float[Tensor, "batch *features"] | None = None,
-    ) -> tuple[Float[Tensor, "batch *latent"], Float[Tensor, " batch"]]:
+    def through(self, x: Values, context: Context | None = None) -> tuple[Latents, PerSample]:
         """x through all parts, and the sum of their ln |det|."""
         log_abs_det = x.new_zeros(len(x))
         for part in self.parts:

@@ -1,4 +1,4 @@
-"""What an autoregressive flow does to one token, given what its conditioner predicts of it.
+"""Bijections of one token, given the parameters theta that a conditioner predicts for it.
 
 A conditional is a value without weights: a bijection z = g(x; theta) of the numbers of a token,
 increasing in each of them given those before it (the transformer of Papamakarios et al.,
@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-Tokens = Float[Tensor, "batch tokens dim"]
+from exactflow.core.shapes import PerSample, Tokens
+
 Theta = Float[Tensor, "batch tokens size"]
 Numbers = Float[Tensor, "*batch size"]  # raw outputs, or theta
 Scale = float | Float[Tensor, "tokens 1"]
@@ -25,14 +26,14 @@ Scale = float | Float[Tensor, "tokens 1"]
 SOFTPLUS_OFFSET = 0.541324854612918  # softplus(offset) = 1: raw output 0 is the identity
 LARGEST_COUPLING = 2.0  # of one number of a token to another
 LOGISTIC_SCALE = 1.7  # logit(p) / 1.7 is within 0.01 of the normal quantile
-SPREAD = 1.5  # means of a new mixture's components: from minus to plus this
-SPREAD_SCALE = 0.3  # and their least scale; where they are few, 0.4 of their distance
+LARGEST_MEAN = 1.5  # of a new mixture: its components lie evenly from minus to plus this
+LEAST_SCALE = 0.3  # of these components; 0.4 of their distance where that is more
 MOST_ITERATIONS = 100  # bisections alone need about 50 of them
 CLOSE = {torch.float32: 1e-7, torch.float64: 1e-12}  # last change of a root that is found
 
 
 class Conditional(ABC):
-    """A bijection of one token given its parameters theta; see the module."""
+    """A bijection z = g(x; theta) of one token, given its parameters theta; see the module."""
 
     @property
     @abstractmethod
@@ -49,7 +50,7 @@ class Conditional(ABC):
         """theta from a network's output, which may be any real numbers."""
 
     @abstractmethod
-    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
+    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, PerSample]:
         """z, and ln |det dz/dx| of each sample, summed over its tokens, in nats."""
 
     @abstractmethod
@@ -62,12 +63,19 @@ class Conditional(ABC):
 
     @abstractmethod
     def named(self, theta: Numbers) -> Mapping[str, Tensor]:
-        """The parts of theta by their names, for people."""
+        """The parts of theta by their names, for tables and plots."""
+
+
+class LinearlyGuided(Conditional, ABC):
+    """A conditional whose whole theta guidance extrapolates."""
+
+    def extrapolate(self, theta: Theta, other: Theta, scale: Scale) -> Theta:
+        return theta + scale * (theta - other)
 
 
 @final
 @dataclass(frozen=True)
-class Affine(Conditional):
+class Affine(LinearlyGuided):
     """z = (x - m) exp(-a) for every number by itself (TarFlow, arXiv 2412.06329, eq. 4).
 
     theta is the log-scales a, then the shifts m.
@@ -79,7 +87,7 @@ class Affine(Conditional):
 
     Example:
         >>> affine = Affine(dim=4)
-        >>> z, log_abs_det = affine.forward(x, theta)
+        >>> z, log_abs_det = affine.forward(torch.zeros(1, 2, 4), torch.zeros(1, 2, affine.size))
     """
 
     dim: int
@@ -94,28 +102,20 @@ class Affine(Conditional):
         return torch.zeros(self.size)
 
     def constrain(self, raw: Numbers) -> Numbers:
-        """See `Conditional.constrain`."""
         if self.scale == "exp":
             return raw
         r, shift = raw.chunk(2, dim=-1)
         return torch.cat([F.softplus(r + SOFTPLUS_OFFSET).log(), shift], dim=-1)
 
-    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
-        """See `Conditional.forward`."""
+    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, PerSample]:
         log_scale, shift = theta.chunk(2, dim=-1)
         return (x - shift) * torch.exp(-log_scale), -log_scale.flatten(1).sum(1)
 
     def inverse(self, z: Tokens, theta: Theta) -> Tokens:
-        """See `Conditional.inverse`."""
         log_scale, shift = theta.chunk(2, dim=-1)
         return torch.addcmul(shift, z, log_scale.exp())
 
-    def extrapolate(self, theta: Theta, other: Theta, scale: Scale) -> Theta:
-        """See `Conditional.extrapolate`."""
-        return theta + scale * (theta - other)
-
     def named(self, theta: Numbers) -> Mapping[str, Tensor]:
-        """See `Conditional.named`."""
         log_scale, shift = theta.chunk(2, dim=-1)
         return {"log_scale": log_scale, "shift": shift}
 
@@ -159,8 +159,7 @@ class Triangular(Conditional):
         """See `Conditional.constrain`: |N_ij| < 2."""
         return LARGEST_COUPLING * torch.tanh(raw / LARGEST_COUPLING)
 
-    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
-        """See `Conditional.forward`."""
+    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, PerSample]:
         if self.entries is None:
             z = x + (self._matrix(theta) * x[..., None, :]).sum(-1)  # autocast rounds products of @
         else:  # few of them
@@ -169,7 +168,6 @@ class Triangular(Conditional):
         return z, x.new_zeros(len(x))
 
     def inverse(self, z: Tokens, theta: Theta) -> Tokens:
-        """See `Conditional.inverse`."""
         matrix = self._matrix(theta)
         column = z[..., None]
         column = torch.linalg.solve_triangular(matrix, column, upper=False, unitriangular=True)
@@ -180,7 +178,6 @@ class Triangular(Conditional):
         return theta
 
     def named(self, theta: Numbers) -> Mapping[str, Tensor]:
-        """See `Conditional.named`."""
         return {"coupling": theta}
 
     def _matrix(self, theta: Tensor) -> Float[Tensor, "batch tokens dim dim"]:
@@ -203,7 +200,7 @@ class Triangular(Conditional):
 
 @final
 @dataclass(frozen=True)
-class LogisticMixture(Conditional):
+class LogisticMixture(LinearlyGuided):
     """z = logit(F(x)) / 1.7, F the distribution function of a mixture of logistics, by number.
 
     (Ho et al., Flow++, arXiv 1902.00275, eq. 12.) theta is the log-weights, not normalised, the
@@ -226,8 +223,8 @@ class LogisticMixture(Conditional):
     def start(self) -> Float[Tensor, " size"]:
         means, log_scale = torch.zeros(self.components), -math.log(LOGISTIC_SCALE)
         if self.components > 1:
-            means = torch.linspace(-SPREAD, SPREAD, self.components)
-            log_scale = math.log(max(SPREAD_SCALE, 0.8 * SPREAD / (self.components - 1)))
+            means = torch.linspace(-LARGEST_MEAN, LARGEST_MEAN, self.components)
+            log_scale = math.log(max(LEAST_SCALE, 0.8 * LARGEST_MEAN / (self.components - 1)))
         raw = torch.stack([torch.zeros_like(means), means, torch.full_like(means, log_scale)])
         return raw[:, :, None].expand(3, self.components, self.dim).flatten()
 
@@ -235,8 +232,7 @@ class LogisticMixture(Conditional):
         """See `Conditional.constrain`: any numbers will do."""
         return raw
 
-    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
-        """See `Conditional.forward`."""
+    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, PerSample]:
         below, above, density = self._logarithms(x, *self._components(theta))
         log_derivative = density - below - above - math.log(LOGISTIC_SCALE)
         return (below - above) / LOGISTIC_SCALE, log_derivative.flatten(1).sum(1)
@@ -269,12 +265,7 @@ class LogisticMixture(Conditional):
                 break
         return x.to(z.dtype)
 
-    def extrapolate(self, theta: Theta, other: Theta, scale: Scale) -> Theta:
-        """See `Conditional.extrapolate`: log-weights, means and log-scales."""
-        return theta + scale * (theta - other)
-
     def named(self, theta: Numbers) -> Mapping[str, Tensor]:
-        """See `Conditional.named`."""
         names = "log_weight", "mean", "log_scale"
         return dict(zip(names, self._components(theta), strict=True))
 
@@ -319,12 +310,10 @@ class Chain(Conditional):
         return torch.cat([part.start for part in self.parts])
 
     def constrain(self, raw: Numbers) -> Numbers:
-        """See `Conditional.constrain`."""
         pairs = zip(self.parts, self._split(raw), strict=True)
         return torch.cat([part.constrain(r) for part, r in pairs], dim=-1)
 
-    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
-        """See `Conditional.forward`."""
+    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, PerSample]:
         log_abs_det = x.new_zeros(len(x))
         for part, own in zip(self.parts, self._split(theta), strict=True):
             x, change = part.forward(x, own)
@@ -332,13 +321,11 @@ class Chain(Conditional):
         return x, log_abs_det
 
     def inverse(self, z: Tokens, theta: Theta) -> Tokens:
-        """See `Conditional.inverse`."""
         for part, own in reversed([*zip(self.parts, self._split(theta), strict=True)]):
             z = part.inverse(z, own)
         return z
 
     def extrapolate(self, theta: Theta, other: Theta, scale: Scale) -> Theta:
-        """See `Conditional.extrapolate`."""
         pairs = zip(self.parts, self._split(theta), self._split(other), strict=True)
         return torch.cat([part.extrapolate(t, o, scale) for part, t, o in pairs], dim=-1)
 

@@ -11,7 +11,7 @@ from exactflow.core.typed_text import Typed, is_null, read_yaml, scalar
 
 Config = TypeVar("Config")
 
-SECTIONS = ("model", "training", "data", "run")  # of what decides a run
+SECTIONS = ("model", "training", "data", "run")  # of the configuration of a run
 TYPED = "typed"  # section of a run's config.yaml: paths of the data as they were given
 
 
@@ -20,8 +20,8 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
 
     Args:
         config: an instance.
-        changes: new values; lists stand for tuples and whole numbers for floats, as JSON writes
-            them, and text that was typed for whatever the field holds.
+        changes: new values; as JSON writes them, lists become tuples and whole numbers floats;
+            `Typed` text becomes a value of the field's type.
 
     Raises:
         ValueError: an unknown field, with a suggestion, or a value of the wrong type.
@@ -37,8 +37,8 @@ def made(config: type[Config], fields: Any, where: object, *, complete: bool = F
     Args:
         config: the dataclass, which is the file's schema.
         fields: as JSON or YAML gave them.
-        where: they come from, for messages.
-        complete: also fields that have defaults must be there.
+        where: source of the fields, for messages.
+        complete: whether fields with defaults are required too.
 
     Raises:
         ValueError: a field is absent, unknown or of another type.

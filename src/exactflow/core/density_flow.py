@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from exactflow.core import grey_levels as grey
 from exactflow.core.model import Dequantization, Flow, LikelihoodKind, log_density
+from exactflow.core.shapes import GreyLevels, Images, Labels, PerSample
 from exactflow.parallel import shared_batch as batch
 
 
@@ -20,46 +21,32 @@ class DensityFlow(Flow, ABC):
 
     @property
     def likelihood_kind(self) -> LikelihoodKind:
-        """See `GenerativeModel.likelihood_kind`."""
         return "noisy-density" if self.noise_std > 0 else "dequantized"
 
     @property
     def dequantization(self) -> Dequantization:
-        """See `Flow.dequantization`."""
         return "gaussian" if self.noise_std > 0 else "uniform"
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
-        """See `Flow.noise_shape`."""
         return self.event_shape
 
-    def with_noise(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        noise: Float[Tensor, "batch channels height width"],
-    ) -> Float[Tensor, "batch channels height width"]:
-        """What the flow has the density of: images in [-1, 1] with the noise of one draw."""
+    def with_noise(self, images: GreyLevels, noise: Images) -> Images:
+        """Images in [-1, 1] with the noise of one draw: the variable of the flow's density."""
         if self.noise_std > 0:
             return grey.center(images, self.levels, noise.dtype) + self.noise_std * noise
         return grey.dequantize(images, noise, self.levels)
 
-    def add_noise(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
-        """Images with the noise of training. Raises ValueError for what are no grey levels."""
+    def add_noise(self, images: GreyLevels, generator: torch.Generator | None = None) -> Images:
+        """Images with training noise. Raises ValueError unless they are grey levels."""
         grey.check_images(images, self.event_shape, self.levels)
         options = {"dtype": self.wide_dtype, "device": images.device}
         draw = batch.randn if self.noise_std > 0 else batch.rand
         return self.with_noise(images, draw(images.shape, generator=generator, **options))
 
     def draw(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None,
-        noise: Float[Tensor, "batch *noise"],
-    ) -> Float[Tensor, " batch"]:
+        self, images: GreyLevels, label: Labels | None, noise: Float[Tensor, "batch *noise"]
+    ) -> PerSample:
         """See `Flow.draw`: ln p(x), times the volume of a grey level if it is dequantised."""
         nats = log_density(self, self.with_noise(images, noise), label).double()
         return nats if self.noise_std > 0 else nats - self.level_nats
@@ -83,8 +70,8 @@ class FittedFlow(DensityFlow):
         Args:
             batches: grey levels 0 .. levels-1; iterated once or several times, each time alike.
             seed: names the dequantisation noise, where the fit needs any.
-            report: told what is being done, for people.
+            report: called with a line of text for the user at each step.
 
         Raises:
-            ValueError: no images, or images that are not the model's.
+            ValueError: no images, or images of another shape or range than the model's.
         """

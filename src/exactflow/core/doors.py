@@ -1,4 +1,4 @@
-"""What the verbs are given is checked here once: the model, and the labels."""
+"""Checks of the arguments that all verbs share: the model, and the labels."""
 
 import os
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ LabelsLike = int | Sequence[int] | Tensor | np.ndarray
 
 
 def require_model(model: object) -> None:
-    """Raise ValueError for what is no model of this package, with what to give in its place."""
+    """Raise ValueError, with a hint, unless this is a model of this package."""
     if isinstance(model, GenerativeModel):
         return
     got = type(model).__name__
@@ -33,13 +33,13 @@ def as_labels(
     """Labels of n images on the model's device: of one class for all, or of n classes.
 
     Args:
-        model: where they are to go.
+        model: they are moved to its device.
         label: one class, or n of them.
         n: number of images.
-        checked: whether they are classes of the model; else of a classifier beside it.
+        checked: whether they must be classes of the model; False for a classifier's classes.
 
     Raises:
-        ValueError: for what is no class of the model.
+        ValueError: they are no integers, or no classes of the model.
     """
     if label is None:
         return None

@@ -19,17 +19,17 @@ from jaxtyping import Float, Integer
 from PIL import Image
 from torch import Tensor
 
-PHOTOGRAPHIC_LEVELS = 256  # eight bits, what image files hold unless a data set says otherwise
+PHOTOGRAPHIC_LEVELS = 256  # eight bits: of image files, unless a data set says otherwise
 MODES = {1: "L", 3: "RGB"}  # of Pillow, by the number of channels
 Number = TypeVar("Number", float, np.ndarray, Tensor)
-# images as people have them: a batch of arrays, or opened files
+# images as users have them: a batch as an array, or opened files
 ImagesLike = Tensor | np.ndarray | Image.Image | Sequence[Image.Image]
 
 
 def as_tensor(images: object, event_shape: tuple[int, int, int]) -> Tensor:
-    """A batch of images, whatever holds them: a tensor, a numpy array, one or more PIL images.
+    """A batch of images as a tensor, from a tensor, a numpy array, or one or more PIL images.
 
-    Values and types of arrays stay what they are; PIL images become 8-bit integers.
+    Arrays keep their values and types; PIL images become 8-bit integers.
 
     Raises:
         ValueError: for anything else, as a path, and for a PIL image of another mode or size.
@@ -64,7 +64,7 @@ def _of_pil(image: Image.Image, event_shape: tuple[int, int, int]) -> Tensor:
 
 
 def with_a_door(encode: Callable[..., Any]) -> Callable[..., Any]:
-    """A flow's `encode`, which then takes images as people have them, and at least one."""
+    """A flow's `encode` that takes `ImagesLike` too, and refuses an empty batch."""
 
     @wraps(encode)
     def at_the_door(flow: Any, x: ImagesLike, *rest: Any, **named: Any) -> Any:
@@ -125,7 +125,7 @@ def quantize_centered(x: Float[Tensor, "*shape"], levels: int) -> Integer[Tensor
 
 
 def display(images: Integer[Tensor, "*shape"], levels: int) -> Integer[Tensor, "*shape"]:
-    """Grey levels 0 .. levels-1 stretched to the 8 bits that image files and screens expect."""
+    """Grey levels 0 .. levels-1 scaled to the 8 bits of image files and screens."""
     top = PHOTOGRAPHIC_LEVELS - 1
     return (images.to(torch.float32) * (top / (levels - 1))).round().to(torch.uint8)
 

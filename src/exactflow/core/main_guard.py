@@ -1,20 +1,19 @@
-"""What a script lacks whose helpers start it again. Nothing here imports torch."""
+"""The check that a script guards its work from helper processes. Nothing here imports torch."""
 
 import multiprocessing
 
 
 def require_main_guard() -> None:
-    """Call this before long work, or before other processes are started.
+    """Refuse to work in a helper process that is still importing the script; call it before work.
 
-    Where processes are not forked (macOS, Windows, or as asked for), each begins by importing the
-    script that started it, and would do the script's work again, and wait for ever for its own
-    helpers.
+    Processes that are spawned and not forked (the default on macOS and Windows) begin by importing
+    the script that started them. Without a guard they would do its work again, and wait for ever
+    for helpers of their own.
 
     Raises:
-        RuntimeError: this process is such a helper, and is still importing the script.
+        RuntimeError: this process is such a helper.
     """
-    # The mark that multiprocessing sets for the same question; it asks only when a helper starts
-    # helpers of its own.
+    # multiprocessing sets this mark, but checks it only when a helper starts helpers of its own.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError(
             "this process was started to help another one, and to begin with imports the same "

@@ -23,15 +23,20 @@ class Prior(ABC):
 
     @abstractmethod
     def from_noise(self, noise: Float[Tensor, "batch *latent"]) -> Float[Tensor, "batch *latent"]:
-        """The sample that standard normal `noise` stands for."""
+        """The sample of this prior that is a function of standard normal `noise`."""
 
 
 @final
 class DiagonalGaussian(Prior):
-    """N(0, diag(variance)).
+    """N(0, diag(variance)): ln p(z) = -1/2 sum (z^2 / variance + ln variance + ln 2 pi).
 
     Args:
         variance: positive, of the latent's shape.
+
+    Example:
+        >>> prior = DiagonalGaussian(torch.ones(3, 8, 8))
+        >>> prior.log_prob(torch.zeros(2, 3, 8, 8))  # -96 ln(2 pi)
+        tensor([-176.4362, -176.4362])
     """
 
     def __init__(self, variance: Float[Tensor, " *latent"]) -> None:

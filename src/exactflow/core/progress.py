@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, elsewhere a line every ten seconds."""
+"""Progress of a long job on stderr: a bar on a terminal, elsewhere a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 
 
 class Advance(Protocol):
-    """Tells that `count` more are done, with a note on the last of them."""
+    """Report that `count` more items are done, with a note on the last of them."""
 
     def __call__(self, count: int, note: str = "") -> None: ...
 
@@ -34,13 +34,13 @@ def shown_progress(
     quiet: bool = False,
     after: float = 0.0,
 ) -> Iterator[Advance]:
-    """Yield `advance(count)`; how many are done, their rate and the time left go to stderr.
+    """Yield `advance(count)`, which prints the count, the rate and the time left to stderr.
 
     Args:
-        total: number of things.
-        title: what is done to them.
-        unit: what they are.
-        done: how many of them were done before; the rate is that of the others.
+        total: number of items.
+        title: of the job.
+        unit: noun for the items.
+        done: items that were done before; they do not count in the rate.
         quiet: show nothing.
         after: seconds before a bar is shown.
     """
@@ -83,7 +83,7 @@ def shown_progress(
 def tracked(
     items: Iterable[Item], total: int, title: str, *, shown: bool, unit: str = "batches"
 ) -> Iterator[Item]:
-    """The items, one after the other, with the progress through them on stderr if `shown`."""
+    """Yield the items, with progress on stderr if `shown`."""
     with shown_progress(total, title, unit=unit, quiet=not shown) as advance:
         for item in items:
             yield item
@@ -91,19 +91,13 @@ def tracked(
 
 
 def _bar(console: Console) -> Progress:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeRemainingColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[text]}"),
+        progress.TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console, transient=True)
+    return progress.Progress(*columns, console=console, transient=True)

@@ -1,4 +1,4 @@
-"""Randomness as a function of what it is for, never of what ran before.
+"""Random numbers as a function of a seed and their purpose, not of what ran before.
 
 A draw is named by a seed and a path of keys, such as ``generator(seed, "dequantization", image)``.
 The same name gives the same numbers whatever the batch size, the number of processes or the point

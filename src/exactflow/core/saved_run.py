@@ -1,12 +1,12 @@
-"""What a run has left on disk, as whoever trains on and whoever only loads weights read it.
+"""Checkpoints of a run, read both to continue its training and to load its weights.
 
     run_dir/checkpoints/step_00000500/model.safetensors    weights and buffers
                                       ema.safetensors      the same with averaged weights, if any
                                       optimizer.pt         tensors, as `torch.save` writes them
-                                      state.json           where the run stands, hashes of the rest
+                                      state.json           step, images ..; hashes of the others
 
-A model whose parameters are split over processes has a folder tensors/ of PyTorch's distributed
-checkpoints in place of the first three.
+A model whose parameters are split over processes has a folder tensors/ in the format of PyTorch's
+distributed checkpoints in place of the first three.
 """
 
 import dataclasses
@@ -40,22 +40,22 @@ _AVERAGE = "average."
 
 @final
 class NewerFormatError(ValueError):
-    """What a later version of this library wrote, which is not damaged."""
+    """The checkpoint was written by a later version of this library; it is not damaged."""
 
 
 @final
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands.
+    """Counters of a run.
 
     Attributes:
         step: optimizer steps done.
         images: images seen, step times batch size.
         seconds: wall-clock time in all sessions of the run.
-        step_seconds: the part of it that optimizer steps took, without callbacks and files.
-        logged_step: step of the last line of the log when this was saved, 0 before the first.
+        step_seconds: the time of optimizer steps alone, without callbacks and files.
+        logged_step: step of the last line of the log, 0 before the first.
         loss_sum: sum of the losses of the steps since that line.
-        grad_norm_sum: the same of gradient norms.
+        grad_norm_sum: sum of the gradient norms of these steps.
     """
 
     step: int = 0
@@ -67,17 +67,17 @@ class RunState:
     grad_norm_sum: float = 0.0
 
     def logged(self) -> "RunState":
-        """The state once `step` has its line in the log."""
+        """The state after `step` has been logged."""
         return dataclasses.replace(self, logged_step=self.step, loss_sum=0.0, grad_norm_sum=0.0)
 
 
 @final
 @dataclass(frozen=True)
 class LogState:
-    """The log of a run when a checkpoint was saved.
+    """The log of a run at the time of a checkpoint.
 
     Attributes:
-        lines: how many there were.
+        lines: number of lines.
         sha256: of all of them.
     """
 
@@ -88,13 +88,14 @@ class LogState:
 @final
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is whole: just written, or verified by its hashes.
+    """A complete checkpoint: just written, or verified by its hashes.
 
     Attributes:
-        folder: where its files lie.
-        state: where the run stood.
-        identity: what decides the weights at a given step: model, data, training configuration.
-        log: the run's log by then; None where there was none, or an earlier version did not tell.
+        folder: of its files.
+        state: counters of the run.
+        identity: all that determines the weights at a given step: model, data, training
+            configuration.
+        log: the run's log at that time; None if there was none, or an earlier version wrote this.
     """
 
     folder: Path
@@ -104,7 +105,7 @@ class Checkpoint:
 
     @property
     def is_split(self) -> bool:
-        """Whether processes wrote it together, each its parts."""
+        """Whether several processes wrote it, each its parts of the tensors."""
         return (self.folder / SPLIT_FOLDER).is_dir()
 
     @property
@@ -116,11 +117,11 @@ class Checkpoint:
         return any(name.startswith(_AVERAGE) for name in names)
 
     def require(self, identity: Mapping[str, Any], later: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming each difference, unless this is a run of that identity.
+        """Raise ValueError, naming each difference, unless the run has this identity.
 
         Args:
-            identity: what is asked for: model, data and training, flat.
-            later: what held of fields before they existed: their defaults.
+            identity: the one asked for: model, data and training, flat.
+            later: defaults of fields that earlier versions did not have.
         """
         own = {**later, **self.identity}
         differences = [
@@ -136,10 +137,10 @@ class Checkpoint:
             )
 
     def weights(self, model: torch.nn.Module) -> dict[str, Tensor]:
-        """Weights and buffers for a model, averaged where the run has an average.
+        """Weights and buffers for a model, averaged if the run has an average.
 
         Args:
-            model: one of the run's kind, on any device, for the names and shapes of its tensors.
+            model: of the run's configuration, on any device, for names and shapes of tensors.
 
         Raises:
             ValueError: the checkpoint has not all of them.
@@ -150,23 +151,20 @@ class Checkpoint:
         folder = self.folder / SPLIT_FOLDER
         layout = read_layout(folder)
         stored = layout.state_dict_metadata
-        names = {
-            name: f"{_AVERAGE}{name}" if f"{_AVERAGE}{name}" in stored else f"model.{name}"
-            for name in model.state_dict()
-        }
+        names: dict[str, str] = {}
         found: dict[str, Tensor] = {}
         for name, value in model.state_dict().items():
-            known = stored.get(names[name])
-            dtype = value.dtype if known is None else known.properties.dtype
-            found[names[name]] = torch.zeros(value.shape, dtype=dtype)
+            key = f"{_AVERAGE}{name}" if f"{_AVERAGE}{name}" in stored else f"model.{name}"
+            dtype = stored[key].properties.dtype if key in stored else value.dtype
+            names[name], found[key] = key, torch.zeros(value.shape, dtype=dtype)
         load_split(found, folder, layout, alone=True)
-        return {name: found[stored_name] for name, stored_name in names.items()}
+        return {name: found[key] for name, key in names.items()}
 
 
 @final
 @dataclass(frozen=True)
 class _StateFile:
-    """What state.json holds."""
+    """The fields of state.json."""
 
     state: Mapping[str, Any]
     identity: Mapping[str, Any]
@@ -226,6 +224,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def finished(folder: Path) -> list[Path]:
-    """Folders of whole checkpoints of a run's folder of checkpoints, oldest first."""
+    """Folders of finished checkpoints in a run's folder of checkpoints, oldest first."""
     found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))

@@ -1,4 +1,4 @@
-"""A model on disk: config.json with its `kind`, model.safetensors, and a card for people."""
+"""A model on disk: config.json with its `kind`, model.safetensors, and README.md, the card."""
 
 import dataclasses
 import hashlib
@@ -17,18 +17,18 @@ from torch import nn
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
-PLAN_FILE = "plan.json"  # how to invert this model fast here; of no use to other weights
+PLAN_FILE = "plan.json"  # fast solvers for this model on this machine; void for other weights
 CLASS_NAMES = "class names"  # in the card: of the classes 0, 1, ...
 GUIDANCE = "guidance"  # in the card: scale that samples are meant to be drawn with
 FORMAT_VERSION = 1
-JSON_DEPTH = 32  # of what this library writes and reads; its own files have at most 8 levels
+JSON_DEPTH = 32  # levels, at most, of files read and written; the library's own have 8
 JSON_BYTES = 64 * 2**20
 _NEW = ".new"
 
 
 @contextmanager
 def explained_write(path: Path) -> Iterator[None]:
-    """Turn an OSError inside into one that says what could not be written."""
+    """Turn an OSError inside into one that names `path`."""
     try:
         yield
     except OSError as error:
@@ -36,10 +36,10 @@ def explained_write(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file or leave what was there: a temporary name, fsync, then a rename.
+    """Write a whole file or leave the old one: a temporary name, fsync, then a rename.
 
     Raises:
-        OSError: it could not be written, and why; named by `path`.
+        OSError: it could not be written; the error names `path`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with explained_write(path):
@@ -73,11 +73,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(
     text: str | bytes, where: object, *, constant: Callable[[str], float] = float
 ) -> dict[str, Any]:
-    """A mapping from JSON, of a depth that whatever walks through it can bear.
+    """A mapping from JSON of bounded depth, so that recursive functions can process it.
 
     Args:
         text: JSON.
-        where: it comes from, for messages.
+        where: its source, for messages.
         constant: reads NaN and Infinity, which are not JSON though Python writes them.
 
     Raises:
@@ -115,12 +115,12 @@ def _json_bytes(value: Any) -> bytes:
 
 
 def json_hash(value: Any) -> str:
-    """SHA-256 (hex) of a value as JSON, whatever the order of its keys."""
+    """SHA-256 (hex) of a value as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
-    """Return once the names in a folder are on disk. Raises OSError."""
+    """fsync a folder: the names of its files are on disk. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -129,7 +129,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def finite(value: Any) -> Any:
-    """For JSON, which knows neither infinity nor NaN: null in their place, however deep."""
+    """The value with None for infinity and NaN, which JSON lacks, at any depth."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -161,17 +161,17 @@ def write_model(
 
 
 def file_of(folder: Path, name: str) -> Path:
-    """Where a file of a model's folder lies, also where whoever replaced it was killed meanwhile.
+    """Path of a file of a model's folder, even if the process replacing it was killed.
 
-    The new files are written into a folder beside the old ones. From the moment that folder is
-    called `_NEW` they are what counts, and they are moved over the old ones one by one.
+    New files are written into a folder beside the old ones. Renaming that folder to `_NEW` makes
+    them valid; then they are moved over the old ones one by one.
     """
     new = folder / _NEW / name
     return new if new.exists() else folder / name
 
 
 def _replace_together(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write some files of a folder: all of them, or none. Raises OSError."""
+    """Replace some files of a folder: all of them, or none. Raises OSError."""
     _finish(folder)
     begun = folder / f"{_NEW}.partial"
     try:
@@ -191,7 +191,7 @@ def _replace_together(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _finish(folder: Path) -> None:
-    """Move new files over the old ones, if there are any. Raises OSError."""
+    """Move the files of `_NEW`, if there are any, over the old ones. Raises OSError."""
     new = folder / _NEW
     if not new.is_dir():
         return

@@ -12,14 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from exactflow.core.conditional import (
-    SOFTPLUS_OFFSET,
-    Conditional,
-    Numbers,
-    Scale,
-    Theta,
-    Tokens,
-)
+from exactflow.core.conditional import SOFTPLUS_OFFSET, LinearlyGuided, Numbers, Theta
+from exactflow.core.shapes import PerSample, Tokens
 
 BOUND = 4.0  # B: splines are the identity beyond
 LEAST = 1e-2  # share of a bin, and slope at a knot, at the least
@@ -27,7 +21,7 @@ LEAST = 1e-2  # share of a bin, and slope at a knot, at the least
 
 @final
 @dataclass(frozen=True)
-class Spline(Conditional):
+class Spline(LinearlyGuided):
     """z = g(x), g a monotone rational-quadratic spline on -B .. B and the identity outside.
 
     theta is, for all numbers of the token in turn, ln of the widths and of the heights of the bins,
@@ -54,8 +48,7 @@ class Spline(Conditional):
         """See `Conditional.constrain`: any numbers will do."""
         return raw
 
-    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, Float[Tensor, " batch"]]:
-        """See `Conditional.forward`."""
+    def forward(self, x: Tokens, theta: Theta) -> tuple[Tokens, PerSample]:
         knots, images, slopes = self._knots(theta)
         left, width, bottom, height, first, last, inside = _bin(x, knots, images, slopes)
         place = ((x - left) / width).clamp(0, 1)
@@ -79,12 +72,7 @@ class Spline(Conditional):
         place = 2 * c / (-b - (b * b - 4 * a * c).clamp(min=0).sqrt())
         return torch.where(inside, left + place * width, y).to(z.dtype)
 
-    def extrapolate(self, theta: Theta, other: Theta, scale: Scale) -> Theta:
-        """See `Conditional.extrapolate`."""
-        return theta + scale * (theta - other)
-
     def named(self, theta: Numbers) -> Mapping[str, Tensor]:
-        """See `Conditional.named`."""
         width, height, slope = self._parts(theta)
         return {"log_width": width, "log_height": height, "raw_slope": slope}
 

@@ -1,11 +1,11 @@
 """Tensors that several processes wrote together: PyTorch's distributed checkpoints, read safely.
 
-    tensors/.metadata         the layout: names, shapes, and where each part lies
+    tensors/.metadata         the layout: names, shapes, file and offset of each part
             __RANK_N.distcp   the parts, each as `torch.save` writes a tensor
 
-PyTorch keeps the layout as a pickle, and a pickle is a program. Here only the few classes that a
-layout is made of are known to the reader, and these as stand-ins that do nothing: a layout is made
-from what they hold once all of it is checked.
+PyTorch stores the layout as a pickle, and a pickle is a program. This reader knows only the few
+classes that a layout consists of, and replaces them by stand-ins that do nothing but keep their
+fields; the real layout is built from these fields after all of them are checked.
 """
 
 import io
@@ -25,22 +25,17 @@ LAYOUT_FILE = ".metadata"
 _LAYOUT_BYTES = 2**28
 _PART = re.compile(r"__\d+_\d+\.distcp")
 _DIMENSIONS = 16
-_STAND_INS = (
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            *("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata"),
-            *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-        )
+_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+_STAND_INS = {  # module -> names of classes that are replaced
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata"),
+        *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
     ),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(
-        (module, name)
-        for module in ("pathlib", "pathlib._local")
-        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
-    ),
-    ("torch.serialization", "_get_layout"),
-)
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,
+}
 
 
 def read_layout(folder: Path) -> Any:
@@ -108,13 +103,15 @@ def load_split(tensors: dict[str, Tensor], folder: Path, layout: Any, *, alone: 
 
 @final
 class _LayoutOnly(pickle.Unpickler):
-    """Reads layouts; whatever else a pickle asks for is refused, and not run."""
+    """Unpickle layouts; refuse every class or function that is not part of one."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
-        # Made anew, since a pickle can set the attributes of what it gets.
+        # New classes for each pickle, which can set their attributes.
         self._known: dict[tuple[str, str], Any] = {
-            (module, name): _stand_in(name) for module, name in _STAND_INS
+            (module, name): _stand_in(name)
+            for module, names in _STAND_INS.items()
+            for name in names
         }
         self._known["torch", "Size"] = tuple
 
@@ -127,7 +124,7 @@ class _LayoutOnly(pickle.Unpickler):
 
 
 def _stand_in(name: str) -> type:
-    """A class of that name that does nothing but keep what its objects are filled with."""
+    """A class of that name whose objects keep their arguments or state, and do nothing."""
 
     def make(self: Any, *arguments: Any) -> None:
         self.state = arguments
@@ -140,7 +137,7 @@ def _stand_in(name: str) -> type:
 
 @final
 class _Slice(io.RawIOBase):
-    """Some bytes of a file, as a file."""
+    """A range of bytes of a file, as a file."""
 
     def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
         self._file, self._offset, self._length, self._at = file, offset, length, 0
@@ -167,7 +164,7 @@ class _Slice(io.RawIOBase):
 
 
 def _layout(found: Any, folder: Path) -> Any:
-    """The real layout. Raises ValueError, KeyError or TypeError unless all is as it must be."""
+    """The real layout. Raises ValueError, KeyError or TypeError for a malformed one."""
     from torch.distributed.checkpoint import metadata as real
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
@@ -212,7 +209,7 @@ def _check_part(path: Path, offset: int, length: int) -> None:
 
 
 def _state(value: Any, name: str) -> Any:
-    """What a pickle filled an object of that class with."""
+    """The state of a stand-in for the class of that name."""
     if type(value).__name__ != name:
         raise ValueError(f"{type(value).__name__} in place of {name}")
     return value.state

@@ -1,4 +1,4 @@
-"""Files of tensors that somebody else may have written: sizes first, and nothing in them is run."""
+"""Files of tensors from untrusted sources: sizes are checked first, and no code in them is run."""
 
 import argparse
 import re
@@ -12,14 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# Tensors may share memory (tied weights), but not without end: views of one number can stand for
-# more than any machine has.
+# Tensors may share memory (tied weights), but views of one number can expand to more than any
+# machine has: all together may take _SHARING times the file's size, or _SMALL bytes.
 _SHARING = 8
-_SMALL = 2**30  # bytes, whatever the size of the file
+_SMALL = 2**30
 
 
 def read_pickled(path: Path) -> Any:
-    """What `torch.save` wrote: tensors, which stay on disk until used, and plain values.
+    """The contents of a `torch.save` file: tensors, which stay on disk until used, plain values.
 
     Raises:
         ValueError: anything else, among it a pickle that asks for more than that, an archive that
@@ -34,7 +34,7 @@ def read_pickled(path: Path) -> Any:
     try:
         # A Namespace holds plain values: what a trainer's command line was, beside the weights.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # of protocols, told before the error
+            warnings.simplefilter("ignore")  # about protocols; the error follows
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=packed or None)
     except OSError:
         raise
@@ -51,7 +51,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a .safetensors file, which stay on disk until used, and its metadata.
 
     Raises:
-        ValueError: it is none, or not whole.
+        ValueError: it is no such file, or incomplete.
     """
     require_regular(path)
     try:
@@ -63,7 +63,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def require_regular(path: Path) -> None:
-    """Raise FileNotFoundError or ValueError unless this is a file, which has a size and an end."""
+    """Raise FileNotFoundError or ValueError unless this is a regular file, which has a size."""
     if not path.exists():
         raise FileNotFoundError(f"expected a file of tensors, got {path}: no such file")
     if not path.is_file():
@@ -71,7 +71,7 @@ def require_regular(path: Path) -> None:
 
 
 def check_stored(file: Any, size: int, path: Path) -> None:
-    """Raise ValueError unless the archive, as PyTorch writes it, is as large as what it holds.
+    """Raise ValueError unless the archive is uncompressed, as PyTorch writes it.
 
     Args:
         file: the archive, open for reading.
@@ -103,7 +103,7 @@ def check_size(tensors: Iterable[Tensor], path: Path) -> None:
 
 
 def _tensors_in(content: Any) -> list[Tensor]:
-    """All tensors of nested mappings and lists; a container that comes again is not entered."""
+    """All tensors of nested mappings and lists; each container is entered once."""
     found, left, seen = [], [content], set()
     while left:
         value = left.pop()
@@ -116,7 +116,7 @@ def _tensors_in(content: Any) -> list[Tensor]:
 
 
 def _reason(error: Exception) -> str:
-    """What PyTorch found, without its colours and its advice to run the file all the same."""
+    """PyTorch's reason, without its colours and its advice to run the file anyway."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     asked = re.search(r"GLOBAL ([\w.]+)", text)
     if asked:

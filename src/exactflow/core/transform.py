@@ -5,40 +5,37 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, final, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from exactflow.core.conditional import Conditional
+from exactflow.core.shapes import Labels, Latents, PerSample, Tokens, Values
 
 
 class Transform(nn.Module, ABC):
     """An invertible map of one sample, applied to a batch."""
 
     @abstractmethod
-    def forward(
-        self, x: Float[Tensor, "batch *shape"], label: Int[Tensor, " batch"] | None = None
-    ) -> tuple[Float[Tensor, "batch *latent"], Float[Tensor, " batch"]]:
+    def forward(self, x: Values, label: Labels | None = None) -> tuple[Latents, PerSample]:
         """The image of x and ln |det dz/dx|, summed, in nats, float32 or better."""
 
     @abstractmethod
-    def inverse(
-        self, z: Float[Tensor, "batch *latent"], label: Int[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, "batch *shape"]:
+    def inverse(self, z: Latents, label: Labels | None = None) -> Values:
         """The x with forward(x, label)[0] == z, up to rounding."""
 
 
 @final
 @dataclass(frozen=True)
 class Decoding:
-    """How caches evaluate the network, and what they keep from one inversion to the next.
+    """How caches evaluate the network, and buffers that one inversion leaves to the next.
 
     Attributes:
         dtype: of weights, keys and values; None: the network's own.
         step: how one token of every sample is evaluated: "eager", operator by operator;
             "compiled", as one function on a CPU; "graph", as a captured CUDA graph (whole windows
             too).
-        memory: buffers and graphs, reused by the caches made with this object or with one that
-            shares it: at most one of them may be in use at a time.
+        memory: buffers and graphs, which caches made with the same dictionary reuse: at most one
+            of these caches may be in use at a time.
     """
 
     dtype: torch.dtype | None = None
@@ -46,7 +43,6 @@ class Decoding:
     memory: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an unknown step."""
         if self.step not in ("eager", "compiled", "graph"):
             raise ValueError(f"expected step eager | compiled | graph, got {self.step!r}")
 
@@ -54,14 +50,13 @@ class Decoding:
 class AutoregressiveTransform(Transform):
     """z_t = g(x_t; theta_t(x_<t)) over tokens t = 0 .. num_tokens - 1, in generation order.
 
-    The conditioner, which gives theta, and the conditional g are all that an inverse may know of
-    the model; the triangular structure (Papamakarios et al., MAF, arXiv 1705.07057, eq. 4) does the
-    rest.
+    An inverse may use only the conditioner, which gives theta, and the conditional g: the structure
+    is triangular (Papamakarios et al., MAF, arXiv 1705.07057, eq. 4).
 
     Attributes:
         num_tokens: how many tokens there are.
         conditional: g.
-        predicts_first: whether theta_0 is the network's too; else it is a constant.
+        predicts_first: whether the network computes theta_0 too; else it is a constant.
     """
 
     num_tokens: int
@@ -72,10 +67,10 @@ class AutoregressiveTransform(Transform):
     def conditioner(
         self,
         x: Float[Tensor, "batch stop dim"],
-        label: Int[Tensor, " batch"] | None = None,
+        label: Labels | None = None,
         cache: Any = None,
         start: int = 0,
-        temperature: Float[Tensor, " batch"] | None = None,
+        temperature: PerSample | None = None,
     ) -> Float[Tensor, "batch window size"]:
         """theta of the tokens start .. stop - 1.
 
@@ -85,40 +80,31 @@ class AutoregressiveTransform(Transform):
         Args:
             x: tokens 0 .. stop - 1.
             label: class of each sample; None where there is none.
-            cache: made by `new_cache`; holds what was computed of tokens 0 .. start - 2, so that
-                only x[:, start - 1 : stop - 1] is evaluated, and takes up what those give.
+            cache: made by `new_cache`; holds keys and values of tokens 0 .. start - 2, so that only
+                x[:, start - 1 : stop - 1] is evaluated, whose keys and values are added.
             start: first token asked for; without a cache it must be 0.
             temperature: attention temperature of each sample, 1 where None.
         """
 
     @abstractmethod
-    def new_cache(
-        self, x: Float[Tensor, "batch tokens dim"], decoding: Decoding | None = None
-    ) -> Any:
+    def new_cache(self, x: Tokens, decoding: Decoding | None = None) -> Any:
         """An empty cache for one inversion of a batch of the size, dtype and device of `x`.
 
-        It belongs to one batch, one label and one temperature. Raises ValueError for a way of
-        decoding that this network, device or dtype does not have.
+        It belongs to one batch, one label and one temperature. Raises ValueError for a decoding
+        that this network, device or dtype does not support.
         """
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch tokens dim"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, " batch"]]:
+    def forward(self, x: Tokens, label: Labels | None = None) -> tuple[Tokens, PerSample]:
         """All tokens at once: one evaluation of the network."""
         return self.conditional.forward(x, self.conditioner(x, label))
 
     @torch.no_grad()
     def inverse(
-        self,
-        z: Float[Tensor, "batch tokens dim"],
-        label: Int[Tensor, " batch"] | None = None,
-        decoding: Decoding | None = None,
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """The reference: token by token, exact by construction; carries no gradient."""
+        self, z: Tokens, label: Labels | None = None, decoding: Decoding | None = None
+    ) -> Tokens:
+        """The reference inverse: token by token, exact by construction; carries no gradient."""
         x = torch.zeros_like(z)
-        with torch.inference_mode():  # a third of a small model's time is autograd's bookkeeping
+        with torch.inference_mode():  # else autograd takes a third of a small model's time
             cache = self.new_cache(x, decoding)
             for t in range(self.num_tokens):
                 theta = self.conditioner(x[:, : t + 1], label, cache, start=t)
@@ -128,13 +114,10 @@ class AutoregressiveTransform(Transform):
 
 @runtime_checkable
 class Solver(Protocol):
-    """A way to invert one autoregressive transform."""
+    """A function that inverts one autoregressive transform."""
 
     def __call__(
-        self,
-        transform: AutoregressiveTransform,
-        z: Float[Tensor, "batch tokens dim"],
-        label: Int[Tensor, " batch"] | None,
-    ) -> Float[Tensor, "batch tokens dim"]:
+        self, transform: AutoregressiveTransform, z: Tokens, label: Labels | None
+    ) -> Tokens:
         """The x with transform(x, label)[0] == z."""
         ...

@@ -1,7 +1,7 @@
-"""Text that people type, in words and in YAML files: the field it is meant for gives it its type.
+"""Text typed by users, on command lines and in YAML files: a field's type decides its meaning.
 
 YAML would guess: `2024` is a number, `no` is false, `010` is 8, `1e-3` is text. Here a plain
-scalar stays text, marked as `Typed`, until a configuration's field says what it is to be.
+scalar stays text, marked as `Typed`, until it is read as the type of a configuration's field.
 """
 
 import re
@@ -30,7 +30,7 @@ class Typed(str):
 
 
 def is_null(text: str) -> bool:
-    """Whether the text stands for None, where a field may be None."""
+    """Whether the text means None for a field that may be None."""
     return text in _NULLS
 
 
@@ -54,7 +54,7 @@ def scalar(hint: type, text: str) -> str | bool | int | float | None:
 
 
 def read_yaml_file(path: Path) -> Any:
-    """What a YAML file says, as `read_yaml`.
+    """The contents of a YAML file, as `read_yaml` returns them.
 
     Raises:
         OSError: it is absent or cannot be read.
@@ -87,18 +87,17 @@ def read_yaml(text: str, name: str) -> Any:
         name: what to call it in errors.
 
     Raises:
-        ValueError: it is not YAML, or has what settings need not: a key twice, an anchor (some
-            hundred bytes of them can mean gigabytes), a tag, a second document, deep nesting.
+        ValueError: it is not YAML, or has a key twice, an anchor (a few hundred bytes of anchors
+            can expand to gigabytes), a tag, a second document, or deep nesting.
     """
     events = yaml.parse(text, Loader=yaml.SafeLoader)
     try:
-        found = _document(events, name)
+        return _document(events, name)
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise ValueError(f"{name} is not YAML: {error.problem}{line}") from error
     except yaml.YAMLError as error:  # a character that YAML does not allow
         raise ValueError(f"{name} is not YAML: {str(error).splitlines()[0]}") from error
-    return found
 
 
 def _document(events: Iterator[yaml.Event], name: str) -> Any:

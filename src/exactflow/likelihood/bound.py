@@ -69,12 +69,12 @@ def chain_bound(
         model: a chain model; scored in evaluation mode.
         images: grey levels 0 .. levels-1, on any device.
         label: class of each image; None scores without labels.
-        draws: seed and batches; the bar is of evaluations.
+        draws: seed and batches; the progress bar counts evaluations.
         respacing: bound of the shorter chain of these steps (see `chain.kept_steps`), which is a
-            bound as well, mostly a looser one; "" is the whole chain.
-        evaluations: of the network for each image, at most; None evaluates every step. Fewer are
-            drawn at random, the decoder's always and one of each of `strata`, in whose name it
-            counts: the same bound in expectation, with more noise.
+            bound as well, usually a looser one; "" is the whole chain.
+        evaluations: of the network for each image, at most; None evaluates every step. Otherwise
+            one random step of each of `strata` is evaluated, weighted by the number of its steps:
+            the same bound in expectation, with more noise.
 
     Raises:
         ValueError: for images that are not such integers, labels the model cannot take, or more
@@ -121,9 +121,9 @@ def _check_terms(terms: Tensor, first: int) -> None:
 
 
 def strata_of(steps: int, count: int) -> tuple[int, ...]:
-    """First steps of `count` runs that make up a chain, or of all its steps if there are no more.
+    """First steps of `count` runs that partition a chain, or all steps of a shorter chain.
 
-    The first run is step 0, the decoder's; the others grow linearly, as terms shrink with t.
+    The first run is step 0, the decoder's; the others grow linearly, since terms shrink with t.
     """
     count = min(count, steps)
     starts = [0]
@@ -142,7 +142,7 @@ def _terms(
     seed: int,
     names: range,
 ) -> Iterator[Float64[Tensor, " batch"]]:
-    """The terms of a batch but the prior's; noise is named by the original chain's timestep."""
+    """All terms of a batch but the prior's; the original chain's timestep names the noise."""
     network: Network = model.predict_noise
     drawn = [generator(seed, "bound steps", name) for name in names]
     for start, end in pairwise((*strata, chain.steps)):

@@ -1,17 +1,18 @@
-"""The noise that images are scored with: image i's is a function of (seed, i), in any batch."""
+"""Noise for scoring images: that of image i is a function of (seed, i), in any batch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar, final
 
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Int, Integer
 from torch import Tensor
 
 from exactflow.core import grey_levels as grey
 from exactflow.core.model import GenerativeModel, evaluating
 from exactflow.core.progress import tracked
 from exactflow.core.randomness import generator, normal_rows, uniform_rows
+from exactflow.core.shapes import Values
 from exactflow.parallel.process_group import current
 
 T = TypeVar("T")
@@ -20,12 +21,12 @@ T = TypeVar("T")
 @final
 @dataclass(frozen=True)
 class Draws:
-    """Which noise, and how many images together.
+    """Seed and number of noise draws, and the batch size.
 
     Attributes:
         k: noise draws per image.
-        seed: names the noise.
-        first: number of the first image, where the images are a part of a set.
+        seed: of the noise.
+        first: number of the first image, if the images are a part of a set.
         batch_size: images scored together.
         progress: show a bar.
     """
@@ -51,7 +52,7 @@ class Draws:
         draw: int,
         *,
         uniform: bool,
-    ) -> Float[Tensor, "batch *shape"]:
+    ) -> Values:
         """The noise of one draw for images of these numbers, on the model's device."""
         sources = [generator(self.seed, "score", number, draw) for number in numbers]
         rows = uniform_rows if uniform else normal_rows
@@ -70,7 +71,7 @@ class Draws:
         Processes that work together share the batches; the model is in evaluation mode.
 
         Raises:
-            ValueError: for images that are not the model's, or labels that it cannot take.
+            ValueError: for images of another shape or range than the model's, or wrong labels.
         """
         grey.check_images(images, model.event_shape, model.levels)
         model.check_label(None if label is None else label.cpu(), len(images))

@@ -1,4 +1,4 @@
-"""Log-likelihoods that say what they are: one way of scoring for each kind of model."""
+"""Log-likelihoods with their kind: one algorithm for each kind of model."""
 
 import math
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ from exactflow.paths.path_model import PathModel
 @final
 @dataclass(frozen=True)
 class Effort:
-    """The work that a score may take where it is no single pass of the network.
+    """The cost of scores that take many evaluations of the network.
 
     Attributes:
-        bound_evaluations: of the network for each image of a chain's bound; None: every step.
+        bound_evaluations: of the network for each image, in a chain's bound; None: every step.
         solver: of the differential equation of an estimate.
     """
 
@@ -61,8 +61,8 @@ def log_likelihood(
             images.
         label: class of each image, or of all; None scores without labels.
         k: noise draws per image.
-        seed: names the noise.
-        first: number of the first image, where these are a part of a set.
+        seed: of the noise.
+        first: number of the first image, if these are a part of a set.
         batch_size: images evaluated together.
         progress: show a bar over batches.
 
@@ -84,7 +84,7 @@ def score(
     draws: Draws,
     effort: Effort,
 ) -> LogLikelihood:
-    """`log_likelihood` with so much effort. Raises ValueError as it does."""
+    """`log_likelihood` with a given effort, which raises the same errors."""
     raise ValueError(f"a model of kind {model.kind!r} has no likelihood here")
 
 

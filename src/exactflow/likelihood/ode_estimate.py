@@ -15,6 +15,7 @@ from torch import Tensor
 from exactflow.core import grey_levels as grey
 from exactflow.core.prior import DiagonalGaussian
 from exactflow.core.randomness import generator, normal_rows, uniform_rows
+from exactflow.core.shapes import GreyLevels, Labels, PerSample
 from exactflow.likelihood.draws import ONE_DRAW, Draws
 from exactflow.likelihood.value import LogLikelihood, check_finite
 from exactflow.paths.ode import Dopri5, Field, OdeSolver, State, uniform_times
@@ -47,7 +48,7 @@ class Hutchinson:
     def vectors(
         self, model: PathModel, seed: int, numbers: range, draw: int
     ) -> Float[Tensor, "probes batch channels height width"]:
-        """The probes of a draw of these images; each is its own stream, whatever their number."""
+        """The probes of a draw of these images; probe j has a stream of its own."""
         rows = []
         for j in range(self.probes):
             sources = [generator(seed, "probe", number, draw, j) for number in numbers]
@@ -58,11 +59,11 @@ class Hutchinson:
         return torch.stack(rows).to(model.wide_dtype).to(model.device)
 
     def facts(self, dims: int) -> dict[str, Any]:
-        """What it adds to the details of an estimate."""
+        """Its entries in the details of an estimate."""
         return {"trace": "hutchinson", "probe": self.probe, "probes": self.probes}
 
     def error(self, each: Float[Tensor, "n probes"], dims: int) -> float | None:
-        """Standard error in bits/dim that the probes leave on the mean over images, by probe."""
+        """Standard error, in bits/dim, of the mean over images that is due to the probes."""
         if self.probes == 1:
             return None
         error = each.std(1) / math.sqrt(self.probes)
@@ -78,7 +79,7 @@ class ExactTrace:
         """See `Hutchinson.vectors`: none, which stands for the basis."""
 
     def facts(self, dims: int) -> dict[str, Any]:
-        """What it adds to the details of an estimate."""
+        """Its entries in the details of an estimate."""
         return {"trace": "exact", "probe": None, "probes": dims}
 
     def error(self, each: Float[Tensor, "n one"], dims: int) -> float:
@@ -107,14 +108,14 @@ def ode_log_likelihood(
     * solver, and its steps or its tolerance;
     * evaluations of the network for one image, all draws together, mean over images;
     * trace, probe and probes: vector-Jacobian products per evaluation, dims for the exact trace;
-    * probe_standard_error, the part of the error of `bits_per_dim` that more probes would take
-      away; None for a single one, which does not tell;
+    * probe_standard_error, the part of the error of `bits_per_dim` that more probes would remove;
+      None for a single probe;
     * prior_gap, nats per image, mean: KL(N(alpha x, sigma^2 I) || N(0, I)) where the trajectory
       ends. Bounds the divergence of the model's noise end from the prior that is scored;
     * blur, sigma / alpha where the trajectory starts: the density is that of images with so much
       Gaussian noise, in [-1, 1] units; 0 for a path that reaches the data;
-    * trained_on: what the model knows the density of. Scored are dequantised images always; a model
-      of centred ones, the grey levels without noise between them, is worse on those.
+    * trained_on: dequantised or centred images. Scored are always dequantised ones, on which a
+      model of centred images (grey levels without noise) is worse.
 
     Args:
         model: a model of a path; scored in evaluation mode.
@@ -150,7 +151,7 @@ def ode_log_likelihood(
 @final
 @dataclass(frozen=True)
 class _Trajectory:
-    """How to get from images to noise, and ln p along it."""
+    """ln p of images by the probability flow from images to noise."""
 
     model: PathModel
     draws: Draws
@@ -158,11 +159,8 @@ class _Trajectory:
     trace: Hutchinson | ExactTrace
 
     def score(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None,
-        numbers: range,
-    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch probes"], int]:
+        self, images: GreyLevels, label: Labels | None, numbers: range
+    ) -> tuple[PerSample, Float[Tensor, "batch probes"], int]:
         """ln of the mean density over draws, the same by each probe alone, and evaluations."""
         densities, evaluations, model = [], 0, self.model
         for draw in range(self.draws.k):
@@ -194,7 +192,7 @@ class _Trajectory:
 
 def with_divergence(
     model: PathModel,
-    label: Int[Tensor, " batch"] | None,
+    label: Labels | None,
     vectors: Float[Tensor, "probes batch channels height width"] | None,
 ) -> Field:
     """Rate of (x, ln det): the velocity, and its divergence by each probe, (batch, probes).
@@ -230,7 +228,7 @@ def _basis(x: Tensor) -> Float[Tensor, "dims 1 channels height width"]:
 
 
 def _prior_gap(model: PathModel, images: Tensor) -> float:
-    """See `ode_log_likelihood`."""
+    """The entry prior_gap of `ode_log_likelihood`."""
     noise = model.path.at(torch.tensor(model.span[0], dtype=torch.float64))
     middle = torch.full((model.levels,), 0.5, dtype=torch.float64)
     squares = grey.dequantize(torch.arange(model.levels), middle, model.levels).square()

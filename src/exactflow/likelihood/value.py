@@ -33,8 +33,14 @@ class LogLikelihood:
         data: fingerprint of the images, where they come from a data set.
         dequantization: law of the noise inside a grey level; "gaussian" is noise across levels, and
             "none" a bound on the probability of the integers themselves.
-        details: what else the number rests on: of an estimate, see `ode_log_likelihood`; of a
-            chain's bound, its steps and evaluations of the network.
+        details: further facts: of an estimate, see `ode_log_likelihood`; of a chain's bound, its
+            steps and evaluations of the network.
+
+    Example:
+        >>> import torch
+        >>> found = LogLikelihood(torch.tensor([-2000.0, -2100.0]), "dequantized", 768, 256, k=1)
+        >>> round(found.bits_per_dim, 3)
+        3.851
     """
 
     nats: Float[Tensor, " n"]
@@ -53,7 +59,7 @@ class LogLikelihood:
 
     @property
     def is_code_length(self) -> bool:
-        """Whether it is of the integer images, and so has bits per dimension."""
+        """Whether it is a probability of integer images, which has bits per dimension."""
         return self.kind != "noisy-density"
 
     @property
@@ -89,7 +95,7 @@ def check_finite(nats: Float[Tensor, " n"], first: int, why: str) -> None:
     Args:
         nats: of each image.
         first: number of the first of them in the set that they are a part of.
-        why: what it means.
+        why: the cause, for the message.
     """
     failed = (~nats.isfinite()).nonzero()[:, 0].tolist()
     if failed:

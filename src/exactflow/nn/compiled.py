@@ -4,10 +4,10 @@ import ctypes
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from types import ModuleType
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -16,8 +16,8 @@ from torch import Tensor
 from exactflow.nn.kernel_arguments import Call, Layer
 from exactflow.nn.transformer import NetworkWeights
 
-LOADING = 1.0  # seconds, about, that importing the compiler and loading its code from disk takes
-MANY_SAMPLES = 16  # from so many a thread on, threads that do not wait for each other are faster
+LOADING = 1.0  # seconds, about, of importing the compiler and loading its code from disk
+MANY_SAMPLES = 16  # of one thread: from here on, each thread takes samples of its own
 
 
 def available() -> bool:
@@ -25,26 +25,23 @@ def available() -> bool:
     return find_spec("numba") is not None
 
 
-@final
-class _Clock:
-    """How long this process has waited for machine code, to tell it apart from its use."""
-
-    seconds: ClassVar[float] = 0.0
-    known: ClassVar[set[torch.dtype]] = set()
+_seconds_loading = 0.0
 
 
 def seconds_loading() -> float:
     """Seconds this process has spent on loading compiled steps, or on compiling them."""
-    return _Clock.seconds
+    return _seconds_loading
 
 
 def loaded() -> bool:
     """Whether this process has a compiled step already."""
-    return _Clock.seconds > 0
+    return _seconds_loading > 0
 
 
+@cache
 def _kernels(dtype: torch.dtype) -> ModuleType:
     """The kernels, with the step of that precision loaded or compiled."""
+    global _seconds_loading
     began = time.perf_counter()
     try:
         from exactflow.nn import kernels
@@ -53,9 +50,7 @@ def _kernels(dtype: torch.dtype) -> ModuleType:
             "the compiled step needs the extra: pip install 'exactflow[fast]'"
         ) from error
     kernels.step(dtype)
-    if dtype not in _Clock.known:
-        _Clock.known.add(dtype)
-        _Clock.seconds += time.perf_counter() - began
+    _seconds_loading += time.perf_counter() - began
     return kernels
 
 
@@ -84,32 +79,20 @@ class CompiledStep:
         caches: Sequence[Float[Tensor, "2 batch heads tokens head_dim"]],
         threads: int | None = None,
     ) -> None:
+        _check(network, caches)
         like = network.output
-        weights = [t for w in (network, *network.layers) for t in w if isinstance(t, Tensor)]
-        types = {t.dtype for t in (*weights, *caches)}
-        if types not in ({torch.float32}, {torch.float64}):
-            raise ValueError(f"expected all in float32 or all in float64, got {types}")
-        if not all(t.is_cpu for t in (*weights, *caches)):
-            raise ValueError("expected weights and caches on the CPU")
-        if not all(cache.is_contiguous() for cache in caches):
-            raise ValueError("expected contiguous caches")
         kernels = _kernels(like.dtype)
         (out, channels), dim = network.output.shape, network.input.shape[1]
         _, batch, heads, length, head_dim = caches[0].shape
         panel = kernels.PANEL_BYTES // like.element_size()
-        self._kept: list[Tensor] = []  # what is known by its address alone
+        self._kept: list[Tensor] = []  # the call has but their addresses
 
         def keep(t: Tensor) -> int:
             self._kept.append(t)
             return t.data_ptr()
 
         def pack(w: Tensor) -> int:
-            """Panels of a few outputs each, (outputs / panel, inputs, panel), filled with zeros."""
-            packed = w.new_empty(-(-len(w) // panel), *w.shape[1:], panel)
-            for columns, rows in zip(packed.numpy(), w.detach().split(panel), strict=True):
-                columns[..., : len(rows)] = rows.numpy().T  # torch would wait for its threads
-                columns[..., len(rows) :] = 0
-            return keep(packed)
+            return keep(_in_panels(w, panel))
 
         def buffer(columns: int, rows: int = batch) -> int:
             return keep(like.new_empty(rows, columns + -columns % panel))
@@ -157,7 +140,7 @@ class CompiledStep:
         position: int,
         temperature: Float[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch out"]:
-        """What the network says at `position`; valid until the next call.
+        """The network's output at `position`; valid until the next call.
 
         Args:
             tokens: those at `position`.
@@ -188,11 +171,31 @@ class CompiledStep:
         return self._raw
 
 
+def _check(network: NetworkWeights, caches: Sequence[Tensor]) -> None:
+    weights = [t for w in (network, *network.layers) for t in w if isinstance(t, Tensor)]
+    types = {t.dtype for t in (*weights, *caches)}
+    if types not in ({torch.float32}, {torch.float64}):
+        raise ValueError(f"expected all in float32 or all in float64, got {types}")
+    if not all(t.is_cpu for t in (*weights, *caches)):
+        raise ValueError("expected weights and caches on the CPU")
+    if not all(cache.is_contiguous() for cache in caches):
+        raise ValueError("expected contiguous caches")
+
+
+def _in_panels(w: Tensor, panel: int) -> Tensor:
+    """Panels of a few outputs each, (outputs / panel, inputs, panel), filled up with zeros."""
+    packed = w.new_empty(-(-len(w) // panel), *w.shape[1:], panel)
+    for columns, rows in zip(packed.numpy(), w.detach().split(panel), strict=True):
+        columns[..., : len(rows)] = rows.numpy().T  # torch would wait for its threads
+        columns[..., len(rows) :] = 0
+    return packed
+
+
 def _runner(function: int, call: Call, threads: int) -> Callable[[], object]:
-    """Calls the C function at that address on `call`, from so many threads where that can be."""
+    """Call the C function at that address on `call`, in that many threads where OpenMP is found."""
     address = ctypes.addressof(call)
     if threads > 1:
-        # GNU's names, by which others' OpenMP can be called too; without them one thread does all.
+        # Other vendors' OpenMP has GNU's names too; where they are absent, one thread does all.
         with suppress(AttributeError, TypeError):
             openmp = ctypes.CDLL(None)
             start = openmp.GOMP_parallel

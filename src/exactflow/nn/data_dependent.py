@@ -16,12 +16,12 @@ class DataDependent(nn.Module, ABC):
 
     @abstractmethod
     def initialize(self, x: Float[Tensor, "batch channels height width"]) -> None:
-        """Set the parameters so that the output on `x` is as this part wants it."""
+        """Set the parameters from `x`, for example so that the output has mean 0 and variance 1."""
 
 
 @contextmanager
 def initializing(module: nn.Module) -> Iterator[None]:
-    """Within, every `DataDependent` part of `module` is initialised on what reaches it, in order.
+    """Inside, a forward pass initialises each `DataDependent` part of `module` on its own input.
 
     Gradients are off; autocast too, since statistics want full precision.
     """
@@ -42,9 +42,9 @@ def initializing(module: nn.Module) -> Iterator[None]:
 def standardize(
     out: Float[Tensor, "batch channels height width"],
 ) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
-    """Mean and reciprocal standard deviation of every channel, over batch and places.
+    """Mean and reciprocal standard deviation of every channel, over batch and pixels.
 
-    1 for a channel that is constant, which no scale makes standard.
+    The reciprocal is 1 for a constant channel, which no scale makes standard.
     """
     std, mean = torch.std_mean(out.transpose(0, 1).flatten(1), 1)
     return mean, torch.where(std > STD_FLOOR, 1 / (std + STD_FLOOR), 1.0)

@@ -11,13 +11,14 @@ from exactflow.nn.compiled import CompiledStep
 from exactflow.nn.graphed import GraphedPasses
 from exactflow.nn.transformer import LayerWeights, NetworkWeights, causal_network
 
-ALIGNMENT = 8  # positions: attention kernels want masks of such lengths
+ALIGNMENT = 8  # positions: attention kernels want masks whose length is a multiple
 MANY_SAMPLES = 8  # from here on, a CPU multiplies faster by matrices stored by columns
+FAST_STEPS = {"compiled": CompiledStep, "graph": GraphedPasses}
 
 
 @final
 class DecodingCache:
-    """What one decoding of one batch keeps: keys and values, weights, and buffers.
+    """Keys and values, weights and buffers of one decoding of one batch.
 
     Args:
         network: its tensors, taken as they are now; they get no gradient.
@@ -26,7 +27,7 @@ class DecodingCache:
         tokens: number of positions.
         dtype: of weights, keys and values; None: the network's, or autocast's.
         step: see `exactflow.core.transform.Decoding`.
-        memory: what earlier caches left for later ones.
+        memory: buffers and prepared weights of earlier caches, which this one reuses.
 
     Raises:
         ValueError: a step that this device or dtype does not have.
@@ -55,30 +56,24 @@ class DecodingCache:
         heads = network.output.shape[1] // head_dim
         length = tokens + -tokens % ALIGNMENT
         shape = (len(network.layers), 2, batch, heads, length, head_dim)
-        # Of all caches that share the memory one is in use at a time, so that one buffer serves
-        # all blocks: fresh memory is dear.
+        # Only one of the caches that share `memory` is in use at a time: one buffer serves all
+        # blocks, since allocating takes long.
         place = ("keys and values", shape, inside, device)
         if place not in memory:
             memory[place] = torch.empty(shape, dtype=inside, device=device)
-        if step == "graph":  # static passes read, and mask, what is not yet written
+        if step == "graph":  # its passes also read what is not yet written, and mask it
             memory[place].zero_()
         self._caches: tuple[Tensor, ...] = memory[place].unbind(0)
         key = ("network", _identity(network), self._dtype, step, place)
         if key not in memory:
             weights = _prepared(network, batch, self._dtype)
-            memory[key] = (weights, self._step(step, weights))
+            made = FAST_STEPS[step](weights, self._caches) if step in FAST_STEPS else None
+            memory[key] = (weights, made)
         self._network: NetworkWeights = memory[key][0]
         self._one: CompiledStep | GraphedPasses | None = memory[key][1]
 
-    def _step(self, step: str, network: NetworkWeights) -> CompiledStep | GraphedPasses | None:
-        if step == "graph":
-            return GraphedPasses(network, self._caches)
-        if step == "compiled":
-            return CompiledStep(network, self._caches)
-        return None
-
     def condition(self, make: Callable[[], Tensor]) -> None:
-        """Take what is added to the embedding, (batch or 1, tokens, channels), at first use.
+        """Make what is added to the embedding, (batch or 1, tokens, channels), at the first call.
 
         It is a function of the label alone.
         """
@@ -89,7 +84,7 @@ class DecodingCache:
     def behind(
         self, token: Float[Tensor, " dim"], x: Float[Tensor, "batch stop dim"], start: int
     ) -> Float[Tensor, "batch stop dim"]:
-        """The inputs token, x_0 .. x_(stop - 2); those before x_(start - 1) are there already."""
+        """The inputs token, x_0 .. x_(stop - 2); those before x_(start - 1) are kept."""
         if self._inputs is None:
             self._inputs = x.new_empty(len(x), self._tokens, x.shape[2])
             self._inputs[:, 0] = token
@@ -106,8 +101,8 @@ class DecodingCache:
     ) -> Float[Tensor, "batch window out"]:
         """The network at positions first .. stop - 1, of the inputs x from position 0 on.
 
-        Of those before `first` nothing but their number is used, except with step "graph". The
-        result is valid until the next call.
+        Inputs before `first` are only counted, except with step "graph". The result is valid until
+        the next call.
         """
         assert self._condition is not None
         window = x.shape[1] - first
@@ -133,7 +128,7 @@ class DecodingCache:
 
 
 def _identity(network: NetworkWeights) -> tuple[tuple[int, int], ...]:
-    """What changes when a weight does: an optimizer's step, another network."""
+    """A key that changes when weights do, by an optimizer's step or with another network."""
     every = (network.input, network.output, *(t for layer in network.layers for t in layer))
     return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in every)
 
@@ -146,11 +141,7 @@ def _prepared(network: NetworkWeights, batch: int, dtype: torch.dtype) -> Networ
         t = t.detach().to(dtype)
         return t.t().contiguous().t() if by_columns and t.dim() == 2 else t
 
-    return NetworkWeights(
-        network.input.detach().to(dtype),
-        network.input_bias.detach().to(dtype),
-        tuple(LayerWeights(*map(prepare, layer)) for layer in network.layers),
-        None if network.norm is None else network.norm.detach().to(dtype),
-        network.output.detach().to(dtype),
-        network.output_bias.detach().to(dtype),
-    )
+    layers = tuple(LayerWeights(*map(prepare, layer)) for layer in network.layers)
+    tensors = {k: t for k, t in network._asdict().items() if isinstance(t, Tensor)}
+    ends = {name: t.detach().to(dtype) for name, t in tensors.items()}
+    return network._replace(layers=layers, **ends)

@@ -1,8 +1,8 @@
 """A plain diffusion transformer: patches as tokens, conditioning by adaLN-zero.
 
 Peebles & Xie, Scalable Diffusion Models with Transformers, arXiv 2212.09748, section 3. Every block
-is modulated by six vectors read off the sum of the time's and the label's embedding, and starts as
-the identity. Written from the paper's mathematics.
+is modulated by six vectors, a linear function of the embedding of time and label, and starts as the
+identity. Written from the paper's mathematics.
 """
 
 import math
@@ -14,10 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exactflow.nn.unet_parts import attend, sinusoidal_embedding
+
 NORM_EPS = 1e-6
 TIME_FREQUENCIES = 128  # a cosine and a sine each
-LONGEST_PERIOD = 10_000.0  # in units of 2 pi, of times and of positions
-EMBEDDING_STD = 0.02  # initial spread of the class table and of the time's network
+LONGEST_PERIOD = 10_000.0  # of positions, in units of 2 pi
+EMBEDDING_STD = 0.02  # of initial weights of the class table and of the time's network
 
 
 @final
@@ -35,7 +37,6 @@ class DiTConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what cannot be built."""
         _, height, width = self.image_shape
         if min(*self.image_shape, self.out_channels, self.patch_size, self.width, self.depth) < 1:
             raise ValueError(f"expected positive sizes, width and depth, got {self}")
@@ -87,19 +88,24 @@ class DiTBlock(nn.Module):
         """Both residual branches."""
         parts = self.modulation(condition)[:, None].chunk(6, dim=-1)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts
-        x = x + gate * self.dropout(self._attend(modulated(x, shift, scale)))
+        qkv = self.qkv(modulated(x, shift, scale))
+        x = x + gate * self.dropout(self.proj(attend(qkv, x.shape[2] // self.heads, "new")))
         hidden = F.gelu(self.expand(modulated(x, mlp_shift, mlp_scale)), approximate="tanh")
         return x + mlp_gate * self.dropout(self.contract(hidden))
-
-    def _attend(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(*qkv.unbind(0))
-        return self.proj(seen.transpose(1, 2).flatten(2))
 
 
 @final
 class DiT(nn.Module):
-    """The network, from noisy images and their times to whatever it is trained for."""
+    """The network: noisy images or latents, times and labels -> a prediction.
+
+    Args:
+        config: the architecture.
+
+    Example:
+        >>> net = DiT(DiTConfig(image_shape=(1, 8, 8), out_channels=1, width=24, depth=1))
+        >>> net(torch.zeros(2, 1, 8, 8), t=torch.zeros(2)).shape
+        torch.Size([2, 1, 8, 8])
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -153,7 +159,7 @@ class DiT(nn.Module):
 
     def _condition(self, t: Tensor, label: Tensor | None) -> Tensor:
         """Embedding of the time plus that of the label."""
-        features = time_features(t).to(self.time_in.weight.dtype)
+        features = sinusoidal_embedding(t, 2 * TIME_FREQUENCIES).to(self.time_in.weight.dtype)
         condition = self.time_out(F.silu(self.time_in(features)))
         if self.label is None:
             return condition
@@ -173,13 +179,6 @@ class DiT(nn.Module):
         blocks = [block.modulation for block in self.blocks if isinstance(block, DiTBlock)]
         for linear in (*blocks, self.modulation, self.output):
             nn.init.zeros_(linear.weight)
-
-
-def time_features(t: Float[Tensor, " batch"]) -> Float[Tensor, "batch features"]:
-    """Cosines, then sines, of times at `TIME_FREQUENCIES` frequencies from 1 down to 10^-4."""
-    place = torch.arange(TIME_FREQUENCIES, device=t.device, dtype=t.dtype) / TIME_FREQUENCIES
-    phase = t[:, None] * torch.exp(-math.log(LONGEST_PERIOD) * place)
-    return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
 def grid_embedding(rows: int, columns: int, width: int) -> Float[Tensor, "tokens width"]:

@@ -1,4 +1,4 @@
-"""Windows of tokens as CUDA graphs: what a small pass costs a GPU is launching its kernels."""
+"""Windows of tokens as CUDA graphs: launching kernels takes most of a small pass on a GPU."""
 
 from typing import Any, final
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 from exactflow.nn.transformer import NetworkWeights, causal_network
 
-FEWEST_KEYS = 64  # a graph for every power of two from here on
+FEWEST_KEYS = 64  # of a graph; there is one for every power of two from here on
 
 
 @final
 class GraphedPasses:
-    """The network over windows whose sizes are rounded up to powers of two: few graphs serve all.
+    """The network over windows whose sizes are rounded up to powers of two, so that graphs are few.
 
     Args:
         network: weights in the dtype of the caches.
@@ -23,7 +23,7 @@ class GraphedPasses:
     def __init__(self, network: NetworkWeights, caches: tuple[Tensor, ...]) -> None:
         self._network, self._caches = network, caches
         self._passes: dict[tuple[int, int, int, bool], StaticPass] = {}
-        self._condition: Tensor | None = None  # the one that the graphs have
+        self._condition: Tensor | None = None  # the one copied to `_static`
         self._static: dict[int, Tensor] = {}
         on_cuda = network.output.device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if on_cuda else None
@@ -38,7 +38,7 @@ class GraphedPasses:
         """The network at positions first .. stop - 1; the result is valid until the next call."""
         tokens, window = condition.shape[1], x.shape[1] - first
         size = min(_power_of_two(window), tokens)
-        begin = min(first, tokens - size)  # at the end, what is there already is computed again
+        begin = min(first, tokens - size)  # the last window also computes what is known
         keys = min(max(_power_of_two(begin + size), FEWEST_KEYS), self._caches[0].shape[3])
         static = self._static.setdefault(len(condition), torch.empty_like(condition))
         if condition is not self._condition:
@@ -54,9 +54,9 @@ class GraphedPasses:
 
 @final
 class StaticPass:
-    """One window at a position that is itself data, over a fixed number of keys.
+    """One window at a position that is a tensor, over a fixed number of keys.
 
-    On CUDA it is captured at its first call and replayed from then on.
+    On CUDA it is captured as a graph at its first call and replayed from then on.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class StaticPass:
         return self._raw
 
     def _capture(self) -> None:
-        """Run once for the result, and record; capturing itself computes nothing."""
+        """Run once for the result, then capture, which computes nothing."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -134,5 +134,5 @@ class StaticPass:
 
 
 def _power_of_two(count: int) -> int:
-    """The least power of two that is no less."""
+    """The least power of two that is not less than `count`."""
     return 1 << (count - 1).bit_length()

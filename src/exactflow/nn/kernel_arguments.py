@@ -1,4 +1,4 @@
-"""What a compiled step is given: sizes and addresses, as C lays them out."""
+"""Arguments of a compiled step: sizes and addresses, as C lays them out."""
 
 import ctypes
 from typing import final

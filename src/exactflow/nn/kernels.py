@@ -1,8 +1,9 @@
-"""What `nn/compiled.py` runs: the token step in numba, with the products in vectors by hand.
+"""The token step that `nn/compiled.py` runs: numba, with matrix products in vector instructions.
 
-It works on the addresses in one `Call`, so that starting it costs next to nothing. NaN and infinity
-keep their meaning: of the fast-math rules only those that respect them are used. Functions without
-annotations are compiled; `k` is always `Numbers`, and its type decides the precision.
+It takes the addresses in one `Call`, so that starting it costs next to nothing. Fast-math rules are
+restricted to those under which NaN and infinity keep their meaning. Functions without annotations
+are compiled, and take their arguments one by one, which costs nothing once they are inlined. `k` is
+always `Numbers`, and its type decides the precision.
 """
 
 import inspect
@@ -28,7 +29,7 @@ ROWS = 6  # and the rows, at most: sums and operands just fit the registers
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
-    """Machine code of the function itself, which the tests wrap to check annotations."""
+    """The function compiled, without the wrapper by which tests check annotations."""
     fast = {"contract", "reassoc", "nsz", "arcp"}
     return njit(fastmath=fast, error_model="numpy")(inspect.unwrap(function))
 
@@ -65,7 +66,7 @@ def _numbers(kind: type, exp_degree: int, erfc_degree: int) -> Numbers:
 
 
 def _erfc_series(degree: int) -> list[float]:
-    """Of exp(z^2) erfc(z) in t = (z - 2) / (z + 2), for z from 0 to 6."""
+    """Coefficients of exp(z^2) erfc(z) in t = (z - 2) / (z + 2), for z from 0 to 6."""
 
     def scaled(t: np.ndarray) -> np.ndarray:
         return np.array([math.exp(z * z) * math.erfc(z) for z in 2 * (1 + t) / (1 - t)])
@@ -175,7 +176,7 @@ def _tile(one, x, x_row, inner, w, bias, y, y_row, rows):
 
 @_compiled
 def _exp(x, k):
-    """For x <= 0."""
+    """exp(x) for x <= 0."""
     power = np.rint(k.log2_e * (x if x > k.lowest else k.lowest))
     rest = x - power * k.ln_2
     value = k.zero
@@ -214,14 +215,14 @@ def _vector(address, size, k):
 
 @_compiled
 def _rows(address, first, last, columns, width, k):
-    """Of a matrix whose columns are filled up to a multiple of `width`."""
+    """Rows of a matrix whose columns are filled up to a multiple of `width`."""
     columns = (columns + width - 1) // width * width
     return carray(_pointer(address, k.one), (last, columns))[first:]
 
 
 @_compiled
 def _read(s, first, x, change, team, k):
-    """The tokens to x, the condition to change."""
+    """Copy the tokens to x and the condition to change."""
     tokens, condition = _pointer(s.tokens, k.one), _pointer(s.condition, k.one)
     for r in _share(len(x), team):
         for c in range(s.dim):
@@ -291,7 +292,7 @@ def _rms_norm(h, change, scale, y, team, k):
 
 @_compiled
 def _attend(qkv, cache, first, position, temperature, p, y, team, k):
-    """y = attention to positions 0 .. position, the last of which takes up its key and value."""
+    """Store key and value of `position`; y = attention to positions 0 .. position."""
     _, _, heads, _, size = cache.shape
     for task in _share(len(qkv) * heads, team):
         r, head = divmod(task, heads)
@@ -372,5 +373,5 @@ def step(dtype: torch.dtype) -> Any:
     signature = types.void(types.CPointer(record))
     try:
         return cfunc(signature, cache=True)(run)
-    except RuntimeError:  # there is no folder to keep it in
+    except RuntimeError:  # no folder for the cache can be written
         return cfunc(signature)(run)

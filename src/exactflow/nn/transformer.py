@@ -35,7 +35,7 @@ class LayerWeights(NamedTuple):
 
 
 class NetworkWeights(NamedTuple):
-    """The tensors of a whole causal network, from tokens to what it says of the next ones."""
+    """The tensors of a whole causal network, from tokens to the parameters of the next ones."""
 
     input: Tensor
     input_bias: Tensor
@@ -45,8 +45,8 @@ class NetworkWeights(NamedTuple):
     output_bias: Tensor
 
 
-# (index of a layer, keys and values of the window) -> all that are seen, and their mask (window,
-# keys); no mask: the causal one of a window from position 0 on, or a single token, which sees all
+# (index of a layer, keys and values of the window) -> keys and values of all positions so far, and
+# a mask (window, keys); None: the causal mask of a window from position 0 on, or one token alone
 Keep = Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
 
 
@@ -66,7 +66,7 @@ def causal_network(
         condition: what is added to their embedding.
         head_dim: width of one attention head.
         temperature: divides the attention logits of each sample, 1 where None.
-        keep: a cache: takes up keys and values, and gives those of the positions before too; None
+        keep: a cache, which stores keys and values and returns those of earlier positions too; None
             where the window begins at position 0.
 
     Returns:

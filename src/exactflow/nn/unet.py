@@ -54,7 +54,6 @@ class UNetConfig:
     num_classes: int = 0  # rows of the label table, the null class included; 0: no labels
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what cannot be built."""
         sizes = (self.in_channels, self.out_channels, self.model_channels, self.num_res_blocks)
         if min(sizes) < 1 or not self.channel_mult or self.num_classes < 0:
             raise ValueError(f"expected positive sizes and at least one level, got {self}")
@@ -95,7 +94,7 @@ class UNetConfig:
 
     @property
     def size_divisor(self) -> int:
-        """What divides the height and width of every image the network takes."""
+        """Height and width of the images must be multiples of this."""
         return 2 ** (len(self.channel_mult) - 1)
 
     def attends(self, factor: int) -> bool:
@@ -136,7 +135,7 @@ def middle(config: UNetConfig) -> UNetStage:
 
 
 def _decoder(config: UNetConfig, kept: Sequence[int]) -> nn.ModuleList:
-    """The stages after the middle, which take up what the encoder kept, the last first."""
+    """The stages after the middle; each takes one result of the encoder too, the last one first."""
     stages, skips, channels = nn.ModuleList(), list(kept), config.widths[-1]
     for level in reversed(range(len(config.widths))):
         for index in range(config.num_res_blocks + 1):
@@ -201,6 +200,11 @@ class UNet(nn.Module):
 
     Args:
         config: the architecture.
+
+    Example:
+        >>> config = UNetConfig(model_channels=32, channel_mult=(1, 2), attention_factors=(2,))
+        >>> UNet(config)(torch.zeros(1, 3, 8, 8), t=torch.zeros(1)).shape
+        torch.Size([1, 3, 8, 8])
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -233,9 +237,9 @@ class UNet(nn.Module):
         """The raw prediction, in x's type.
 
         Args:
-            x: noisy images, beside them whatever else the network is given as channels.
-            t: time as it enters the sinusoids: scaling it is the caller's.
-            label: rows of the label table; None just for a network without one.
+            x: noisy images, with further channels if the network takes any.
+            t: time as it enters the sinusoids; the caller scales it.
+            label: rows of the label table; None only for a network without one.
 
         Raises:
             ValueError: images that cannot be halved often enough, or labels missing or too many.

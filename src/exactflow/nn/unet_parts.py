@@ -21,7 +21,7 @@ Map = TypeVar("Map", nn.Linear, nn.Conv2d)
 
 
 def zero_initialized(layer: Map) -> Map:
-    """The layer with weight and bias zero, so that a residual branch starts as nothing."""
+    """The layer with weight and bias zero, so that its residual branch is 0 at first."""
     nn.init.zeros_(layer.weight)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
@@ -208,7 +208,7 @@ class SpatialAttention(UNetLayer):
 
 @final
 class UNetStage(nn.ModuleList):
-    """Layers in sequence: what the encoder keeps for the decoder, which takes it up, once each."""
+    """Layers in sequence, whose result the encoder keeps for one stage of the decoder."""
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""Values and errors as processes tell them to each other: pickled, with all tensors on the CPU."""
+"""Values and errors sent between processes: pickled, with all tensors on the CPU."""
 
 import copyreg
 import io
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def pickled(value: Any) -> bytes:
-    """A value for another process, which need not have the devices of this one."""
+    """A value for another process, which may lack the devices of this one."""
     content = io.BytesIO()
     pickler = pickle.Pickler(content, pickle.HIGHEST_PROTOCOL)
     pickler.dispatch_table = copyreg.dispatch_table | {Tensor: _from_cpu}
@@ -21,7 +21,7 @@ def pickled(value: Any) -> bytes:
 
 
 def unpickled(content: bytes) -> Any:
-    """What `pickled` was given, by a process of the same program."""
+    """The value that a process of the same program gave to `pickled`."""
     return pickle.loads(content)
 
 
@@ -31,29 +31,29 @@ class SentError:
     """An exception for other processes.
 
     Attributes:
-        content: the pickled exception. One that pickle cannot give back (its constructor takes
-            something else than the message) is told as the nearest built-in one.
-        told: where it was raised.
+        content: the pickled exception. One that pickle cannot restore (its constructor takes other
+            arguments than the message) is sent as the nearest built-in one.
+        note: process and traceback.
     """
 
     content: bytes
-    told: str
+    note: str
 
     @classmethod
     def of(cls, error: Exception, where: str) -> "SentError":
-        """What is told of `error`, which was raised in `where`."""
+        """The message for `error`, which was raised in process `where`."""
         lines = "".join(traceback.format_exception(error))
-        return cls(_survivor(error), f"\nIn {where}:\n\n{lines}")
+        return cls(_as_picklable(error), f"\nIn {where}:\n\n{lines}")
 
     def error(self) -> Exception:
-        """The exception; a note on it has its traceback."""
+        """The exception, with the note attached."""
         found = pickle.loads(self.content)
-        found.add_note(self.told)
+        found.add_note(self.note)
         return found
 
 
-def _survivor(error: Exception) -> bytes:
-    """The error pickled, or the nearest one that comes back as it was sent."""
+def _as_picklable(error: Exception) -> bytes:
+    """The error pickled, or the nearest built-in one that unpickles unchanged."""
     text = f"{type(error).__name__}: {error}"
     built_in = [kind for kind in type(error).__mro__ if kind.__module__ == "builtins"]
     attempts: list[Callable[[], Any]] = [lambda: error]

@@ -1,7 +1,7 @@
 """The processes that work together on one model, as torchrun starts them.
 
-Every process runs the same program. What writes files or speaks to people is for the main one;
-functions that share work say so, and are called by all processes alike.
+Every process runs the same program. Only the main process, of rank 0, writes files and prints.
+Functions that share work between processes say so, and every process must call them.
 """
 
 import os
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from exactflow.parallel.messages import SentError, pickled, unpickled
 
-LAST_WORDS = 0.1  # seconds for what was sent last before a group is left
-# Others wait so long for one that is silent. One that has died is noticed at once, by closed
-# connections and by torchrun; one that works alone, as the main process does that reads data or
-# writes files, tells the others every so many seconds that it lives.
+LAST_WORDS = 0.1  # seconds in which the last messages are sent before a group is destroyed
+# Timeout of a silent process. A dead one is noticed at once, by closed connections and by torchrun.
+# A process that works alone, as the main one does to read data or write files, sends the others a
+# sign of life every BEAT seconds.
 PATIENCE = timedelta(hours=1)
 BEAT = 60.0
 
@@ -42,13 +42,17 @@ class ProcessLostError(RuntimeError):
 @final
 @dataclass(frozen=True)
 class Processes:
-    """The group of processes that this one belongs to; alone, where there is no group.
+    """The group of processes that this one belongs to; of one process if there is no other.
 
-    All methods but the properties and `rows` are called by every process alike.
+    Every process of the group must call each method other than the properties and `rows`.
 
     Attributes:
         rank: number of this process, 0 .. count-1.
-        count: how many there are.
+        count: number of processes.
+
+    Example:
+        >>> Processes(rank=1, count=3).rows(7)
+        range(2, 4)
     """
 
     rank: int = 0
@@ -56,17 +60,17 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files and speaks to people."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def rows(self, n: int) -> range:
-        """This process's rows of n: runs in the order of ranks, equal but for one row."""
+        """This process's run of n rows, in the order of ranks; lengths differ by at most 1."""
         return range(n * self.rank // self.count, n * (self.rank + 1) // self.count)
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, which are pickled, in the order of ranks.
+        """The values of all processes, in the order of ranks; they are pickled.
 
-        Tensors come back on the CPU: others have other devices.
+        Tensors come back on the CPU, since devices differ between processes.
         """
         if self.count == 1:
             return [value]
@@ -85,9 +89,9 @@ class Processes:
         return torch.stack(found)
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What `work` returns in the main process alone, or raises there, for all processes.
+        """Call `work` in the main process alone; all processes have its result or raise its error.
 
-        The others wait as long as it takes.
+        The others wait without a timeout.
         """
         if self.count == 1:
             return work()
@@ -98,24 +102,24 @@ class Processes:
                     told = [self._attempt(work)]
         with self.explained_loss():
             torch.distributed.broadcast_object_list(told, src=0)
-        return self._outcome(told[0])
+        return _outcome(told[0])
 
     def main_first(self, work: Callable[[], T]) -> T:
-        """What `work` returns in each process: the others find what the main one has kept."""
+        """Call `work` in the main process, then in the others, which find its files in a cache."""
         found: list[T] = []
         self.on_main(lambda: found.append(work()))
         return found[0] if found else work()
 
     def share(self, work: Callable[[], T]) -> list[T]:
-        """What each process's `work` returns; the first error of any of them is raised by all.
+        """The results of `work` in each process; all processes raise the first error of any.
 
-        They wait for each other as long as it takes. Tensors come back on the CPU.
+        They wait for each other without a timeout. Tensors come back on the CPU.
         """
         if self.count == 1:
             return [work()]
         with self._waited_for():
             mine = self._attempt(work)
-        return [self._outcome(told) for told in self.gather(mine)]
+        return [_outcome(told) for told in self.gather(mine)]
 
     def spread(
         self,
@@ -124,12 +128,12 @@ class Processes:
         *,
         shown: Callable[[Sequence[A]], Iterable[A]] = iter,
     ) -> list[B]:
-        """`work` of every item, in their order; each is done by one process and known to all.
+        """`work` of every item, in their order; one process does each, and all get the results.
 
         Args:
             items: the same in every process.
             work: of one item, by this process alone.
-            shown: the main process takes its items from what this makes of them: a progress bar.
+            shown: wraps the items of the main process, to show progress.
         """
 
         def done() -> list[B]:
@@ -158,8 +162,8 @@ class Processes:
 
     @contextmanager
     def _waited_for(self) -> Iterator[None]:
-        """What is done inside may take each process as long as it likes; all go on together."""
-        if _beats is None:  # the group is not ours, and keeps its own time
+        """Suspend the timeout inside; all processes leave this together."""
+        if _beats is None:  # somebody else made the group, with timeouts of its own
             yield
             return
         ended = threading.Event()
@@ -177,16 +181,11 @@ class Processes:
                 pass
 
     def _attempt(self, work: Callable[[], Any]) -> bytes | SentError:
-        """What `work` returns, or how it failed, as others can read it."""
+        """The result of `work`, or its error, pickled for others."""
         try:
             return pickled(work())
         except Exception as error:
             return SentError.of(error, f"process {self.rank} of {self.count}")
-
-    def _outcome(self, told: bytes | SentError) -> Any:
-        if isinstance(told, SentError):
-            raise told.error()
-        return unpickled(told)
 
     def _lost(self, error: RuntimeError) -> ProcessLostError:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -198,25 +197,31 @@ class Processes:
 
 ALONE = Processes()
 _separate = False
-_beats: Any = None  # the group over which processes tell that they live; None if not ours
+_beats: Any = None  # the group for signs of life; None if `joined` did not make the group
+
+
+def _outcome(sent: bytes | SentError) -> Any:
+    if isinstance(sent, SentError):
+        raise sent.error()
+    return unpickled(sent)
 
 
 def _any_works(beats: Any, mine: bool) -> bool:
-    """Whether any process still works, each of which says so of itself."""
+    """Whether any process still works; `mine` says whether this one does."""
     working = torch.tensor(int(mine))
     torch.distributed.all_reduce(working, group=beats)
     return bool(working)
 
 
 def _beat(beats: Any, ended: threading.Event) -> None:
-    with suppress(RuntimeError):  # who is lost will be missed at the end
+    with suppress(RuntimeError):  # `_waited_for` reports a lost process at its end
         while not ended.wait(BEAT):
             _any_works(beats, True)
 
 
 @contextmanager
 def separately() -> Iterator[None]:
-    """Inside, this process works alone: others are elsewhere and would not answer."""
+    """Inside, this process works alone: `current` is a group of one."""
     global _separate
     before, _separate = _separate, True
     try:
@@ -226,7 +231,7 @@ def separately() -> Iterator[None]:
 
 
 def current() -> Processes:
-    """The group that this process has joined, and works with here."""
+    """The group that this process has joined; `ALONE` inside `separately`."""
     if _separate or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return ALONE
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
@@ -236,8 +241,8 @@ def current() -> Processes:
 def joined() -> Iterator[Processes]:
     """Join the processes that torchrun describes in the environment, and leave them at the end.
 
-    Where there are none, or they were joined before, there is nothing to do. A process that has
-    GPUs takes the one of its LOCAL_RANK.
+    Without such processes, or inside another `joined`, this does nothing. On a machine with GPUs a
+    process uses the one of its LOCAL_RANK.
 
     Raises:
         ValueError: RANK and WORLD_SIZE are no rank and number of processes, or there are more
@@ -267,8 +272,8 @@ def joined() -> Iterator[Processes]:
         yield current()
     finally:
         _beats = None
-        # gloo's threads need the interpreter's lock to let go of what they sent last, and the
-        # group's end waits for these threads with that lock in its hands.
+        # gloo's threads need the interpreter's lock to release their last messages, but
+        # destroy_process_group holds that lock while it waits for them.
         time.sleep(LAST_WORDS)
         torch.distributed.destroy_process_group()
 
@@ -287,5 +292,5 @@ def _backend() -> str:
 
 
 def _is_of_communication(error: RuntimeError) -> bool:
-    """Whether a backend raised it: gloo has no type of its own, but tells its source file first."""
+    """Whether a backend raised it; gloo's errors have no type but begin with a source file."""
     return isinstance(error, torch.distributed.DistError) or bool(_OF_GLOO.match(str(error)))

@@ -1,9 +1,9 @@
-"""A batch that several processes take together, each its own rows of it.
+"""A batch that several processes share, each of which has its own rows.
 
-Inside `shared_by`, a model's loss sees the rows of one process, and everything that is one thing of
-the whole batch comes from here: random numbers are drawn for all rows by every process, which keeps
-its own, and statistics are taken over all rows. So a batch gives the same numbers however many
-processes share it. Outside, the rows are the whole batch.
+Inside `shared_by`, a model's loss sees the rows of one process; random numbers and statistics of
+the whole batch come from here. Every process draws the random numbers of all rows and keeps its
+own, and statistics are taken over all rows: the result does not depend on the number of processes.
+Outside, the rows are the whole batch.
 
 Dropout is the exception: every process draws the masks of its own rows.
 """
@@ -24,13 +24,13 @@ class _Share:
     count: int
 
 
-# One for all threads: backward passes run in threads of their own, and recompute parts of the loss.
+# Shared by all threads: backward passes run in other threads, and recompute parts of the loss.
 _share = _Share(0, 1)
 
 
 @contextmanager
 def shared_by(rank: int, count: int) -> Iterator[None]:
-    """Batches inside are the rank-th of `count` equal runs of rows; all processes go through it."""
+    """Batches inside are the rank-th of `count` equal runs of rows; all processes call this."""
     global _share
     before, _share = _share, _Share(rank, count)
     try:
@@ -40,7 +40,7 @@ def shared_by(rank: int, count: int) -> Iterator[None]:
 
 
 def is_shared() -> bool:
-    """Whether other processes have rows of the same batch."""
+    """Whether other processes have rows of this batch."""
     return _share.count > 1
 
 
@@ -75,7 +75,7 @@ def randn(
     dtype: torch.dtype | None = None,
     device: torch.device,
 ) -> Tensor:
-    """The same of `torch.randn`."""
+    """This process's rows of `torch.randn` for the whole batch, likewise."""
     options = {"generator": generator, "dtype": dtype, "device": device}
     return own_rows(lambda total: torch.randn(total, *shape[1:], **options), shape[0])
 
@@ -100,7 +100,7 @@ def mean(x: Tensor) -> Tensor:
 
 @final
 class _Mean(torch.autograd.Function):
-    """Symmetric in the processes, so that the gradient is the mean of their gradients."""
+    """The mean over processes, whose gradient is the mean of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -15,11 +15,14 @@ from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from exactflow.core.shapes import Images, Labels, PerSample
+
 Schedule = Literal["linear", "cosine"]
 FixedVariance = Literal["large", "small"]
+Steps = Int[Tensor, " batch"]  # index in a chain, of each image
 
-# (x_t, original timestep of each image, label) -> (eps, v): predicted noise, and the place of the
-# log-variance between its bounds, in [-1, 1] if it keeps between them; None where it is fixed.
+# (x_t, original timestep of each image, label) -> (eps, v): predicted noise, and the number that
+# places the log-variance between its bounds, -1 .. 1 from one to the other; None if it is fixed.
 Network = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 COSINE_OFFSET = 0.008  # s of iDDPM eq. 17: the first steps add at least a grey level of noise
@@ -136,17 +139,17 @@ class ReverseKernel:
     Attributes:
         mean: of the Gaussian.
         log_variance: its ln sigma^2; broadcasts to `mean`.
-        x0: the predicted image, clipped if that was asked for.
+        x0: the predicted image, after clipping if there is any.
     """
 
-    mean: Float[Tensor, "batch channels height width"]
+    mean: Images
     log_variance: Float[Tensor, "batch #channels #height #width"]
-    x0: Float[Tensor, "batch channels height width"]
+    x0: Images
 
 
 @final
 class MarkovChain:
-    """A forward chain q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t) and what reverses it.
+    """A forward chain q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t) and its reverse.
 
     Coefficients are float64 on the CPU; results have the dtype and device of x.
 
@@ -159,6 +162,11 @@ class MarkovChain:
 
     Raises:
         ValueError: for betas that make no chain.
+
+    Example:
+        >>> chain = MarkovChain(schedule_betas("cosine", 100)).respaced("10")
+        >>> chain.timesteps.tolist()
+        [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
     """
 
     def __init__(
@@ -182,7 +190,7 @@ class MarkovChain:
         self.previous_alpha_bar = torch.cat([betas.new_ones(1), self.alpha_bar[:-1]])
         noise = 1 - self.alpha_bar
         variance = betas * (1 - self.previous_alpha_bar) / noise
-        # q(x_0 | x_1, x_0) is a point: the next step's variance stands for it
+        # q(x_0 | x_1, x_0) has variance 0, whose logarithm is replaced by the next step's
         self.posterior_log_variance = torch.cat([variance[1:2], variance[1:]]).log()
         self.largest_log_variance = betas.log()
         self._x0_share = betas * self.previous_alpha_bar.sqrt() / noise
@@ -201,60 +209,37 @@ class MarkovChain:
         timesteps = self.timesteps[kept].tolist()
         return MarkovChain(1 - alpha_bar / previous, timesteps, fixed_variance=self.fixed_variance)
 
-    def diffuse(
-        self,
-        x0: Float[Tensor, "batch channels height width"],
-        step: Int[Tensor, " batch"],
-        noise: Float[Tensor, "batch channels height width"],
-    ) -> Float[Tensor, "batch channels height width"]:
+    def diffuse(self, x0: Images, step: Steps, noise: Images) -> Images:
         """x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise (DDPM, eq. 4)."""
         return (
             _at(self.alpha_bar.sqrt(), step, x0) * x0
             + _at((1 - self.alpha_bar).sqrt(), step, x0) * noise
         )
 
-    def x0_from_eps(
-        self,
-        eps: Float[Tensor, "batch channels height width"],
-        x_t: Float[Tensor, "batch channels height width"],
-        step: Int[Tensor, " batch"],
-    ) -> Float[Tensor, "batch channels height width"]:
+    def x0_from_eps(self, eps: Images, x_t: Images, step: Steps) -> Images:
         """The image from which noise `eps` leads to x_t."""
         return (
             _at(self.alpha_bar.rsqrt(), step, x_t) * x_t
             - _at((1 / self.alpha_bar - 1).sqrt(), step, x_t) * eps
         )
 
-    def eps_from_x0(
-        self,
-        x0: Float[Tensor, "batch channels height width"],
-        x_t: Float[Tensor, "batch channels height width"],
-        step: Int[Tensor, " batch"],
-    ) -> Float[Tensor, "batch channels height width"]:
+    def eps_from_x0(self, x0: Images, x_t: Images, step: Steps) -> Images:
         """The noise that leads from x0 to x_t."""
         return (_at(self.alpha_bar.rsqrt(), step, x_t) * x_t - x0) / _at(
             (1 / self.alpha_bar - 1).sqrt(), step, x_t
         )
 
-    def posterior_mean(
-        self,
-        x0: Float[Tensor, "batch channels height width"],
-        x_t: Float[Tensor, "batch channels height width"],
-        step: Int[Tensor, " batch"],
-    ) -> Float[Tensor, "batch channels height width"]:
+    def posterior_mean(self, x0: Images, x_t: Images, step: Steps) -> Images:
         """Mean of q(x_{t-1} | x_t, x0) (DDPM, eq. 7)."""
         return _at(self._x0_share, step, x_t) * x0 + _at(self._x_t_share, step, x_t) * x_t
 
     def log_variance(
-        self,
-        v: Float[Tensor, "batch channels height width"] | None,
-        step: Int[Tensor, " batch"],
-        like: Tensor,
+        self, v: Images | None, step: Steps, like: Tensor
     ) -> Float[Tensor, "batch #channels #height #width"]:
         """ln sigma^2 of the kernel: between beta and the posterior's (iDDPM, eq. 15), or fixed.
 
         Args:
-            v: -1 gives the posterior's variance, 1 beta's, not confined to these; None: fixed.
+            v: -1 gives the posterior's variance, 1 beta's, and it may lie beyond; None: fixed.
             step: index in this chain.
             like: gives dtype and device.
         """
@@ -268,13 +253,7 @@ class MarkovChain:
         return _at(torch.cat([first, self.largest_log_variance[1:]]), step, like)
 
     def kernel(
-        self,
-        eps: Float[Tensor, "batch channels height width"],
-        v: Float[Tensor, "batch channels height width"] | None,
-        x_t: Float[Tensor, "batch channels height width"],
-        step: Int[Tensor, " batch"],
-        *,
-        clip: bool,
+        self, eps: Images, v: Images | None, x_t: Images, step: Steps, *, clip: bool
     ) -> ReverseKernel:
         """p(x_{t-1} | x_t) of a network's outputs; `clip` confines the predicted x0 to [-1, 1]."""
         x0 = self.x0_from_eps(eps, x_t, step)
@@ -285,26 +264,15 @@ class MarkovChain:
         )
 
     def reverse_kernel(
-        self,
-        network: Network,
-        x_t: Float[Tensor, "batch channels height width"],
-        step: Int[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
-        *,
-        clip: bool,
+        self, network: Network, x_t: Images, step: Steps, label: Labels | None = None, *, clip: bool
     ) -> ReverseKernel:
-        """`kernel` of what `network` says; it is told the timesteps of the original chain."""
+        """`kernel` of the network's outputs; its timesteps are those of the original chain."""
         eps, v = network(x_t, self.timesteps.to(step.device)[step], label)
         return self.kernel(eps, v, x_t, step, clip=clip)
 
     def bound_term(
-        self,
-        kernel: ReverseKernel,
-        x0: Float[Tensor, "batch channels height width"],
-        x_t: Float[Tensor, "batch channels height width"],
-        step: Int[Tensor, " batch"],
-        levels: int,
-    ) -> Float[Tensor, " batch"]:
+        self, kernel: ReverseKernel, x0: Images, x_t: Images, step: Steps, levels: int
+    ) -> PerSample:
         """The term L_t of the variational bound, summed over dimensions, in nats.
 
         KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) for t > 0, minus the log-mass that the kernel
@@ -319,9 +287,7 @@ class MarkovChain:
         decoder = -log_mass_of_level(x0, kernel.mean, kernel.log_variance, levels)
         return torch.where(step == 0, decoder.flatten(1).sum(1), kl.flatten(1).sum(1))
 
-    def prior_term(
-        self, x0: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, " batch"]:
+    def prior_term(self, x0: Images) -> PerSample:
         """KL(q(x_T | x0) || N(0, I)), summed over dimensions, in nats."""
         last = torch.full((len(x0),), self.steps - 1, device=x0.device)
         mean = _at(self.alpha_bar.sqrt(), last, x0) * x0

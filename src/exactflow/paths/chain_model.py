@@ -1,16 +1,17 @@
-"""Diffusion models with a discrete chain: what the variational bound and its samplers ask of one.
+"""Diffusion models with a discrete chain, as the variational bound and its samplers need them.
 
-A chain model is a path model as well: its network, asked at times between the steps of the chain,
-gives the probability flow that DDIM follows.
+A chain model is a path model as well: its network, evaluated at times between the steps of the
+chain, gives the probability flow that DDIM follows.
 """
 
 from abc import abstractmethod
 from typing import ClassVar
 
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from exactflow.core.model import LikelihoodKind
+from exactflow.core.shapes import Images, Labels
 from exactflow.paths.chain import MarkovChain
 from exactflow.paths.path_model import PathModel
 
@@ -31,24 +32,24 @@ class ChainModel(PathModel):
     @abstractmethod
     def predict_noise(
         self,
-        x_t: Float[Tensor, "batch channels height width"],
+        x_t: Images,
         timestep: Shaped[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
+        label: Labels | None = None,
         low: Float[Tensor, "batch channels low_height low_width"] | None = None,
     ) -> tuple[
-        Float[Tensor, "batch channels height width"],
-        Float[Tensor, "batch channels height width"] | None,
+        Images,
+        Images | None,
     ]:
         """One evaluation of the network; without `low`, a `chain.Network`.
 
         Args:
             x_t: noisy images.
-            timestep: step of each in `chain`; real numbers stand for times between steps.
+            timestep: step of each in `chain`; a real number is a time between steps.
             label: class of each image; None for a dropped label.
             low: the small images in [-1, 1] that an upsampler enlarges; None for other models.
 
         Returns:
-            The predicted noise, and the place v of the log-variance between its bounds; None where
+            The predicted noise, and v, which places the log-variance between its bounds; None if
             the variance is fixed.
 
         Raises:

@@ -3,14 +3,12 @@
 from importlib import import_module
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+
+from exactflow.core.shapes import Values
 
 
 @torch.no_grad()
-def minibatch_transport(
-    noise: Float[Tensor, "batch *shape"], data: Float[Tensor, "batch *shape"]
-) -> Float[Tensor, "batch *shape"]:
+def minibatch_transport(noise: Values, data: Values) -> Values:
     """The same noise in another order: row i goes to data row i, at the least total cost.
 
     The cost is the squared Euclidean distance, the assignment exact (Hungarian method, on the

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SINGULAR_MARGIN = 1e-5  # how far short of a singular end a path is followed
-BISECTIONS = 64  # halvings of [0, 1]: more than float64 can tell apart
+BISECTIONS = 64  # halvings of [0, 1]: more than float64 resolves
 
 
 @final
@@ -43,7 +43,7 @@ class Point:
 
 
 class Path(ABC):
-    """The factors of data and noise as functions of time; the log-SNR rises with t."""
+    """alpha(t) and sigma(t), the factors of data and noise; the log-SNR rises with t."""
 
     @abstractmethod
     def at(self, t: Float[Tensor, "*times"]) -> Point:
@@ -59,13 +59,26 @@ class Path(ABC):
         """First and last time between which the path is followed: all rates are finite there."""
 
 
+class WholePath(Path, ABC):
+    """A path whose rates are finite at both ends."""
+
+    @property
+    def span(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+
 @final
 @dataclass(frozen=True)
-class Straight(Path):
+class Straight(WholePath):
     """alpha = t, sigma = 1 - (1 - sigma_min) t: optimal transport (arXiv 2210.02747, eq. 20).
 
     Attributes:
         sigma_min: noise left at t = 1; 0 gives the straight path between noise and data.
+
+    Example:
+        >>> point = Straight().at(torch.tensor(0.25))
+        >>> float(point.alpha), float(point.sigma), float(point.d_sigma)
+        (0.25, 0.75, -1.0)
     """
 
     sigma_min: float = 0.0
@@ -74,10 +87,6 @@ class Straight(Path):
         """Raise ValueError unless sigma_min lies in [0, 1)."""
         if not 0 <= self.sigma_min < 1:
             raise ValueError(f"expected sigma_min in [0, 1), got {self.sigma_min}")
-
-    @property
-    def span(self) -> tuple[float, float]:
-        return 0.0, 1.0
 
     def at(self, t: Float[Tensor, "*times"]) -> Point:
         one = torch.ones_like(t)
@@ -90,7 +99,7 @@ class Straight(Path):
 
 @final
 @dataclass(frozen=True)
-class Polynomial(Path):
+class Polynomial(WholePath):
     """alpha = t^n, sigma = 1 - t^n."""
 
     n: float = 2.0
@@ -99,10 +108,6 @@ class Polynomial(Path):
         """Raise ValueError unless n >= 1: the rate at t = 0 would be infinite."""
         if not self.n >= 1:
             raise ValueError(f"expected an exponent of at least 1, got {self.n}")
-
-    @property
-    def span(self) -> tuple[float, float]:
-        return 0.0, 1.0
 
     def at(self, t: Float[Tensor, "*times"]) -> Point:
         alpha, rate = t**self.n, self.n * t ** (self.n - 1)
@@ -131,12 +136,8 @@ class LinearVP(Path):
 
 @final
 @dataclass(frozen=True)
-class Cosine(Path):
+class Cosine(WholePath):
     """alpha = sin(pi t / 2), sigma = cos(pi t / 2)."""
-
-    @property
-    def span(self) -> tuple[float, float]:
-        return 0.0, 1.0
 
     def at(self, t: Float[Tensor, "*times"]) -> Point:
         quarter = math.pi / 2
@@ -231,8 +232,8 @@ class DiscreteBetas(Path):
 
 @final
 @dataclass(frozen=True)
-class InterpolatedCosine(Path):
-    """Cosine log-SNR, its resolution shift interpolated over time; variance preserving.
+class InterpolatedCosine(WholePath):
+    """Variance preserving, with a cosine log-SNR whose resolution shift changes over time.
 
     At t = 0 the schedule is shifted by 2 ln(low / size), at t = 1 by 2 ln(high / size), linearly
     between (Simple Diffusion, arXiv 2301.11093, eq. 5; HDiT, arXiv 2401.11605, section 4.1). Each
@@ -240,7 +241,7 @@ class InterpolatedCosine(Path):
 
     Attributes:
         size: side of the images.
-        low: side at which the unshifted cosine would be right for high noise.
+        low: side at which the cosine needs no shift for high noise.
         high: the same for low noise.
         sigma_min: noise level at t = 1.
         sigma_max: noise level at t = 0.
@@ -272,10 +273,6 @@ class InterpolatedCosine(Path):
                 f"got {self.low}, {self.high}"
             )
 
-    @property
-    def span(self) -> tuple[float, float]:
-        return 0.0, 1.0
-
     def at(self, t: Float[Tensor, "*times"]) -> Point:
         log_snr, rate = self._log_snr(t)
         return _variance_preserving(-0.5 * F.softplus(-log_snr), 0.5 * rate * (-log_snr).sigmoid())
@@ -293,7 +290,7 @@ class InterpolatedCosine(Path):
         return at_low + t * gap, rate_low + gap + t * (rate_high - rate_low)
 
     def _angles(self, side: int) -> tuple[float, float, float]:
-        """Of the cosine made for `side`: the noise level at 45 degrees, first and last angle."""
+        """Noise level at 45 degrees, first and last angle of the cosine made for `side`."""
         level = self.sigma_data * self.size / side
         return level, math.atan(self.sigma_max / level), math.atan(self.sigma_min / level)
 
@@ -306,7 +303,7 @@ class InterpolatedCosine(Path):
 
 
 def _variance_preserving(log_alpha: Tensor, rate: Tensor) -> Point:
-    """The point with sigma^2 = 1 - alpha^2, of ln alpha and its rate."""
+    """The point with sigma^2 = 1 - alpha^2 for ln alpha and its rate."""
     alpha, sigma = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
     d_alpha = rate * alpha
     return Point(alpha, sigma, d_alpha, -alpha * d_alpha / sigma)

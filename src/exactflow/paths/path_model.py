@@ -1,6 +1,6 @@
 """Models that follow a Gaussian path: diffusion and flow matching are this one class.
 
-What a network predicts at x_t = alpha x0 + sigma eps is one of four things, each of which gives
+A network predicts one of four quantities at x_t = alpha x0 + sigma eps, each of which determines
 the others: x0, the data; eps, the noise; v = alpha eps - sigma x0 (Salimans & Ho,
 arXiv 2202.00512); velocity = d_alpha x0 + d_sigma eps, the rate of x_t in library time.
 """
@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float
 from torch import Tensor
 
 from exactflow.core import grey_levels as grey
 from exactflow.core.model import GenerativeModel, LikelihoodKind
+from exactflow.core.shapes import GreyLevels, Images, Labels, PerSample, Values
 from exactflow.parallel import shared_batch as batch
 from exactflow.paths.path import SINGULAR_MARGIN, Path, Point
 
@@ -22,11 +23,8 @@ Prediction = Literal["x0", "eps", "v", "velocity"]
 
 
 def data_and_noise(
-    prediction: Float[Tensor, "batch *shape"],
-    x_t: Float[Tensor, "batch *shape"],
-    point: Point,
-    source: Prediction,
-) -> tuple[Float[Tensor, "batch *shape"], Float[Tensor, "batch *shape"]]:
+    prediction: Values, x_t: Values, point: Point, source: Prediction
+) -> tuple[Values, Values]:
     """(x0, eps) that a prediction at x_t stands for.
 
     Divides by sigma for x0, by alpha for eps, by alpha^2 + sigma^2 or delta, which are never 0,
@@ -49,13 +47,8 @@ def data_and_noise(
             return x0, (d_alpha * x_t - alpha * prediction) / delta
 
 
-def combine(
-    x0: Float[Tensor, "batch *shape"],
-    eps: Float[Tensor, "batch *shape"],
-    point: Point,
-    target: Prediction,
-) -> Float[Tensor, "batch *shape"]:
-    """What a network that predicts `target` is to say of data x0 and noise eps; no division."""
+def combine(x0: Values, eps: Values, point: Point, target: Prediction) -> Values:
+    """The prediction of kind `target` that is right for data x0 and noise eps; no division."""
     match target:
         case "x0":
             return x0
@@ -68,20 +61,16 @@ def combine(
 
 
 def convert(
-    prediction: Float[Tensor, "batch *shape"],
-    x_t: Float[Tensor, "batch *shape"],
-    point: Point,
-    source: Prediction,
-    target: Prediction,
-) -> Float[Tensor, "batch *shape"]:
+    prediction: Values, x_t: Values, point: Point, source: Prediction, target: Prediction
+) -> Values:
     """A prediction of `source` at x_t, as one of `target`.
 
     Args:
-        prediction: what the network said.
-        x_t: where it said it.
+        prediction: the network's output.
+        x_t: its input.
         point: the path at the times of x_t, (batch,) or a scalar.
-        source: what `prediction` is.
-        target: what is asked for.
+        source: kind of `prediction`.
+        target: kind of the result.
     """
     if source == target:
         return prediction
@@ -89,7 +78,7 @@ def convert(
 
 
 def velocity_gain(point: Point, source: Prediction) -> Float[Tensor, "*times"]:
-    """How far the velocity moves when the prediction moves by 1: `convert` is affine."""
+    """Derivative of the velocity by the prediction, at fixed x_t: `convert` is affine."""
     match source:
         case "x0":
             return point.delta / point.sigma
@@ -101,7 +90,7 @@ def velocity_gain(point: Point, source: Prediction) -> Float[Tensor, "*times"]:
             return torch.ones_like(point.alpha)
 
 
-def spread(values: Float[Tensor, "*times"], x: Float[Tensor, "batch *shape"]) -> Tensor:
+def spread(values: Float[Tensor, "*times"], x: Values) -> Tensor:
     """One value per sample, shaped and typed to multiply x."""
     return values.to(x.dtype).reshape(values.shape + (1,) * (x.dim() - values.dim()))
 
@@ -109,22 +98,21 @@ def spread(values: Float[Tensor, "*times"], x: Float[Tensor, "batch *shape"]) ->
 @final
 @dataclass(frozen=True)
 class Posterior:
-    """What a model knows of the data behind x_t: the mean, and the variance where it gives one."""
+    """Mean of the data given x_t, and its variance if the model predicts one."""
 
-    mean: Float[Tensor, "batch channels height width"]
-    var: Float[Tensor, "batch channels height width"] | None = None
+    mean: Images
+    var: Images | None = None
 
 
 class PathModel(GenerativeModel):
     """A network that predicts data, noise or velocity along a path.
 
     Attributes:
-        usual_solver: what samples are drawn with where nothing else is asked for.
+        usual_solver: name of the solver that "auto" stands for.
         dequantized: whether the model is one of uniformly dequantised images; otherwise of
             centred grey levels.
         sampled_between: noise levels sigma / alpha, greatest first, between which samples are
             drawn; None: along the whole path, at even times.
-        usual_solver: name of the solver that it is usually sampled with.
     """
 
     iterative: ClassVar[bool] = True
@@ -137,7 +125,6 @@ class PathModel(GenerativeModel):
 
     @property
     def likelihood_kind(self) -> LikelihoodKind:
-        """See `GenerativeModel.likelihood_kind`."""
         return self._likelihood_kind
 
     @property
@@ -148,15 +135,10 @@ class PathModel(GenerativeModel):
     @property
     @abstractmethod
     def prediction(self) -> Prediction:
-        """What `predict` returns."""
+        """The kind of quantity that `predict` returns."""
 
     @abstractmethod
-    def predict(
-        self,
-        x_t: Float[Tensor, "batch channels height width"],
-        t: Float[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+    def predict(self, x_t: Images, t: PerSample, label: Labels | None = None) -> Images:
         """One evaluation of the network.
 
         Args:
@@ -169,7 +151,7 @@ class PathModel(GenerativeModel):
     def span(self) -> tuple[float, float]:
         """The path's span, short of an end where this prediction gives no velocity.
 
-        Noise says nothing of the data where alpha = 0, data nothing of the noise where sigma = 0.
+        Noise does not determine the data where alpha = 0, nor data the noise where sigma = 0.
         """
         first, last = self.path.span
         ends = self.path.at(torch.tensor([first, last], dtype=torch.float64))
@@ -179,32 +161,18 @@ class PathModel(GenerativeModel):
             last -= SINGULAR_MARGIN
         return first, last
 
-    def denoise(
-        self,
-        x_t: Float[Tensor, "batch channels height width"],
-        t: Float[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> Posterior:
+    def denoise(self, x_t: Images, t: PerSample, label: Labels | None = None) -> Posterior:
         """The data expected behind x_t (arguments as for `predict`)."""
-        said = self.predict(x_t, t, label)
-        return Posterior(convert(said, x_t, self.path.at(t), self.prediction, "x0"))
+        predicted = self.predict(x_t, t, label)
+        return Posterior(convert(predicted, x_t, self.path.at(t), self.prediction, "x0"))
 
-    def velocity(
-        self,
-        x_t: Float[Tensor, "batch channels height width"],
-        t: Float[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+    def velocity(self, x_t: Images, t: PerSample, label: Labels | None = None) -> Images:
         """Rate of x_t of the probability flow in library time (arguments as for `predict`)."""
-        said = self.predict(x_t, t, label)
-        return convert(said, x_t, self.path.at(t), self.prediction, "velocity")
+        predicted = self.predict(x_t, t, label)
+        return convert(predicted, x_t, self.path.at(t), self.prediction, "velocity")
 
-    def as_data(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
-        """What the model is trained on: grey levels in [-1, 1], dequantised or centred."""
+    def as_data(self, images: GreyLevels, generator: torch.Generator | None = None) -> Images:
+        """The data of training: grey levels in [-1, 1], dequantised or centred."""
         grey.check_images(images, self.event_shape, self.levels)
         if not self.dequantized:
             return grey.center(images, self.levels, self.wide_dtype)
@@ -212,9 +180,7 @@ class PathModel(GenerativeModel):
         noise = batch.rand(images.shape, generator=generator, **options)
         return grey.dequantize(images, noise, self.levels)
 
-    def to_grey_levels(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Integer[Tensor, "batch channels height width"]:
+    def to_grey_levels(self, x: Images) -> GreyLevels:
         """Grey levels of images in [-1, 1]; only here is anything clipped to the range."""
         quantize = grey.quantize_dequantized if self.dequantized else grey.quantize_centered
         return quantize(x, self.levels)

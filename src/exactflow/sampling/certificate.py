@@ -1,37 +1,37 @@
-"""How exact an inverse is: of one block as its network evaluates it, and of the whole in float64.
+"""The backward error of an inverse: of one block in its own dtype, of a whole flow in float64.
 
-For any guess u of the inverse of v, the map forward gives f(u) - v: u is the exact inverse of a
-latent that far from the given one. Errors of a block grow in the blocks after it, and the network's
-own rounding does not show in its own arithmetic: what an image is worth is said by encoding it in
-float64.
+A guess u of the inverse of v is the exact inverse of f(u): its backward error is |f(u) - v|. Errors
+of a block grow in the blocks after it, and rounding of the network is invisible in its own
+arithmetic. The error of an image is therefore that of encoding it in float64.
 """
 
 import copy
 from typing import final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from exactflow.core.conditional import Conditional
 from exactflow.core.model import Flow, autoregressive_parts
+from exactflow.core.shapes import Images, Labels, Latents, PerSample, Tokens
 from exactflow.core.transform import AutoregressiveTransform
 from exactflow.sampling.guidance import Guidance, GuidedTransform
 
-# Backward error of a block that counts as exact, by the network's dtype: what remains when parallel
-# and sequential kernels round differently, with a margin.
+# Backward error of a block that counts as exact, by the network's dtype: the difference in rounding
+# between parallel and sequential kernels, with a margin.
 TOLERANCES = {
     torch.float64: 1e-11,
     torch.float32: 1e-4,
     torch.float16: 1e-2,
     torch.bfloat16: 1e-1,
 }
-WHILE_SOLVING = 0.03  # of the tolerance: solvers stop where float32 has its own error
-ROUNDING = 0.3  # a token that would move by less than this times the tolerance may stand
+WHILE_SOLVING = 0.03  # of the tolerance, at which solvers stop: about float32's own error
+ROUNDING = 0.3  # a token that would move by less than this times the tolerance is solved
 
 
 def tolerance_of(transform: AutoregressiveTransform, tolerance: float | None = None) -> float:
-    """`tolerance`, or what its network's dtype can reach. Raises ValueError for a negative one."""
+    """`tolerance`, or the one of its network's dtype. Raises ValueError for a negative one."""
     if tolerance is not None:
         if not tolerance >= 0:
             raise ValueError(f"expected tolerance >= 0, got {tolerance}")
@@ -53,9 +53,9 @@ def solved(
 ) -> Bool[Tensor, "batch window"]:
     """Whether each token u is its own image, F(u), up to the tolerance.
 
-    The distance of latents, |g(u; theta) - v|, is held to the tolerance; where g is so steep that
-    rounding alone exceeds it, the distance of the tokens themselves, |u - F(u)| relative to
-    1 + |u|, to less than a third of it. What is not finite is not solved.
+    The distance of latents, |g(u; theta) - v|, must be within the tolerance; or, for a g so steep
+    that rounding alone exceeds it, the distance of tokens, |u - F(u)| relative to 1 + |u|, within
+    less than a third of it. A token that is not finite is not solved.
     """
     moved = (u - image).abs()
     close = (conditional.forward(u, theta)[0] - v).abs() <= tolerance
@@ -64,15 +64,12 @@ def solved(
 
 @torch.no_grad()
 def backward_error(
-    transform: AutoregressiveTransform,
-    u: Float[Tensor, "batch tokens dim"],
-    v: Float[Tensor, "batch tokens dim"],
-    label: Tensor | None,
-) -> Float[Tensor, " batch"]:
+    transform: AutoregressiveTransform, u: Tokens, v: Tokens, label: Tensor | None
+) -> PerSample:
     """max |f(u) - v| of each sample, by one pass of the network in its own arithmetic.
 
-    The map itself is evaluated in float64, so that what is left is the solver's: it says how well
-    the block's equation is solved as this network evaluates it, not how well it evaluates.
+    The conditional is evaluated in float64: the error is that of the solver for the equation with
+    this network's theta, without the rounding of theta itself.
     """
     theta = transform.conditioner(u, label).double()
     return (transform.conditional.forward(u.double(), theta)[0] - v).abs().amax((1, 2))
@@ -80,19 +77,21 @@ def backward_error(
 
 @final
 class Certificate:
-    """What images really encode to, in float64, held against the latents they were decoded from.
+    """max |encode(x) - z| of images x decoded from latents z, the model evaluated in float64.
 
-    The whole model is evaluated in float64, network included, from the images as they are
-    returned: rounding of the decoding, of the images, and of all blocks on the way counts.
+    The returned images are encoded, so that the error includes the rounding of the decoding, of the
+    images, and of all blocks.
 
     Args:
         model: a flow with autoregressive parts; copied, which takes twice its memory or more.
-        guidance: what the images were decoded with: the guided blocks are encoded with then.
+        guidance: of the decoding; images are then encoded with the guided blocks.
         null_label: see `GuidedTransform`.
 
     Example:
-        >>> certificate = Certificate(model)
-        >>> residual = certificate(model.decode(z), z)  # one number per image
+        >>> from exactflow import build
+        >>> model = build("tarflow-tiny")
+        >>> z, _ = model.encode(torch.zeros(2, *model.event_shape))
+        >>> residual = Certificate(model)(model.decode(z), z)  # one number per image
     """
 
     def __init__(
@@ -107,17 +106,12 @@ class Certificate:
                 part.forward = GuidedTransform(copy.copy(part), guidance, null_label).forward
 
     @torch.no_grad()
-    def __call__(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        z: Float[Tensor, "batch *latent"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, " batch"]:
-        """max |encode(x) - z| of each image, NaN or infinite where that is; on the images' device.
+    def __call__(self, x: Images, z: Latents, label: Labels | None = None) -> PerSample:
+        """max |encode(x) - z| of each image, on the images' device; it may be NaN or infinite.
 
         Args:
             x: images in [-1, 1], as they were decoded.
-            z: the latents they were decoded from.
+            z: their latents.
             label: class of each.
         """
         label = None if label is None else label.to(self._device)

@@ -1,8 +1,8 @@
-"""How well Jacobi iteration inverts each block: two published metrics, and what really happens.
+"""Convergence of Jacobi iteration for each block: two published metrics, and the iteration itself.
 
 Accelerate TarFlow Sampling with GS-Jacobi Iteration, arXiv 2505.12849. A block's inverse is the
-fixed point of F(u)_t = g^-1(v_t; theta_t(u_<t)), and u <- F(u) settles at least
-one token more with every iteration. Images whose u is known tell beforehand how soon it settles.
+fixed point of F(u)_t = g^-1(v_t; theta_t(u_<t)), and u <- F(u) settles at least one token more with
+every iteration. Encoding images gives u, from which the speed of the iteration can be measured.
 """
 
 import math
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from exactflow.core.conditional import Affine
 from exactflow.core.model import Flow, NonFiniteError
+from exactflow.core.shapes import Tokens
 from exactflow.core.transform import AutoregressiveTransform
 
 Norm = Literal["2", "1", "fro"]
@@ -27,7 +28,7 @@ TOLERANCE = 1e-4  # a token this near to the truth, in [-1, 1] units, counts as 
 @final
 @dataclass(frozen=True)
 class JacobiProfile:
-    """Plain Jacobi iteration started at v, held against the true u.
+    """Plain Jacobi iteration started at v, compared with the true u.
 
     Entry n of each sequence is after n iterations, entry 0 the start itself.
 
@@ -52,7 +53,7 @@ class JacobiProfile:
 @final
 @dataclass(frozen=True)
 class BlockConvergence:
-    """What is known of one block.
+    """Metrics and Jacobi profile of one block.
 
     Attributes:
         igm_latent: initial guessing metric |mean F(g) - u| for the guess g = v: the norm of the
@@ -60,8 +61,8 @@ class BlockConvergence:
         igm_zeros: the same for the guess v_0 in the first token and zeros behind it.
         crm_parts: |mean exp(-log_scale(u)) u|, |W_s| and |W_u|, where W_s and W_u are the rows of
             the block's last linear map that give log-scale and shift. |W_s| is 0 for a
-            volume-preserving block, which has shifts only. None where no such map is found, and for
-            conditionals that are not affine.
+            volume-preserving block, which has shifts only. None if no such map is found, or the
+            conditional is not affine.
         jacobi: the profile.
     """
 
@@ -90,10 +91,10 @@ def convergence(
 ) -> list[BlockConvergence]:
     """Metrics and Jacobi profile of every autoregressive part, in generation order.
 
-    The published program takes clean images, though the model is defined on noisy ones, drops all
-    labels, and looks at batch means, in which the residuals of different images cancel; of the
-    network, the ranking metric sees the last linear map alone. Both metrics order blocks and bound
-    nothing: the profile beside them is the thing itself.
+    The published program uses clean images, though the model is defined on noisy ones, drops all
+    labels, and takes batch means, in which the residuals of different images cancel; the ranking
+    metric depends only on the network's last linear map. Both metrics rank blocks and bound
+    nothing: the profile beside them is measured.
 
     Args:
         model: a flow with autoregressive parts among its stages.
@@ -129,14 +130,14 @@ def crm_percent(blocks: Sequence[BlockConvergence]) -> list[float | None]:
 def _solved(
     model: Flow, x: Tensor, label: Tensor | None
 ) -> list[tuple[AutoregressiveTransform, Tensor, Tensor]]:
-    """(part, u, v) with part(u) = v in generation order, overheard while the model encodes.
+    """(part, u, v) with part(u) = v in generation order, recorded while the model encodes.
 
-    Parts that encode in a way of their own, as masked convolutions do, are overheard while the
-    model decodes, token by token.
+    Parts whose `forward` is not called, as masked convolutions, are recorded while the model
+    decodes, token by token.
     """
-    heard: list[tuple[Any, Tensor, Tensor]] = []
+    solved: list[tuple[Any, Tensor, Tensor]] = []
     hooks = [
-        stage.register_forward_hook(lambda part, given, out: heard.append((part, given[0], out[0])))
+        stage.register_forward_hook(lambda part, u, out: solved.append((part, u[0], out[0])))
         for stage in model.stages
         if isinstance(stage, AutoregressiveTransform)
     ]
@@ -145,28 +146,28 @@ def _solved(
     finally:
         for hook in hooks:
             hook.remove()
-    if not heard:
+    if not solved:
 
-        def overhear(transform: AutoregressiveTransform, z: Tensor, label: Tensor | None) -> Tensor:
+        def record(transform: AutoregressiveTransform, z: Tensor, label: Tensor | None) -> Tensor:
             u = transform.inverse(z, label)
-            heard.insert(0, (transform, u, z))
+            solved.insert(0, (transform, u, z))
             return u
 
-        model.decode(z, label, solver=overhear)
-    if not heard:
+        model.decode(z, label, solver=record)
+    if not solved:
         raise ValueError(f"{model.kind} has no autoregressive parts to invert")
-    for index, (_, _, v) in enumerate(heard):
+    for index, (_, _, v) in enumerate(solved):
         if not bool(v.isfinite().all()):
             raise NonFiniteError(
-                f"block {len(heard) - index} in generation order gives non-finite latents: "
+                f"block {len(solved) - index} in generation order gives non-finite latents: "
                 "the model's scales overflow on these images"
             )
-    return heard[::-1]
+    return solved[::-1]
 
 
 def _step(
     transform: AutoregressiveTransform, guess: Tensor, v: Tensor, label: Tensor | None
-) -> Float[Tensor, "batch tokens dim"]:
+) -> Tokens:
     """F(guess): one Jacobi iteration, one evaluation of the network."""
     return transform.conditional.inverse(v, transform.conditioner(guess, label))
 
@@ -174,7 +175,7 @@ def _step(
 def _crm_parts(
     transform: AutoregressiveTransform, u: Tensor, label: Tensor | None, norm: Norm
 ) -> tuple[float, float, float] | None:
-    """See `BlockConvergence`; the last linear map is the last one registered that fits."""
+    """See `BlockConvergence`; the last linear map is the last registered one of the right size."""
     if not isinstance(transform.conditional, Affine):
         return None
     dim = u.shape[-1]
@@ -201,7 +202,7 @@ def _jacobi(
 ) -> JacobiProfile:
     """Iterate until every sample has settled, at most the N times that always suffice.
 
-    An overflowed sample is not waited for: attention hands a NaN on to earlier tokens, for good.
+    A sample that has overflowed is given up: attention spreads a NaN to earlier tokens.
     """
     error, least, median = [], [], []
     finished, guess = False, v

@@ -1,17 +1,12 @@
-"""Removing the noise a model was trained with, by the score of its exact density."""
+"""Removal of training noise from samples, by the score of a flow's exact density."""
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from exactflow.core.model import Flow, log_density
+from exactflow.core.shapes import Images, Labels
 
 
-def score_denoise(
-    flow: Flow,
-    y: Float[Tensor, "batch channels height width"],
-    label: Int[Tensor, " batch"] | None = None,
-) -> Float[Tensor, "batch channels height width"]:
+def score_denoise(flow: Flow, y: Images, label: Labels | None = None) -> Images:
     """Tweedie's formula, E[x | y] = y + sigma^2 d/dy ln p(y | label) (arXiv 2412.06329, eq. 9).
 
     Args:
@@ -19,7 +14,7 @@ def score_denoise(
         y: noisy images in [-1, 1] units, as such a model samples them; not clipped.
 
     Raises:
-        ValueError: for a model trained with dequantisation noise, where the formula has no sense.
+        ValueError: for a model trained with dequantisation noise, to which it does not apply.
     """
     if flow.noise_std == 0:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a solver asks of a model on a path: its predictions, guided, and counted."""
+"""Predictions of a model on a path for a solver: guided, and counted."""
 
 import math
 from collections.abc import Callable
@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from exactflow.core.shapes import Images, Labels, PerSample
+from exactflow.paths.chain import Steps
 from exactflow.paths.chain_model import ChainModel
 from exactflow.paths.path_model import PathModel, Prediction, convert
 
@@ -33,12 +35,7 @@ class ClassifierGuidance:
         if not 0 <= self.scale < math.inf:
             raise ValueError(f"expected a finite guidance scale >= 0, got {self.scale}")
 
-    def gradient(
-        self,
-        x_t: Float[Tensor, "batch channels height width"],
-        timestep: Int[Tensor, " batch"],
-        label: Int[Tensor, " batch"],
-    ) -> Float[Tensor, "batch channels height width"]:
+    def gradient(self, x_t: Images, timestep: Steps, label: Labels) -> Images:
         """s times the gradient of ln p(label | x_t) by x_t."""
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
@@ -49,7 +46,7 @@ class ClassifierGuidance:
 
 @final
 class Denoiser:
-    """A model for one batch: its labels, its guidance, and how often it was evaluated.
+    """A model with the labels and guidance of one batch; it counts its evaluations.
 
     Args:
         model: any model on a path.
@@ -62,7 +59,7 @@ class Denoiser:
     def __init__(
         self,
         model: PathModel,
-        label: Int[Tensor, " batch"] | None = None,
+        label: Labels | None = None,
         guidance: float | ClassifierGuidance = 0.0,
         low: Float[Tensor, "batch channels low_height low_width"] | None = None,
     ) -> None:
@@ -71,28 +68,21 @@ class Denoiser:
         self.scale = 0.0 if isinstance(guidance, ClassifierGuidance) else guidance
         self.evaluations = 0
 
-    def denoise(
-        self, x_t: Float[Tensor, "batch channels height width"], t: Float[Tensor, " batch"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def denoise(self, x_t: Images, t: PerSample) -> Images:
         """The data expected behind x_t at library times t."""
         return self._predicted(x_t, t, "x0")
 
-    def velocity(
-        self, x_t: Float[Tensor, "batch channels height width"], t: Float[Tensor, " batch"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def velocity(self, x_t: Images, t: PerSample) -> Images:
         """Rate of x_t of the probability flow in library time."""
         return self._predicted(x_t, t, "velocity")
 
     def noise(
-        self,
-        x_t: Float[Tensor, "batch channels height width"],
-        timestep: Int[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None,
+        self, x_t: Images, timestep: Steps, label: Labels | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Noise and place of the log-variance that a chain model predicts: a `chain.Network`.
+        """Predictions of a chain model, as a `chain.Network`.
 
-        The variance is the conditional's; an unconditional model is not told where a classifier
-        guides.
+        Guidance leaves the variance as the conditional's. An unconditional model gets no label,
+        which only a classifier uses then.
         """
         model = chain_model(self.model)
         self.evaluations += 1
@@ -104,10 +94,8 @@ class Denoiser:
             eps = eps + self.scale * (eps - other)
         return eps, v
 
-    def gradient(
-        self, x_t: Float[Tensor, "batch channels height width"], timestep: Int[Tensor, " batch"]
-    ) -> Float[Tensor, "batch channels height width"] | None:
-        """Where the classifier guides to; None without one."""
+    def gradient(self, x_t: Images, timestep: Steps) -> Images | None:
+        """The classifier's gradient; None without one."""
         if self.classifier is None or self.label is None:
             return None
         return self.classifier.gradient(x_t, timestep, self.label)
@@ -115,15 +103,15 @@ class Denoiser:
     def _predicted(self, x_t: Tensor, t: Tensor, target: Prediction) -> Tensor:
         model = self.model
         self.evaluations += 1
-        said = model.predict(x_t, t, self.label)
+        predicted = model.predict(x_t, t, self.label)
         if self.scale:
             self.evaluations += 1
-            said = said + self.scale * (said - model.predict(x_t, t, None))
-        return convert(said, x_t, model.path.at(t), model.prediction, target)
+            predicted = predicted + self.scale * (predicted - model.predict(x_t, t, None))
+        return convert(predicted, x_t, model.path.at(t), model.prediction, target)
 
 
 def chain_model(model: PathModel) -> ChainModel:
-    """The model, of a chain. Raises ValueError for one without."""
+    """The model, if it has a chain. Raises ValueError otherwise."""
     if not isinstance(model, ChainModel):
         raise ValueError(f"expected a model with a chain, got {model.kind!r}")
     return model

@@ -38,7 +38,6 @@ class FlowSampler(Sampler):
         self.certificate = Certificate(model, self.guidance, self.null_label) if parts else None
 
     def draw(self, rows: range, advance: Callable[[int], None]) -> DrawnBatch:
-        """See `Sampler.draw`."""
         model, options, label = self.model, self.request.options, self.request.labels(rows)
         seeds = self.request.seeds(rows)
         inversion = Inversion(
@@ -51,7 +50,7 @@ class FlowSampler(Sampler):
             observe=options.profile and rows.start == 0,
         )
         noise = Noise(model, model.prior.shape, seeds)()
-        z = model.prior.from_noise(noise * options.temperature)  # about the prior's mean
+        z = model.prior.from_noise(noise * options.temperature)
         images = list(model.trajectory(z, label, solver=inversion))
         inversion.watch(images[-1], "the image")
         residual = torch.full((len(z),), torch.nan, device=z.device)
@@ -68,7 +67,7 @@ class FlowSampler(Sampler):
 
 
 def _guidance(request: Request) -> Guidance | None:
-    """The rule, or None where it would change nothing. Raises ValueError where it cannot act."""
+    """The rule, or None if its scale is 0. Raises ValueError for guidance without two branches."""
     guidance = request.guidance
     if isinstance(guidance, ClassifierGuidance):
         raise ValueError("a flow is not guided by a classifier: expected a scale or a Guidance")

@@ -1,7 +1,7 @@
-"""Inverting one autoregressive transform: token by token, all at once, and in between.
+"""Solvers that invert one autoregressive transform, token by token, in parallel, or in between.
 
-A block is u = F(u) with F strictly triangular (fixed-point form of MAF's eq. 4, arXiv 1705.07057).
-Every solver here sees the conditioner and the conditional and nothing else of the model.
+The inverse u of v is the fixed point of F(u)_t = g^-1(v_t; theta_t(u_<t)), F strictly triangular
+(MAF, arXiv 1705.07057, eq. 4). Solvers use only the conditioner and the conditional of the model.
 """
 
 import math
@@ -12,15 +12,15 @@ from itertools import accumulate, pairwise
 from typing import Literal, final
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from exactflow.core.model import Flow, autoregressive_parts
+from exactflow.core.shapes import Labels, Tokens
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.sampling.certificate import WHILE_SOLVING, solved, tolerance_of
 
 Start = Literal["latent", "zeros"]
-WILD = 1e3  # guesses that far beyond the latents are taken back: they could overflow the network
+WILD = 1e3  # times the latents: larger guesses could overflow the network, and are reset
 
 
 @final
@@ -31,12 +31,8 @@ class Sequential:
     decoding: Decoding = field(default_factory=Decoding)
 
     def __call__(
-        self,
-        transform: AutoregressiveTransform,
-        z: Float[Tensor, "batch tokens dim"],
-        label: Int[Tensor, " batch"] | None,
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """See `Solver`."""
+        self, transform: AutoregressiveTransform, z: Tokens, label: Labels | None
+    ) -> Tokens:
         return transform.inverse(z, label, self.decoding)
 
 
@@ -45,11 +41,12 @@ class Sequential:
 class Jacobi:
     """u <- F(u) on all tokens at once, no cache; a sample leaves when all its tokens are solved.
 
-    After n iterations the first n tokens are exact, so that the number of tokens suffices. The
-    published samplers (arXiv 2505.12849, 2505.24791) stop the batch as one, on its last change.
+    After n iterations the first n tokens are exact: as many iterations as tokens suffice. The
+    published samplers (arXiv 2505.12849, 2505.24791) stop the whole batch at once, on its last
+    change.
 
     Attributes:
-        iterations: at most so many; None: as many as it takes.
+        iterations: most iterations; None: no limit.
         start: first guess, the latent itself or zeros behind its first token.
         tolerance: backward error to stop at; None: by the network's dtype.
     """
@@ -59,17 +56,12 @@ class Jacobi:
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what cannot be done."""
         _check(self.tolerance, self.iterations, self.start)
 
     @torch.no_grad()
     def __call__(
-        self,
-        transform: AutoregressiveTransform,
-        z: Float[Tensor, "batch tokens dim"],
-        label: Int[Tensor, " batch"] | None,
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """See `Solver`."""
+        self, transform: AutoregressiveTransform, z: Tokens, label: Labels | None
+    ) -> Tokens:
         tolerance = WHILE_SOLVING * tolerance_of(transform, self.tolerance)
         u = first_guess(z, self.start)
         active = torch.arange(len(z), device=z.device)
@@ -89,13 +81,12 @@ class Jacobi:
 class GaussSeidelJacobi:
     """Segment after segment, each by Jacobi with the finished ones in the cache.
 
-    GS-Jacobi (arXiv 2505.12849) with two faults mended: samples stop one by one, on their
-    residuals, and a segment sees the final values of those before it, not those before the last
-    update.
+    GS-Jacobi (arXiv 2505.12849) with two corrections: each sample stops by its own residual, and
+    a segment reads the final values of earlier segments, not those before their last update.
 
     Attributes:
-        segments: how many, as even as they come; or the lengths of all.
-        iterations: at most so many in a segment; None: as many as it takes.
+        segments: their number, of lengths that differ by at most 1; or the lengths of all.
+        iterations: most iterations in a segment; None: no limit.
         start: first guess.
         tolerance: backward error to stop at; None: by the network's dtype.
     """
@@ -106,7 +97,6 @@ class GaussSeidelJacobi:
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what cannot be done."""
         _check(self.tolerance, self.iterations, self.start)
         lengths = (self.segments,) if isinstance(self.segments, int) else self.segments
         if not lengths or min(lengths) < 1:
@@ -114,16 +104,13 @@ class GaussSeidelJacobi:
 
     @torch.no_grad()
     def __call__(
-        self,
-        transform: AutoregressiveTransform,
-        z: Float[Tensor, "batch tokens dim"],
-        label: Int[Tensor, " batch"] | None,
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """See `Solver`. Raises ValueError for lengths that are not those of the tokens."""
+        self, transform: AutoregressiveTransform, z: Tokens, label: Labels | None
+    ) -> Tokens:
+        """See `Solver`. Raises ValueError unless the segments' lengths sum to the tokens."""
         tolerance = WHILE_SOLVING * tolerance_of(transform, self.tolerance)
         u = first_guess(z, self.start)
         cache = transform.new_cache(z)
-        stale = 0  # first token that has changed since the cache took it up
+        stale = 0  # first token that has changed since the cache stored it
         for begin, end in pairwise(self._bounds(z.shape[1])):
             for iteration in range(self.iterations or end - begin):
                 new, theta = _image(transform, u[:, :end], z[:, :end], label, cache, stale)
@@ -152,12 +139,11 @@ class GaussSeidelJacobi:
 class Adaptive:
     """A window of guesses ahead of an exact prefix, which each pass makes longer.
 
-    The prefix stays in the cache. A pass evaluates the window; in every sample the leading tokens
-    that are solved join its prefix as they are, and the next one, computed from nothing but the
-    prefix, joins too. With tolerance 0 every token is computed from its final prefix: in the
-    arithmetic of the network, the sequential inverse. The window is `lookahead` times the tokens
-    that recent passes gained: a token takes about so many passes to settle, however fast the
-    prefix moves.
+    The prefix stays in the cache. A pass evaluates the window. In each sample the leading solved
+    tokens join the prefix as they are, and so does the next one as computed, since it depends on
+    the prefix only. With tolerance 0 every token is computed from its final prefix, as in the
+    sequential inverse. The window is `lookahead` times the tokens that recent passes gained: a
+    token needs about `lookahead` passes to settle, however fast the prefix grows.
 
     Attributes:
         lookahead: passes that a token stays in the window.
@@ -172,7 +158,6 @@ class Adaptive:
     decoding: Decoding = field(default_factory=Decoding)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what cannot be done."""
         _check(self.tolerance)
         if self.lookahead < 1 or (self.window is not None and self.window < 1):
             raise ValueError(
@@ -181,12 +166,8 @@ class Adaptive:
 
     @torch.no_grad()
     def __call__(
-        self,
-        transform: AutoregressiveTransform,
-        z: Float[Tensor, "batch tokens dim"],
-        label: Int[Tensor, " batch"] | None,
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """See `Solver`."""
+        self, transform: AutoregressiveTransform, z: Tokens, label: Labels | None
+    ) -> Tokens:
         tolerance = WHILE_SOLVING * tolerance_of(transform, self.tolerance)
         u, tokens = z.clone(), z.shape[1]
         cache = transform.new_cache(z, self.decoding)
@@ -206,7 +187,7 @@ class Adaptive:
                 computed = low + joins.sum(1, keepdim=True)  # the one behind: final as computed
                 guess = torch.where((here > computed)[..., None], _tame(new, v), new)
                 u[:, low:high] = torch.where(joins[..., None], old, guess)
-                # nothing behind a token that is not finite can be saved
+                # behind a token that is not finite, no token can become finite
                 lost = ((here == computed) & ~new.isfinite().all(-1)).any(1)
                 known = torch.maximum(known, (computed + 1).clamp(max=high))[:, 0]
                 prefix = torch.where(lost, tokens, known)
@@ -226,7 +207,6 @@ class BlockSolvers(ABC):
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a tolerance that is none."""
         _check(self.tolerance)
 
     @abstractmethod
@@ -239,7 +219,6 @@ class Selective(BlockSolvers):
     """The first generated block token by token, the others by Jacobi (arXiv 2505.24791)."""
 
     def of_blocks(self, flow: Flow, rows: int, batches: int) -> Sequence[Solver]:
-        """See `BlockSolvers.of_blocks`."""
         others = len(autoregressive_parts(flow)) - 1
         return [Sequential(), *[Jacobi(tolerance=self.tolerance)] * others]
 
@@ -258,17 +237,15 @@ def per_block(
 def own_tolerance(solver: object) -> float | None:
     """Backward error up to which a solver's result counts as exact; None: by the dtype.
 
-    With a tolerance of 0 a solver computes every token from its final prefix; what counts as
-    exact is then what rounding leaves.
+    A solver with tolerance 0 computes every token from its final prefix; its error is then that of
+    rounding, and judged by the dtype.
     """
     if isinstance(solver, Jacobi | GaussSeidelJacobi | Adaptive | BlockSolvers):
         return solver.tolerance or None
     return None
 
 
-def first_guess(
-    z: Float[Tensor, "batch tokens dim"], start: Start
-) -> Float[Tensor, "batch tokens dim"]:
+def first_guess(z: Tokens, start: Start) -> Tokens:
     """The latent, or zeros behind its first token."""
     u = z.clone()
     if start == "zeros":
@@ -290,9 +267,9 @@ def _image(
 
 
 def _tame(guess: Tensor, v: Tensor, known: int = 0) -> Tensor:
-    """Guesses that are not finite, or wild, start again from the latent.
+    """Replace guesses that are not finite, or larger than WILD allows, by the latent.
 
-    The first `known` tokens are no guesses: they stay what they are.
+    The first `known` tokens are final, and stay as they are.
     """
     limit = WILD * (1 + v.abs().amax((1, 2), keepdim=True))
     tamed = torch.where(guess.abs() <= limit, guess, v)

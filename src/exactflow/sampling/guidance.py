@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from typing import Any, Literal, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from exactflow.core.conditional import Affine
+from exactflow.core.shapes import Labels, PerSample, Tokens
 from exactflow.core.transform import AutoregressiveTransform, Decoding
 
 
 @final
 @dataclass(frozen=True)
 class Guidance:
-    """How far to move from the unconditional towards (and past) the conditional parameters.
+    """Guidance of a flow: theta = theta_c + w (theta_c - theta_u), or a product of Gaussians.
 
     Attributes:
         scale: w; 0 leaves the model as it is.
@@ -26,8 +27,8 @@ class Guidance:
             and log-scales), or multiply the Gaussians p_c^(1+w) / p_u^w of affine conditionals,
             "gaussian-score" (STARFlow, arXiv 2506.06276).
         schedule: "linear" uses w t / (N - 1) for token t, "constant" w for all.
-        temperature: attention temperature of the unconditional branch; what an unconditional
-            model is guided by.
+        temperature: attention temperature of the unconditional branch; an unconditional model is
+            guided by this alone.
     """
 
     scale: float
@@ -36,7 +37,7 @@ class Guidance:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for unknown rules and schedules and for a useless temperature."""
+        """Raise ValueError for unknown rules and schedules and for bad numbers."""
         if self.rule not in ("extrapolate", "gaussian-score"):
             raise ValueError(
                 f"expected guidance rule 'extrapolate' or 'gaussian-score', got {self.rule!r}"
@@ -54,7 +55,7 @@ class Guidance:
 
 @final
 class GuidedCache:
-    """The transform's own cache for both branches, their tokens, labels and temperatures."""
+    """The inner transform's cache for both branches, with their tokens, labels, temperatures."""
 
     def __init__(self, tokens: Float[Tensor, "double tokens dim"], inner: Any) -> None:
         self.tokens = tokens
@@ -88,26 +89,23 @@ class GuidedTransform(AutoregressiveTransform):
         self.conditional = transform.conditional
         self.predicts_first = transform.predicts_first
 
-    def new_cache(
-        self, x: Float[Tensor, "batch tokens dim"], decoding: Decoding | None = None
-    ) -> GuidedCache:
-        """See `AutoregressiveTransform.new_cache`."""
+    def new_cache(self, x: Tokens, decoding: Decoding | None = None) -> GuidedCache:
         tokens = torch.zeros_like(x).repeat(2, 1, 1)
         return GuidedCache(tokens, self.transform.new_cache(tokens, decoding))
 
     def conditioner(
         self,
         x: Float[Tensor, "batch stop dim"],
-        label: Int[Tensor, " batch"] | None = None,
+        label: Labels | None = None,
         cache: GuidedCache | None = None,
         start: int = 0,
-        temperature: Float[Tensor, " batch"] | None = None,
+        temperature: PerSample | None = None,
     ) -> Float[Tensor, "batch window size"]:
         """See `AutoregressiveTransform.conditioner`; a temperature is the conditional branch's."""
         batch, stop = x.shape[:2]
         if cache is None:
             pair, branches, inner = x.repeat(2, 1, 1), self._branches(x, label, temperature), None
-        else:  # only what is evaluated is copied: the rest is there from before
+        else:  # only tokens that are evaluated are copied: earlier ones were copied before
             pair, inner = cache.tokens[:, :stop], cache.inner
             first = max(start - 1, 0)
             pair.unflatten(0, (2, batch))[:, :, first:] = x[:, first:]

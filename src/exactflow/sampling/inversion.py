@@ -1,4 +1,4 @@
-"""Inverting a flow block by block, with what it cost and how exact it came out."""
+"""Inversion of a flow block by block, with records of its cost and repairs."""
 
 import time
 from collections.abc import Sequence
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from exactflow.core.shapes import Labels, PerSample, Tokens
 from exactflow.core.transform import AutoregressiveTransform, Decoding, Solver
 from exactflow.sampling.certificate import WHILE_SOLVING, backward_error, solved, tolerance_of
 from exactflow.sampling.flow_solvers import Sequential
@@ -25,10 +26,10 @@ class Pass:
         start: first token whose parameters were asked for.
         stop: one past the last.
         rows: samples evaluated.
-        least: tokens known afterwards in the sample that has the fewest: those up to `start`, the
-            solved ones behind, and the one computed from them. None where samples have left the
-            batch: which ones is the solver's business.
-        greatest: the same in the sample that has the most.
+        least: known tokens after the pass, in the sample with the fewest: those before `start`,
+            the solved ones from there on, and the next one, computed from them. None if samples
+            have left the batch, since only the solver knows which.
+        greatest: the same in the sample with the most.
     """
 
     start: int
@@ -41,14 +42,14 @@ class Pass:
 @final
 @dataclass(frozen=True)
 class BlockRecord:
-    """What inverting one block took and gave.
+    """Cost and repairs of the inversion of one block.
 
     Attributes:
         evaluations: network passes, whatever their width; repairs included, checks not.
         tokens: tokens evaluated, summed over passes, per sample.
         seconds: wall-clock, repairs included.
-        repaired: which samples were inverted again, token by token, since the solver had left their
-            backward error above the tolerance.
+        repaired: whether each sample was inverted again, token by token, because its backward error
+            was above the tolerance.
         passes: every evaluation; empty unless they were observed.
     """
 
@@ -61,19 +62,16 @@ class BlockRecord:
 
 @final
 class CountedTransform(AutoregressiveTransform):
-    """A transform that counts what is asked of it.
+    """A transform that counts evaluations of another one.
 
     Args:
-        transform: what does the work.
+        transform: the other one.
         v: the latents that are being inverted, to observe every pass; None: only count.
         tolerance: backward error up to which an observed token counts as known.
     """
 
     def __init__(
-        self,
-        transform: AutoregressiveTransform,
-        v: Float[Tensor, "batch tokens dim"] | None = None,
-        tolerance: float = 0.0,
+        self, transform: AutoregressiveTransform, v: Tokens | None = None, tolerance: float = 0.0
     ) -> None:
         super().__init__()
         self.transform = transform
@@ -85,19 +83,16 @@ class CountedTransform(AutoregressiveTransform):
         self.passes: list[Pass] = []
         self._v, self._tolerance = v, tolerance
 
-    def new_cache(
-        self, x: Float[Tensor, "batch tokens dim"], decoding: Decoding | None = None
-    ) -> Any:
-        """See `AutoregressiveTransform.new_cache`."""
+    def new_cache(self, x: Tokens, decoding: Decoding | None = None) -> Any:
         return self.transform.new_cache(x, decoding)
 
     def conditioner(
         self,
         x: Float[Tensor, "batch stop dim"],
-        label: Int[Tensor, " batch"] | None = None,
+        label: Labels | None = None,
         cache: Any = None,
         start: int = 0,
-        temperature: Float[Tensor, " batch"] | None = None,
+        temperature: PerSample | None = None,
     ) -> Float[Tensor, "batch window size"]:
         """See `AutoregressiveTransform.conditioner`; a constant theta_0 costs no evaluation."""
         read = x.shape[1] - start if self.predicts_first else x.shape[1] - 1 - max(start - 1, 0)
@@ -126,13 +121,13 @@ class Inversion:
     """A solver that guides, repairs, watches for non-finite values and keeps records.
 
     Args:
-        solvers: what does the work: one for every block in generation order, or one for all.
-        seeds: the samples' names in error messages.
+        solvers: one for every block in generation order, or one for all.
+        seeds: of the samples, for error messages.
         guidance: None for none.
         null_label: see `GuidedTransform`.
         on_nonfinite: see `Watch`.
         tolerance: backward error of a block above which a sample is inverted again, token by
-            token; None: by the network's dtype. Of solvers that are not exact by construction.
+            token; None: by the network's dtype. Not checked for the sequential solver.
         observe: keep a record of every pass.
     """
 
@@ -157,11 +152,8 @@ class Inversion:
 
     @torch.no_grad()
     def __call__(
-        self,
-        transform: AutoregressiveTransform,
-        z: Float[Tensor, "batch tokens dim"],
-        label: Int[Tensor, " batch"] | None,
-    ) -> Float[Tensor, "batch tokens dim"]:
+        self, transform: AutoregressiveTransform, z: Tokens, label: Labels | None
+    ) -> Tokens:
         """Invert one block; see `Solver`. Raises ValueError for more blocks than solvers."""
         began = time.perf_counter()
         index = len(self.records)
@@ -196,7 +188,7 @@ class Inversion:
 
 
 def _is_exact(solver: Solver) -> bool:
-    """Whether it computes every token from its final prefix in the network's own dtype."""
+    """Whether it is the reference inverse in the network's own dtype."""
     return isinstance(solver, Sequential) and solver.decoding.dtype is None
 
 
@@ -208,12 +200,9 @@ def _repair(
     label: Tensor | None,
     rows: Tensor,
 ) -> None:
-    """Put the reference inverse of these samples into `u`.
-
-    Where rounding leaves the reference further off than what is there, that stays.
-    """
+    """Put the reference inverse of these samples into `u`, unless its residual is larger."""
     part = None if label is None else label[rows]
     again = transform.inverse(z[rows], part)
     after = backward_error(transform.transform, again, z[rows], part)
-    better = ~(after > residual[rows])  # also where either is not finite: the reference decides
+    better = ~(after > residual[rows])  # also if either is not finite
     u[rows] = torch.where(better[:, None, None], again, u[rows])

@@ -1,4 +1,4 @@
-"""Where samples begin: standard normal noise, of which sample k's is a function of seed + k."""
+"""Standard normal noise of samples: that of sample k is a function of seed + k."""
 
 from collections.abc import Sequence
 from typing import final
@@ -12,13 +12,13 @@ from exactflow.core.randomness import generator, normal_rows
 
 @final
 class Noise:
-    """Standard normal noise of a batch, from one stream for every seed.
+    """A source of standard normal noise for a batch, with one stream for every seed.
 
     Args:
-        model: on its device, and in its dtype or float32, is the noise.
+        model: gives the device and the dtype (float32, or the model's if that is wider).
         shape: of one sample.
         seeds: of the samples.
-        purpose: names the streams.
+        purpose: part of the streams' names.
     """
 
     def __init__(

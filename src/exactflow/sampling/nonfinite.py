@@ -1,22 +1,20 @@
-"""What is not a number is found where it appears: an error, or a sample left out and named."""
+"""Detection of NaN and infinity where they appear: an error, or samples that are left out."""
 
 from collections.abc import Sequence
 from typing import Literal, final
 
-from jaxtyping import Float
-from torch import Tensor
-
 from exactflow.core.model import NonFiniteError
+from exactflow.core.shapes import Values
 
 OnNonFinite = Literal["raise", "omit"]
 
 
 @final
 class Watch:
-    """Looks at the results of a batch.
+    """A check of the results of a batch.
 
     Args:
-        seeds: the samples' names.
+        seeds: of the samples, for messages.
         on_nonfinite: raise NonFiniteError, or note the sample in `failures` and go on.
     """
 
@@ -25,12 +23,12 @@ class Watch:
         self.on_nonfinite = on_nonfinite
         self.failures: dict[int, str] = {}
 
-    def __call__(self, result: Float[Tensor, "batch *shape"], place: str) -> None:
+    def __call__(self, result: Values, place: str) -> None:
         """Note or raise the first place of every sample that is not finite.
 
         Args:
             result: tokens, (batch, tokens, dim), or images.
-            place: where they come from.
+            place: block or step that they come from.
         """
         finite = result.isfinite().flatten(2).all(-1)
         if bool(finite.all()):

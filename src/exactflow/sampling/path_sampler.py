@@ -41,7 +41,6 @@ class PathSampler(Sampler):
 
     @torch.no_grad()
     def draw(self, rows: range, advance: Callable[[int], None]) -> DrawnBatch:
-        """See `Sampler.draw`."""
         model, request = self.model, self.request
         seeds, options = request.seeds(rows), request.options
         low = options.low
@@ -50,20 +49,20 @@ class PathSampler(Sampler):
         watch = Watch(seeds, options.on_nonfinite)
         noise = Noise(model, model.event_shape, seeds)
         way = states(self.solver, denoiser, noise, options.on_nonfinite)
-        (x,) = deque(_told(way, advance), maxlen=1)
+        (x,) = deque(_reported(way, advance), maxlen=1)
         watch(x, "the image")
         nothing = torch.full((len(x),), torch.nan, device=x.device)
         return DrawnBatch(x[None], denoiser.evaluations, watch.failures, nothing)
 
 
-def _told(way: Iterator[Tensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
+def _reported(way: Iterator[Tensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
     for x in way:
         advance(1)
         yield x
 
 
 def _guidance(request: Request) -> float | ClassifierGuidance:
-    """The scale, which is all that may be chosen of classifier-free guidance, or a classifier's."""
+    """The scale, or a classifier's guidance. Raises ValueError for a flow's rule or schedule."""
     guidance = request.guidance
     if isinstance(guidance, Guidance):
         for name in ("rule", "schedule", "temperature"):

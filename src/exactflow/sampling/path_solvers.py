@@ -1,4 +1,4 @@
-"""Solvers of models on a path: by its differential equation, or step by step back along its chain.
+"""Solvers of models on a path: of its differential equation, or of its chain step by step.
 
 A solver is a value with its own options, and a generator of states from noise to images.
 """
@@ -12,12 +12,11 @@ from functools import singledispatch
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from exactflow.core.shapes import Images
 from exactflow.paths.chain import MarkovChain
 from exactflow.paths.ode import OdeSolver, State, edm_levels, edm_times, uniform_times
-from exactflow.paths.path import Path
 from exactflow.paths.path_model import PathModel
 from exactflow.sampling.denoiser import Denoiser, chain_model
 from exactflow.sampling.noise import Noise
@@ -34,35 +33,28 @@ class DPMSolver:
 
         x_t = sigma_t / sigma_s x_s + sigma_t * (integral from l_s to l_t of e^l D dl),
 
-    and a step takes D as what the last two evaluations say of the middle of the step. The first and
-    the last step are of first order: before the first nothing is known, and the last may end
-    without noise, infinitely far in log-SNR.
+    and a step extrapolates D to its middle from the last two evaluations. The first and the last
+    step are of first order: the first has no earlier evaluation, and the last may end without
+    noise, infinitely far in log-SNR.
 
     Attributes:
-        steps: how many, of one evaluation each.
+        steps: their number, of one evaluation each.
     """
 
     steps: int = 50
 
     def __post_init__(self) -> None:
-        """Raise ValueError for no step."""
         if self.steps < 1:
             raise ValueError(f"expected steps >= 1, got {self.steps}")
 
     @torch.no_grad()
-    def solve(
-        self,
-        denoiser: Denoiser,
-        x: Float[Tensor, "batch channels height width"],
-        times: Sequence[float],
-    ) -> Float[Tensor, "batch channels height width"]:
+    def solve(self, denoiser: Denoiser, x: Images, times: Sequence[float]) -> Images:
         """Follow the probability flow along `times`; every sample is computed by itself.
 
         Args:
-            denoiser: says what is expected behind x.
+            denoiser: gives D.
             x: points at the first of `times`.
-            times: steps + 1 rising library times, from noise to data; see `log_snr_times` and
-                `edm_times`.
+            times: steps + 1 rising library times, from noise to data; see `edm_times`.
 
         Raises:
             ValueError: another number of times, or times that do not rise within [0, 1].
@@ -90,10 +82,10 @@ class DPMSolver:
 
 @dataclass(frozen=True)
 class ChainSolver(ABC):
-    """How x_{t-1} is made from x_t, and for which of a chain's steps.
+    """A rule for x_{t-1} given x_t, and the steps of a chain to which it is applied.
 
     Attributes:
-        steps: taken, at equal distances; None: the usual number, or all of a shorter chain.
+        steps: their number, at equal distances; None: the usual one, or all of a shorter chain.
         clip: confine each predicted image to [-1, 1], as the published samplers do.
     """
 
@@ -108,19 +100,14 @@ class ChainSolver(ABC):
 
     @abstractmethod
     def advance(
-        self,
-        chain: MarkovChain,
-        denoiser: Denoiser,
-        x_t: Float[Tensor, "batch channels height width"],
-        step: int,
-        noise: Float[Tensor, "batch channels height width"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+        self, chain: MarkovChain, denoiser: Denoiser, x_t: Images, step: int, noise: Images | None
+    ) -> Images:
         """x_{t-1}.
 
         Args:
-            chain: perhaps respaced.
+            chain: the whole chain of the model, or a respaced one.
             denoiser: of a chain model.
-            x_t: where the samples are.
+            x_t: the samples at this step.
             step: index in `chain`, the same for all; the result of step 0 is the image.
             noise: standard normal; None at step 0 and for a solver that is not stochastic.
         """
@@ -151,14 +138,8 @@ class Ancestral(ChainSolver):
         return True
 
     def advance(
-        self,
-        chain: MarkovChain,
-        denoiser: Denoiser,
-        x_t: Float[Tensor, "batch channels height width"],
-        step: int,
-        noise: Float[Tensor, "batch channels height width"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
-        """See `ChainSolver.advance`."""
+        self, chain: MarkovChain, denoiser: Denoiser, x_t: Images, step: int, noise: Images | None
+    ) -> Images:
         steps = torch.full((len(x_t),), step, device=x_t.device)
         kernel = chain.reverse_kernel(denoiser.noise, x_t, steps, denoiser.label, clip=self.clip)
         x, shift = kernel.mean, denoiser.gradient(x_t, chain.timesteps.to(steps.device)[steps])
@@ -172,9 +153,11 @@ class Ancestral(ChainSolver):
 class DDIM(ChainSolver):
     """Song et al., Denoising Diffusion Implicit Models, arXiv 2010.02502, eq. 12 and 16.
 
-    Where images are clipped, the noise is what then leads to x_t. A classifier shifts the noise
-    against its gradient (arXiv 2105.05233, algorithm 2); the image that follows from it is not
-    clipped again.
+        x_{t-1} = sqrt(ab_{t-1}) x0 + sqrt(1 - ab_{t-1} - s^2) eps + s noise,
+        s = eta sqrt((1 - ab_{t-1}) / (1 - ab_t) (1 - ab_t / ab_{t-1})),  ab = alpha-bar.
+
+    If x0 is clipped, eps is the noise that leads from it to x_t. A classifier shifts eps against
+    its gradient (arXiv 2105.05233, algorithm 2); the x0 of that eps is not clipped again.
 
     Attributes:
         eta: 0 is deterministic; 1, over all steps, ancestral sampling with the posterior's
@@ -194,14 +177,8 @@ class DDIM(ChainSolver):
         return self.eta > 0
 
     def advance(
-        self,
-        chain: MarkovChain,
-        denoiser: Denoiser,
-        x_t: Float[Tensor, "batch channels height width"],
-        step: int,
-        noise: Float[Tensor, "batch channels height width"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
-        """See `ChainSolver.advance`."""
+        self, chain: MarkovChain, denoiser: Denoiser, x_t: Images, step: int, noise: Images | None
+    ) -> Images:
         steps = torch.full((len(x_t),), step, device=x_t.device)
         x0 = chain.reverse_kernel(denoiser.noise, x_t, steps, denoiser.label, clip=self.clip).x0
         eps = chain.eps_from_x0(x0, x_t, steps)
@@ -224,7 +201,7 @@ class EDMSolver:
     behind x. The last step, to s = 0, is Euler's and gives D.
 
     Attributes:
-        steps: how many; all but the last take two evaluations.
+        steps: their number; all but the last take two evaluations.
     """
 
     steps: int = 40
@@ -235,16 +212,11 @@ class EDMSolver:
             raise ValueError(f"expected steps >= 1, got {self.steps}")
 
     @torch.no_grad()
-    def solve(
-        self,
-        denoiser: Denoiser,
-        x: Float[Tensor, "batch channels height width"],
-        levels: Sequence[float],
-    ) -> Float[Tensor, "batch channels height width"]:
+    def solve(self, denoiser: Denoiser, x: Images, levels: Sequence[float]) -> Images:
         """Follow the flow to the data; every sample is computed by itself.
 
         Args:
-            denoiser: says what is expected behind x.
+            denoiser: gives D.
             x: data with noise of the first level.
             levels: falling noise levels, one for each step.
 
@@ -278,7 +250,7 @@ PathSolver = OdeSolver | DPMSolver | EDMSolver | ChainSolver
 def states(
     solver: object, denoiser: Denoiser, noise: Noise, on_nonfinite: OnNonFinite
 ) -> Iterator[Tensor]:
-    """What a solver reaches on its way from noise, the images last; see `PathSolver`."""
+    """The states of a `PathSolver` on its way from noise, the images last."""
     raise ValueError(f"expected a solver of models on a path, got {solver!r}")
 
 
@@ -328,7 +300,7 @@ def _(
 
 
 def steps_of(solver: PathSolver, model: PathModel) -> int:
-    """How many states it gives. Raises ValueError for steps that the chain does not have."""
+    """Number of its `states`. Raises ValueError for steps that the chain does not have."""
     return solver.kept(chain_model(model).chain).steps if isinstance(solver, ChainSolver) else 1
 
 
@@ -348,27 +320,5 @@ def _levels(model: PathModel) -> tuple[float, float]:
 
 
 def _start(model: PathModel, times: Sequence[float], noise: Noise) -> Tensor:
-    """Points at the first of the times."""
+    """Noise scaled to points at the first of the times."""
     return float(model.path.at(torch.tensor(times[0], dtype=torch.float64)).sigma) * noise()
-
-
-def log_snr_times(path: Path, steps: int, span: tuple[float, float] | None = None) -> list[float]:
-    """steps + 1 library times at equal distances in log-SNR.
-
-    Args:
-        path: where the times are on.
-        steps: at least 1.
-        span: first and last time, where the log-SNR is finite; None: the path's own span.
-
-    Raises:
-        ValueError: no step, or an end of infinite log-SNR.
-    """
-    first, last = path.span if span is None else span
-    ends = path.at(torch.tensor([first, last], dtype=torch.float64)).log_snr
-    if steps < 1 or not bool(ends.isfinite().all()):
-        raise ValueError(
-            "expected at least one step between times of finite log-SNR, "
-            f"got {steps} steps from {first} to {last} with log-SNR {ends.tolist()}"
-        )
-    inner = torch.linspace(float(ends[0]), float(ends[1]), steps + 1, dtype=torch.float64)[1:-1]
-    return [first, *path.time_of(inner).tolist(), last]

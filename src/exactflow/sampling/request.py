@@ -1,4 +1,4 @@
-"""What is asked of `sample`, and what one batch of it gives, whatever the model."""
+"""Arguments of `sample`, and the result of one batch, for every kind of model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
+from exactflow.core.shapes import PerSample
 from exactflow.sampling.denoiser import ClassifierGuidance
 from exactflow.sampling.guidance import Guidance
 from exactflow.sampling.inversion import BlockRecord
@@ -18,7 +19,7 @@ from exactflow.sampling.nonfinite import OnNonFinite
 @final
 @dataclass(frozen=True, eq=False)
 class SamplingOptions:
-    """What is seldom asked of `sample`; an option without meaning for the model is refused.
+    """Rarely used arguments of `sample`; an option without meaning for the model is an error.
 
     Attributes:
         temperature: of a flow, factor on the prior's standard deviation.
@@ -27,8 +28,8 @@ class SamplingOptions:
         low: of an upsampler, the small images in [-1, 1] that it enlarges, one per sample.
         trace: of a flow, keep the images between blocks.
         profile: of a flow, keep a record of every pass.
-        on_nonfinite: what a NaN or an infinity does: an error ("raise"), or left out and reported
-            ("omit").
+        on_nonfinite: a NaN or an infinity is an error ("raise"), or the sample is left out and
+            reported ("omit").
         progress: show a bar.
     """
 
@@ -48,7 +49,7 @@ class SamplingOptions:
             raise ValueError(f"expected on_nonfinite 'raise' or 'omit', got {self.on_nonfinite!r}")
 
     def refuse(self, *names: str) -> None:
-        """Raise ValueError for the first of these options that is not what it is by default."""
+        """Raise ValueError for the first of these options that differs from its default."""
         usual = SamplingOptions()
         for name in names:
             given = getattr(self, name)
@@ -72,20 +73,20 @@ class Request:
 
     @property
     def batches(self) -> list[range]:
-        """Rows of every batch."""
+        """Samples of each batch, as numbers 0 .. n - 1."""
         size = self.batch_size
         return [range(first, min(first + size, self.n)) for first in range(0, self.n, size)]
 
     def seeds(self, rows: range) -> range:
-        """Of these rows."""
+        """Seeds of these samples."""
         return range(self.seed + rows.start, self.seed + rows.stop)
 
     def labels(self, rows: range) -> Tensor | None:
-        """Of these rows."""
+        """Classes of these samples."""
         return None if self.label is None else self.label[rows.start : rows.stop]
 
     def part(self, rows: range, progress: bool) -> "Request":
-        """The request for these rows alone."""
+        """The request for these samples alone."""
         low = self.options.low
         low = None if low is None else low[rows.start : rows.stop]
         return replace(
@@ -100,12 +101,12 @@ class Request:
 @final
 @dataclass(frozen=True, eq=False)
 class DrawnBatch:
-    """What was drawn.
+    """Samples of one batch.
 
     Attributes:
-        images: steps on the way, the result last; without `trace` that alone.
+        images: intermediate steps, the result last; without `trace` the result alone.
         evaluations: network passes.
-        failures: seed -> place of samples that are not finite.
+        failures: seed -> place, of samples that are not finite.
         certificate: see `Samples.certificate`.
         records: of every autoregressive block.
     """
@@ -113,16 +114,16 @@ class DrawnBatch:
     images: Float[Tensor, "steps batch channels height width"]
     evaluations: int
     failures: dict[int, str]
-    certificate: Float[Tensor, " batch"]
+    certificate: PerSample
     records: Sequence[BlockRecord] = ()
 
 
 class Sampler(ABC):
-    """Draws the batches of a request in the way of one kind of model.
+    """An algorithm that draws the batches of a request, for one kind of model.
 
     Attributes:
-        grey_levels: of images, as the model has them.
-        steps: of which a batch consists, for people who wait.
+        grey_levels: the model's map from images to grey levels.
+        steps: of a batch, for the progress bar.
         limit: certificate above which a sample is beyond its tolerance.
     """
 
@@ -132,4 +133,4 @@ class Sampler(ABC):
 
     @abstractmethod
     def draw(self, rows: range, advance: Callable[[int], None]) -> DrawnBatch:
-        """The samples of these rows; `advance` is told of steps done."""
+        """Draw these samples; call `advance` with the number of steps done."""

@@ -1,4 +1,4 @@
-"""What sampling gives, whatever the model."""
+"""The result of sampling, for every kind of model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from exactflow.sampling.inversion import Pass
 @final
 @dataclass(frozen=True)
 class Samples:
-    """What `sample` drew.
+    """The result of `sample`.
 
-    Tensors are on the model's device, or on the CPU where several processes drew them.
+    Tensors are on the model's device, or on the CPU if several processes drew them.
 
     Attributes:
         x: images in [-1, 1] (not clipped), float32 or the model's float64.
         images: the same as grey levels 0 .. levels-1.
-        seeds: seed of each sample; shorter than asked for only where samples were left out.
-        label: class of each sample, None where none was given.
+        seeds: seed of each sample; fewer than n only if samples were left out.
+        label: class of each sample; None if none was given.
         evaluations: network passes, summed over blocks and batches (certificates excluded); one
             for each batch of a flow without autoregressive blocks; with guidance of a diffusion
             model both of its branches count.
@@ -30,14 +30,13 @@ class Samples:
             none for a flow without such blocks, and for models that are no flows.
         seconds: wall-clock of everything but loading.
         loading: wall-clock of loading compiled steps, which happens once in a process.
-        certificate: max |encode(x) - z| of each sample, the model evaluated in float64 and x
-            before denoising: how far the latent that this image really encodes to lies from the
-            one drawn; NaN where no part of the model is autoregressive, and where a solver of
-            differential equations made it.
+        certificate: max |encode(x) - z| of each sample, with the model evaluated in float64 and x
+            before denoising: the distance of the drawn latent from that of the image. NaN for
+            models without autoregressive parts.
         repairs: samples of each block in generation order that were inverted again, token by
-            token, since the solver left their backward error above the tolerance.
-        beyond_tolerance: seeds of the samples whose certificate exceeds the tolerance all the same,
-            which is then the rounding of the model's own dtype.
+            token, because their backward error was above the tolerance.
+        beyond_tolerance: seeds of the samples whose certificate still exceeds the tolerance, by
+            rounding in the model's dtype.
         failures: seed -> place, of samples left out because they were not finite.
         trace: the latent laid out as an image, the result of each block in generation order, and
             the denoised image if there is one: (steps, n, C, H, W); None unless asked for.
@@ -61,7 +60,7 @@ class Samples:
 
 
 def together(parts: Sequence[Samples]) -> Samples:
-    """Samples of one model that several processes drew at the same time, one after the other."""
+    """Concatenated samples of one model, which several processes drew at the same time."""
     first = parts[0]
     if len(parts) == 1:
         return first

@@ -1,4 +1,4 @@
-"""Every solver by its name, and which of them a model has."""
+"""Every solver by its name, and the solvers of each kind of model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -75,9 +75,9 @@ class Sampling:
     """How one kind of model is sampled.
 
     Attributes:
-        solvers: types of the solvers that it takes.
-        usual: type of the solver that "auto" stands for.
-        sampler: draws a request's batches.
+        solvers: types of its solvers.
+        usual: type of the solver "auto".
+        sampler: draws the batches of a request.
     """
 
     solvers: tuple[type, ...]
@@ -86,13 +86,13 @@ class Sampling:
 
     @property
     def names(self) -> dict[str, type]:
-        """The solvers that it takes by name."""
+        """Its solvers by name."""
         return {name: kind for name, kind in SOLVERS.items() if issubclass(kind, self.solvers)}
 
 
 @singledispatch
 def sampling_of(model: GenerativeModel) -> Sampling:
-    """How a model is sampled. Raises ValueError for one that is neither flow nor on a path."""
+    """Solvers and sampler of a model. Raises ValueError for neither a flow nor a path model."""
     raise ValueError(f"expected a flow or a model on a path, got {model.kind!r}")
 
 
@@ -114,12 +114,12 @@ def _(model: ChainModel) -> Sampling:
 
 
 def solver_for(model: GenerativeModel, name: str = "auto", **options: Any) -> AnySolver:
-    """The solver of that name with options of its own; None leaves one as it is.
+    """The solver of that name with options; an option that is None keeps its default.
 
     Args:
-        model: what is to be sampled.
-        name: one of `SOLVERS` that this kind of model takes, or "auto": what it is usually sampled
-            with; of a flow, what the plan says.
+        model: to be sampled.
+        name: one of `SOLVERS` for this kind of model, or "auto": the usual one; of a flow, the one
+            of its plan.
         options: fields of the solver, such as steps, tolerance, eta.
 
     Raises:
