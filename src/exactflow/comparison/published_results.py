@@ -195,11 +195,6 @@ def notes(dataset: str) -> tuple[str, ...]:
     return (*about, *(f"Suspicious elsewhere: {c['cell']}: {c['reason']}." for c in cells))
 
 
-def comparable(one: PublishedRow, other: PublishedRow) -> bool:
-    """Whether the two numbers measure the same: only then is the lower one the better."""
-    return one.group == other.group and not one.obstacle and not other.obstacle
-
-
 def arrange(entries: Sequence[PublishedRow], main: str | None = None) -> tuple[Section, ...]:
     """Rows of one metric by group, the main group first; ranked inside a group and nowhere else.
 

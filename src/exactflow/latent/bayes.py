@@ -173,24 +173,6 @@ def log_posterior(
     return joint - joint.logsumexp(1, keepdim=True)
 
 
-def posterior(
-    model: GenerativeModel,
-    images: Integer[Tensor, "n channels height width"],
-    prior: Sequence[float] | None = None,
-    temperature: float = 1.0,
-    k: int = 1,
-    seed: int = 0,
-    *,
-    batch_size: int = 64,
-    progress: bool = False,
-) -> Float[Tensor, "n classes"]:
-    """ln p(c | x) of images; arguments and errors of the two functions above."""
-    nats = class_log_likelihoods(
-        model, images, k=k, seed=seed, batch_size=batch_size, progress=progress
-    )
-    return log_posterior(nats, prior, temperature)
-
-
 def calibrate(
     nats: Float[Tensor, "n classes"],
     labels: Int[Tensor, " n"],
