@@ -6,15 +6,14 @@ value.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
-from torch import Tensor
 
 from exactflow.data import DataConfig, ImageDataset, load
-from exactflow.data.loader import evaluation_batches
+from exactflow.data.passes import ImagePasses
 from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.likelihood.value import LogLikelihood
 from exactflow.models.gaussian.gaussianisation import Gaussianisation, GaussianisationConfig
@@ -123,21 +122,9 @@ def _fitted(training: ImageDataset, device: torch.device | None) -> dict[str, Li
     if device is None or device.type == "mps":
         device = torch.device("cpu")
     for model in (independent, layered):
-        model.to(device).fit(_Batches(training))
+        model.to(device).fit(ImagePasses(training, BATCH))
     return {
         "independent pixels": independent,
         "full-covariance Gaussian" if small else "DCT-factorised Gaussian": layered.gaussian(),
         "Gaussianisation" if small else "DCT-factorised Gaussianisation": layered,
     }
-
-
-@final
-class _Batches:
-    """The images of a set, as often as one asks."""
-
-    def __init__(self, dataset: ImageDataset) -> None:
-        self._dataset = dataset
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for batch in evaluation_batches(self._dataset, BATCH):
-            yield batch.images
