@@ -21,15 +21,15 @@ from exactflow.comparison.protocol import (
     draw,
     sampling_plans,
     scored,
-    spread,
-    spread_rows,
+    subset,
+    subset_rows,
 )
 from exactflow.core.grey_levels import bits_per_dim
 from exactflow.core.model import GenerativeModel
 from exactflow.data.datasets import ImageDataset
 from exactflow.metrics.bits_per_dim import check_fits
 from exactflow.metrics.extractors import FeatureExtractor
-from exactflow.metrics.memo import Arrays, Stages
+from exactflow.metrics.memo import Arrays, Memo
 from exactflow.metrics.memory import PeakMemory
 from exactflow.metrics.quality import SampleQuality
 from exactflow.sampling.sample import Samples
@@ -75,13 +75,13 @@ class Bench:
         """
         model, protocol = contender.model, self.protocol
         check_fits(model, self.held_out)
-        stages = self._stages(contender.name, {"weights": fingerprint(model)})
-        likelihood = self._likelihood(model, stages)
+        memo = self._memo(contender.name, {"weights": fingerprint(model)})
+        likelihood = self._likelihood(model, memo)
         drawn = []
         for index, each in enumerate(sampling_plans(model, protocol)):
             count = protocol.few_samples if index else protocol.samples
-            drawn.append(self._samples(contender, stages, each, count))
-        memory = stages.keep("memory", asdict(protocol), lambda: self._memory(contender))
+            drawn.append(self._samples(contender, memo, each, count))
+        memory = memo.keep("memory", asdict(protocol), lambda: self._memory(contender))
         return {
             "name": contender.name,
             "family": model.kind,
@@ -98,10 +98,10 @@ class Bench:
 
     def floor(self) -> Result:
         """Training images in the place of samples: how near a perfect model would come."""
-        images, _ = self.training.tensors(spread_rows(self.training, self.protocol.samples))
-        stages = self._stages("training-images", {})
-        few = self._quality(images[: self.protocol.few_samples], stages, "quality of few", {})
-        whole = self._quality(images, stages, "quality", {})
+        images, _ = self.training.tensors(subset_rows(self.training, self.protocol.samples))
+        memo = self._memo("training-images", {})
+        few = self._quality(images[: self.protocol.few_samples], memo, "quality of few", {})
+        whole = self._quality(images, memo, "quality", {})
         return {"count": len(images), **whole, **_on_curve(few)}
 
     def drawn(self, name: str, count: int) -> Tensor:
@@ -112,14 +112,14 @@ class Bench:
             found.append(torch.from_numpy(np.load(parts.pop(0))["images"]))
         return torch.cat(found)[:count]
 
-    def _stages(self, name: str, identity: Mapping[str, Any]) -> Stages:
+    def _memo(self, name: str, identity: Mapping[str, Any]) -> Memo:
         data = {"training": self.training.fingerprint, "held out": self.held_out.fingerprint}
-        return Stages(self.folder / name, {**identity, **data}, self.progress)
+        return Memo(self.folder / name, {**identity, **data}, self.progress)
 
-    def _likelihood(self, model: GenerativeModel, stages: Stages) -> Result:
+    def _likelihood(self, model: GenerativeModel, memo: Memo) -> Result:
         """Mean over images with its kind and error."""
         protocol = self.protocol
-        images, label = spread(self.held_out, protocol.scored_images(model), model)
+        images, label = subset(self.held_out, protocol.scored_images(model), model)
         how = {"seed": protocol.seed, "images": len(images)}
         if model.iterative:
             how |= {
@@ -139,7 +139,7 @@ class Bench:
                 "facts": np.array([json.dumps({**facts, **found.details})]),
             }
 
-        parts = stages.collect("likelihood", how, len(images), CHUNK, score)
+        parts = memo.collect("likelihood", how, len(images), CHUNK, score)
         bits = bits_per_dim(parts["nats"], model.dims)
         facts = json.loads(str(parts["facts"][0]))
         noisy = facts["kind"] == "noisy-density"
@@ -152,7 +152,7 @@ class Bench:
         }
 
     def _samples(
-        self, contender: Contender, stages: Stages, plan: tuple[str, int | None], count: int
+        self, contender: Contender, memo: Memo, plan: tuple[str, int | None], count: int
     ) -> Result:
         """Cost and quality of `count` samples."""
         model, (solver, steps) = contender.model, plan
@@ -171,7 +171,7 @@ class Bench:
                 "failures": np.array([len(drawn.failures)]),
             }
 
-        parts = stages.collect(name, how, count, CHUNK, draw)
+        parts = memo.collect(name, how, count, CHUNK, draw)
         images = torch.from_numpy(parts["images"])
         cost = {
             "solver": solver,
@@ -182,11 +182,11 @@ class Bench:
             "seconds_per_sample": float(parts["seconds"].sum()) / count,
         }
         few = self._quality(
-            images[: self.protocol.few_samples], stages, f"quality of few {name}", how
+            images[: self.protocol.few_samples], memo, f"quality of few {name}", how
         )
         return {
             **cost,
-            **self._quality(images, stages, f"quality of {name}", how),
+            **self._quality(images, memo, f"quality of {name}", how),
             **_on_curve(few),
         }
 
@@ -197,7 +197,7 @@ class Bench:
     def _memory(self, contender: Contender) -> Result:
         """Peak bytes of scoring and of drawing one chunk."""
         model = contender.model
-        images, label = spread(self.held_out, CHUNK, model)
+        images, label = subset(self.held_out, CHUNK, model)
         peak = PeakMemory(model.device)
         scored(model, images, label, self.protocol)
         scoring, peak = peak.bytes(), PeakMemory(model.device)
@@ -205,14 +205,14 @@ class Bench:
         return {"scoring": scoring, "sampling": peak.bytes(), "images": len(images)}
 
     def _quality(
-        self, images: Tensor, stages: Stages, name: str, identity: Mapping[str, Any]
+        self, images: Tensor, memo: Memo, name: str, identity: Mapping[str, Any]
     ) -> Result:
         """Distances of images from the held-out ones, and from the nearest training image."""
         if len(images) < 2:
             return {}
 
         how = {**identity, "extractor": self.extractor.name, "images": len(images)}
-        return stages.keep(name, how, lambda: self.quality(images))
+        return memo.keep(name, how, lambda: self.quality(images))
 
 
 def _on_curve(quality: Result) -> Result:

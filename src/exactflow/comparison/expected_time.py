@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from exactflow.comparison.protocol import CHUNK, Protocol, draw, sampling_plans, scored, spread
+from exactflow.comparison.protocol import CHUNK, Protocol, draw, sampling_plans, scored, subset
 from exactflow.core.model import GenerativeModel
 from exactflow.data.datasets import ImageDataset
 
@@ -28,7 +28,7 @@ def expected_seconds(
         protocol: how much of it, and how many samples.
         guidance: scale that samples are drawn with.
     """
-    images, label = spread(held_out, CHUNK, model)
+    images, label = subset(held_out, CHUNK, model)
     few = replace(protocol, bound_evaluations=FEW, ode_steps=FEW)
     each = _seconds(lambda: scored(model, images, label, few), model) / len(images)
     count = min(protocol.scored_images(model), len(held_out))

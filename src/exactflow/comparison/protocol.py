@@ -134,14 +134,14 @@ def scored(
     return score(model, images, label, draws, protocol.effort)
 
 
-def spread(
+def subset(
     dataset: ImageDataset, count: int, model: GenerativeModel
 ) -> tuple[Tensor, Tensor | None]:
     """At most `count` images, evenly spread, and their labels where the model is conditional."""
-    return with_labels(model, dataset, spread_rows(dataset, count))
+    return with_labels(model, dataset, subset_rows(dataset, count))
 
 
-def spread_rows(dataset: ImageDataset, count: int) -> np.ndarray:
+def subset_rows(dataset: ImageDataset, count: int) -> np.ndarray:
     """Where at most `count` images are, evenly spread."""
     return np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
 

@@ -24,7 +24,7 @@ Arrays = dict[str, np.ndarray]
 
 @final
 @dataclass(frozen=True)
-class Stages:
+class Memo:
     """The measurements of one model.
 
     Attributes:

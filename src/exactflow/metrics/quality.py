@@ -11,7 +11,7 @@ from torch import Tensor
 from exactflow.data.datasets import ImageDataset
 from exactflow.metrics.extractors import FeatureExtractor, extract
 from exactflow.metrics.frechet import FeatureStatistics, frechet_distance
-from exactflow.metrics.memo import Arrays, Stages
+from exactflow.metrics.memo import Arrays, Memo
 from exactflow.metrics.sample_quality import (
     Neighbours,
     density_coverage,
@@ -96,12 +96,12 @@ class SampleQuality:
     def _features(self, dataset: ImageDataset, name: str) -> Tensor:
         """Features of real images, kept: (n, dims)."""
         identity = {"images": dataset.fingerprint, "extractor": self.extractor.name}
-        stages = Stages(self._folder / name, identity, self._progress)
+        memo = Memo(self._folder / name, identity, self._progress)
 
         def measure(rows: range) -> Arrays:
             images, _ = dataset.tensors(slice(rows.start, rows.stop))
             return {"features": extract(self.extractor, images, dataset.levels).numpy()}
 
         size = max(1, PART_BYTES // (4 * self.extractor.dims))
-        parts = stages.collect(self.extractor.name, {}, len(dataset), size, measure)
+        parts = memo.collect(self.extractor.name, {}, len(dataset), size, measure)
         return torch.from_numpy(parts["features"])
