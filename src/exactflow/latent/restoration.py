@@ -1,8 +1,8 @@
 """Inpainting and denoising with the exact density of a flow and its gradient.
 
 Missing pixels are drawn from p(missing | known) by the Metropolis-adjusted Langevin algorithm
-(Roberts and Tweedie, Bernoulli 2, 1996), which needs ln p up to a constant and its gradient: an
-exact density has both, so that acceptance makes the law of the chain exact for every step size.
+(Roberts and Tweedie, Bernoulli 2, 1996). It needs ln p up to a constant and its gradient, which an
+exact flow has; its acceptance step makes the stationary law exact for every step size.
 """
 
 import math
@@ -23,7 +23,7 @@ from exactflow.data.batches import batches
 from exactflow.sampling.denoise import score_denoise
 
 Region = Literal["bottom", "right", "center", "scattered"]
-ACCEPTANCE = 0.574  # what makes the algorithm fastest (Roberts and Rosenthal, JRSS B 60, 1998)
+ACCEPTANCE = 0.574  # the target: the fastest rate (Roberts and Rosenthal, JRSS B 60, 1998)
 DECAY = 0.6  # the log step size moves by step^-DECAY (acceptance - its target): Robbins-Monro
 START = 0.5  # factor on the latents that chains begin from; at 1 the model's scales may overflow
 FIRST_STEP = 1e-3  # squared length of a step per dimension, in [-1, 1] units
@@ -40,7 +40,7 @@ class Inpainting:
             d * n + i, here and below.
         log_density: ln p of the state, in nats w.r.t. [-1, 1], after every step.
         acceptance: share of proposals accepted at temperature 1.
-        step_size: squared length of a step per dimension that the first half arrived at.
+        step_size: squared length of a step per dimension, as adapted in the first half.
     """
 
     images: UInt8[Tensor, "rows channels height width"]
@@ -52,7 +52,7 @@ class Inpainting:
 @final
 @dataclass(frozen=True)
 class Denoising:
-    """Images with noise added and taken off again, all in [-1, 1] units and not clipped.
+    """Images with noise added and removed again, all in [-1, 1] units and not clipped.
 
     Attributes:
         clean: the images themselves.
@@ -156,11 +156,11 @@ class Langevin:
 
     @property
     def half(self) -> int:
-        """Steps in which anything changes."""
+        """Steps of the first half, in which temperature and step size change."""
         return self.steps // 2
 
     def temperature(self, step: int) -> float:
-        """T of a step."""
+        """Temperature T of a step."""
         return self.first_temperature ** (1 - min(step / self.half, 1.0))
 
 
@@ -181,23 +181,23 @@ def inpaint(
     """Draw missing pixels from p(missing | known) by adjusted Langevin steps.
 
     Known pixels get uniform or Gaussian noise as in training, once, and stay fixed. Missing ones
-    begin as those of a sample from shrunken latents; in the second half of the steps the
-    conditional density is the chain's own stationary law. A proposal without a finite density is
+    begin as those of a sample from scaled-down latents; in the second half of the steps the
+    conditional density is the stationary law of the chain. A proposal without a finite density is
     never accepted. Images of a model trained with Gaussian noise are denoised at the end.
 
     Args:
         model: an exact flow.
         images: grey levels; those at missing pixels are not read.
-        missing: which pixels to draw, the same ones of every image.
+        missing: pixels to draw, the same of every image.
         label: class of each image; None for a dropped label.
         draws: completions of every image, each a chain of its own.
         langevin: steps and temperatures.
-        seed: the noise of a draw is a function of (seed, image, draw), whatever the others are.
+        seed: the noise of a draw is a function of (seed, image, draw).
         progress: show a bar over steps.
 
     Raises:
         ValueError: no exact flow, nothing or everything missing, or no draw.
-        NonFiniteError: names an image whose first state has no finite density or gradient.
+        NonFiniteError: the first state of an image has no finite density or gradient.
     """
     flow = exact_flow(model)
     if draws < 1:
@@ -238,7 +238,7 @@ def denoise(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Denoising:
-    """Add the noise that a model was trained with, and take it off by the score of its density.
+    """Add the noise that a model was trained with, and remove it by the score of its density.
 
     Args:
         model: an exact flow trained with Gaussian noise.
@@ -271,8 +271,8 @@ def _begin(
     label: Tensor | None,
     sources: Sequence[torch.Generator],
 ) -> Float[Tensor, "n channels height width"]:
-    """Known pixels as in training, missing ones as in a sample of the model."""
-    known = images.to(flow.device).masked_fill(missing, 0)  # what is missing is not even checked
+    """The first states: known pixels as in training, missing ones as in a sample of the model."""
+    known = images.to(flow.device).masked_fill(missing, 0)  # missing pixels may be anything
     grey.check_images(known, flow.event_shape, flow.levels)
     dtype = flow.wide_dtype
     noise = normal_rows(flow.event_shape, sources).to(flow.device, dtype)
@@ -309,13 +309,13 @@ class _Chain:
                 "finite density or gradient): the model's scales overflow there"
             )
         self.log_step = torch.full_like(self.nats, math.log(FIRST_STEP))
-        self.adapted = 0  # steps so far in which the step size was
+        self.adapted = 0  # steps so far that adapted the step size
         self.accepted = torch.zeros_like(self.nats)
 
     def step(self, temperature: float, adapt: bool) -> Float[Tensor, " n"]:
-        """One proposal at a temperature, accepted or not; ln p of the state afterwards.
+        """Propose a step at a temperature, accept it or not; return ln p of the state afterwards.
 
-        The step size is that of temperature 1: a density at T is wider by the root of T.
+        The squared step is scaled by T, since the density at T is wider by the root of T.
         """
         size = (self.log_step.exp() * temperature).view(-1, 1, 1, 1)
         drift = 0.5 * size / temperature

@@ -1,4 +1,4 @@
-"""The floor of every likelihood table: models fitted in closed form, in seconds.
+"""Baselines for every table of likelihoods: models fitted in closed form, in seconds.
 
 A model that does not beat the full-covariance Gaussian has learned less than second moments; one
 that does not beat Gaussianisation has learned less than what linear prediction leaves, value by
@@ -21,11 +21,11 @@ from exactflow.models.gaussian.moments import FULL_COVARIANCE_DIMS
 from exactflow.models.gaussian.whitening import LinearFirstFlow, Whitening, WhiteningConfig
 
 BATCH = 500  # images at a time
-FIT_IMAGES = 50_000  # at most so many training images,
-FIT_VALUES = 2**28  # and at most so many pixel values of them, are read
-ENOUGH = 10  # images per dimension of a covariance, from which on it is not shrunk
-LAYERS = 2  # of Gaussianisation: where tokens are many, later ones find next to nothing
-MARGINAL_VALUES = 2**24  # values at most that its layers are fitted to
+FIT_IMAGES = 50_000  # training images that are read, at most
+FIT_VALUES = 2**28  # pixel values of them, at most
+ENOUGH = 10  # images per dimension of a covariance from which on it is not shrunk
+LAYERS = 2  # of Gaussianisation: further ones gain next to nothing with many tokens
+MARGINAL_VALUES = 2**24  # values that its layers are fitted to, at most
 
 
 @final
@@ -34,9 +34,9 @@ class Baseline:
     """A fitted model on held-out images.
 
     Attributes:
-        likelihood: per image, of the draws of noise that `log_likelihood` makes for the seed.
-        parameters: numbers that were fitted.
-        trained_on: images of the training split it was fitted to.
+        likelihood: per image, with the noise that `log_likelihood` draws for the seed.
+        parameters: number of fitted parameters.
+        trained_on: number of training images.
     """
 
     likelihood: LogLikelihood
@@ -56,7 +56,7 @@ class Baseline:
 
 
 def training_images(config: DataConfig, held_out: ImageDataset) -> ImageDataset:
-    """As much of the training split as baselines are fitted to.
+    """The images of the training split that baselines are fitted to.
 
     Raises:
         DataError: the source has none, or it cannot be read.
@@ -78,12 +78,12 @@ def baselines(
     """Fit every baseline to `training` and score `held_out`.
 
     Args:
-        training: what to fit to.
-        held_out: what to score, of the same shape and levels.
-        seed: names the noise of the score.
+        training: images to fit to.
+        held_out: images to score, of the same shape and levels.
+        seed: of the noise of the score.
         k: draws of it per image.
-        device: where to compute; None or one without float64: the CPU.
-        progress: show how far each score is.
+        device: to compute on; None or one without float64: the CPU.
+        progress: show the progress of each score.
 
     Returns:
         The baselines by name, weakest first.
@@ -104,7 +104,7 @@ def described(found: Mapping[str, Baseline]) -> dict[str, dict[str, Any]]:
 
 
 def _fitted(training: ImageDataset, device: torch.device | None) -> dict[str, LinearFirstFlow]:
-    """Independent pixels, a Gaussian, and its Gaussianisation: two fits for the three of them."""
+    """Independent pixels, a Gaussian, and its Gaussianisation, from two fits."""
     shape, levels = training.event_shape, training.levels
     dims = math.prod(shape)
     small = dims <= FULL_COVARIANCE_DIMS
