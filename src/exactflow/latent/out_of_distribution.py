@@ -104,6 +104,9 @@ def auroc(inside: Float[Tensor, " n"], outside: Float[Tensor, " m"]) -> float:
 
     1 separates the two, 0.5 is chance; below 0.5 inside images score higher.
 
+    >>> auroc(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]))
+    0.875
+
     Raises:
         ValueError: no scores on a side, or one that is NaN.
     """

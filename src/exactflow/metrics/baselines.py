@@ -6,7 +6,6 @@ value.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -96,11 +95,6 @@ def baselines(
         likelihood = replace(likelihood, data=held_out.fingerprint)
         found[name] = Baseline(likelihood, model.num_parameters, len(training))
     return found
-
-
-def described(found: Mapping[str, Baseline]) -> dict[str, dict[str, Any]]:
-    """All of them as JSON holds them."""
-    return {name: baseline.describe() for name, baseline in found.items()}
 
 
 def _fitted(training: ImageDataset, device: torch.device | None) -> dict[str, LinearFirstFlow]:

@@ -67,7 +67,12 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     Raises:
         ValueError: features of other extractors or numbers.
     """
-    _check_comparable(a, b)
+    named = a.extractor is not None and b.extractor is not None
+    if a.mean.shape != b.mean.shape or (named and a.extractor != b.extractor):
+        raise ValueError(
+            f"expected statistics of the same features, got {a.extractor} ({len(a.mean)} features) "
+            f"and {b.extractor} ({len(b.mean)})"
+        )
     for each in (a, b):
         if each.count <= len(each.mean):
             warnings.warn(
@@ -87,12 +92,3 @@ def _factor(covariance: Float64[np.ndarray, "dims dims"]) -> Float64[np.ndarray,
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
     kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
     return vectors[:, kept] * np.sqrt(values[kept])
-
-
-def _check_comparable(a: FeatureStatistics, b: FeatureStatistics) -> None:
-    named = a.extractor is not None and b.extractor is not None
-    if a.mean.shape != b.mean.shape or (named and a.extractor != b.extractor):
-        raise ValueError(
-            f"expected statistics of the same features, got {a.extractor} ({len(a.mean)} features) "
-            f"and {b.extractor} ({len(b.mean)})"
-        )

@@ -34,6 +34,9 @@ class Budget:
     Attributes:
         seconds: of taking steps; neither calibration nor what callbacks do counts.
         flops: of all training steps, counted as `training_flops` does.
+
+    >>> Budget.parse("5m")
+    Budget(seconds=300.0, flops=None)
     """
 
     seconds: float | None = None

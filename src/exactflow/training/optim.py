@@ -161,8 +161,9 @@ def total_steps(steps: int | None, epochs: float, epoch: int) -> int:
 class Schedule:
     """The learning rate of every step.
 
-    A linear warm-up from `low` to `peak`, then half a cosine or a line back to `low`; or one from
-    0, then an exponential that ends where it reaches `low`.
+    A linear warm-up from `low` to `peak`, then low + (peak - low) h with h = (1 + cos(pi f)) / 2,
+    or 1 - f for a line, where f rises from 0 to 1. Or a warm-up from 0, then max(low, peak
+    factor^n) after n steps.
 
     Attributes:
         total: optimizer steps of the run.
@@ -172,6 +173,9 @@ class Schedule:
         factor: of the exponential, per step; None: a cosine or a line.
         falling: step at which these end, and after which the rate is `low` whatever it was.
         linear: a line instead of a cosine.
+
+    >>> Schedule(total=100, warmup=10, peak=1e-3, low=0.0).learning_rate(11)
+    0.001
     """
 
     total: int
