@@ -22,7 +22,7 @@ from exactflow.data.passes import ImagePasses
 from exactflow.parallel.process_group import joined
 from exactflow.training import checkpoint as disk
 from exactflow.training.compatible import check_compatible
-from exactflow.training.folder import RunFolder
+from exactflow.training.folder import RunFolder, as_run_folder
 from exactflow.training.log import MetricsLog
 from exactflow.training.optim import TrainConfig
 from exactflow.training.progress import Callback, FitResult, Progress, with_metrics
@@ -65,7 +65,7 @@ def fit_closed_form(
     require_main_guard()
     check_compatible(model, dataset)
     _check_options(model, config, augmentation)
-    place = RunFolder.of(run_dir)
+    place = as_run_folder(run_dir)
     identity = disk.identity(model, dataset, config, augmentation)
     checkpoints = disk.Checkpoints(place.path / "checkpoints", config.keep_checkpoints)
 

@@ -30,11 +30,6 @@ class RunFolder:
     path: Path
     record: Mapping[str, bytes] = field(default_factory=dict)
 
-    @staticmethod
-    def of(place: "str | Path | RunFolder") -> "RunFolder":
-        """The folder at a path, or the one given."""
-        return place if isinstance(place, RunFolder) else RunFolder(Path(place))
-
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the folder, made if absent, against other runs.
@@ -69,6 +64,11 @@ class RunFolder:
         """Write the files that describe the run. Raises OSError."""
         for name, content in self.record.items():
             write_atomically(self.path / name, content)
+
+
+def as_run_folder(place: str | Path | RunFolder) -> RunFolder:
+    """The folder at a path, or the one given."""
+    return place if isinstance(place, RunFolder) else RunFolder(Path(place))
 
 
 def check_apart(out: Path, data: DataConfig) -> None:

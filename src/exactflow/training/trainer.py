@@ -28,7 +28,7 @@ from exactflow.training import checkpoint as disk
 from exactflow.training.compatible import check_compatible
 from exactflow.training.diagnosis import diagnose, save_batch
 from exactflow.training.distributed import DataParallel
-from exactflow.training.folder import RunFolder
+from exactflow.training.folder import RunFolder, as_run_folder
 from exactflow.training.log import MetricsLog
 from exactflow.training.optim import MovingAverage, TrainConfig, make_optimizer, recomputed
 from exactflow.training.progress import Callback, FitResult, Progress, with_metrics
@@ -87,7 +87,7 @@ def fit(
     require_main_guard()
     check_compatible(model, dataset)
     model.class_names = dataset.class_names if model.num_classes else ()
-    place = RunFolder.of(run_dir)
+    place = as_run_folder(run_dir)
     cuda = [model.device] if model.device.type == "cuda" else []
     with ExitStack() as stack:
         group = stack.enter_context(joined())
