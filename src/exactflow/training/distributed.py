@@ -96,12 +96,12 @@ class DataParallel:
             _empty(self.home)
 
     def whole(self, value: Tensor) -> Tensor:
-        """A tensor of the trained module with all its parts."""
+        """The whole of a tensor of the trained module; all processes call this together."""
         if not self.is_split:
             return value
-        from exactflow.training import split
+        from torch.distributed.tensor import DTensor  # takes a while to import
 
-        return split.whole(value)
+        return value.full_tensor() if isinstance(value, DTensor) else value
 
     def finish(self, average: MovingAverage | None) -> None:
         """Leave `home` whole for good, with averaged weights where there is an average."""

@@ -48,8 +48,10 @@ class Saver:
             assert isinstance(made, ProcessGroup)
             self._writers = made
         self._thread = ThreadPoolExecutor(1)
-        self._pending: tuple[RunState, Mapping[str, Any], LogState] | None = None
-        self._written: Future[dict[str, str]] | None = None
+        # Of the checkpoint that is being written; the last is the hashes of this process's files.
+        self._pending: (
+            tuple[RunState, Mapping[str, Any], LogState, Future[dict[str, str]]] | None
+        ) = None
         self.last: Checkpoint | None = None
 
     def save(self, state: RunState, identity: Mapping[str, Any], log: LogState) -> None:
@@ -66,8 +68,8 @@ class Saver:
 
         folder, named = partial / SPLIT_FOLDER, self._tensors.named()
         writing = dcp.async_save(named, checkpoint_id=folder, process_group=self._writers)
-        self._pending = (state, identity, log)
-        self._written = self._thread.submit(_hashes, writing, folder, self._group.rank)
+        written = self._thread.submit(_hashes, writing, folder, self._group.rank)
+        self._pending = (state, identity, log, written)
 
     @property
     def saved_step(self) -> int:
@@ -79,15 +81,13 @@ class Saver:
     @property
     def has_written(self) -> bool:
         """Whether this process has written its parts of the last checkpoint."""
-        return self._written is not None and self._written.done()
+        return self._pending is not None and self._pending[-1].done()
 
     def settle(self) -> None:
         """Wait for the checkpoint that is being written, if any. Raises OSError if it failed."""
-        if self._pending is None or self._written is None:
+        if self._pending is None:
             return
-        state, identity, log = self._pending
-        written = self._written
-        self._pending = self._written = None
+        (state, identity, log, written), self._pending = self._pending, None
         with self._checkpoints.removed_on_error(state.step):
             parts = self._group.share(written.result)
             hashes = {name: sha256 for part in parts for name, sha256 in part.items()}

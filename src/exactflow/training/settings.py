@@ -1,5 +1,6 @@
 """The settings of a run: the recipe of a preset, or of a model of one's own, and its changes."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, final
@@ -55,7 +56,8 @@ class Settings:
 
     def describe(self) -> dict[str, Any]:
         """The sections as YAML and JSON hold them."""
-        sections = {name: _plain(asdict(getattr(self, name))) for name in SECTIONS}
+        sections = {name: asdict(getattr(self, name)) for name in SECTIONS}
+        sections = json.loads(json.dumps(sections))  # lists in the place of tuples
         return {"preset": self.preset, **sections} if self.preset else sections
 
     def text(self) -> str:
@@ -162,9 +164,3 @@ def named_changes(config: Any, given: Mapping[str, Any]) -> dict[str, dict[str, 
             )
         changes[homes[0]][name] = value
     return changes
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -40,11 +40,6 @@ def copy_of(
     return copy
 
 
-def whole(value: Tensor) -> Tensor:
-    """The whole of a split tensor; all processes call this together."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
 def split_like(value: Tensor, pattern: Tensor) -> Tensor:
     """A whole tensor, the same in every process, split as `pattern` is."""
     value = value.to(pattern.device)
