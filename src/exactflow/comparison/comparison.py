@@ -66,7 +66,7 @@ class Bench:
         )
 
     def measure(self, contender: Contender) -> Result:
-        """Everything about one model, JSON-able; what `folder` has of it is not measured again.
+        """Measure one model; the result is JSON-able. Kept measurements are not repeated.
 
         Raises:
             ValueError: the model is not made for these images.

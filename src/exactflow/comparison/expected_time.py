@@ -1,4 +1,4 @@
-"""How long a protocol will take for a model, from a few of its steps."""
+"""The expected time of a protocol for a model, from a few of its steps."""
 
 import time
 from collections.abc import Callable

@@ -27,7 +27,7 @@ BINS = 15  # of confidence, in the calibration error (Guo et al., section 4)
 @final
 @dataclass(frozen=True)
 class Reliability:
-    """How often the images in each bin of confidence are classified right.
+    """Accuracy by bins of confidence.
 
     Attributes:
         count: images in each of the equal bins of (0, 1].

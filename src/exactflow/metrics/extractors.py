@@ -192,7 +192,7 @@ def _cosines(size: int) -> Float[Tensor, "size size"]:
 
 
 def _lowest(shape: tuple[int, ...], dims: int) -> Tensor:
-    """Where the lowest frequencies are in the flattened transform; the eye sees colour coarsely."""
+    """Indices of the lowest frequencies in the flattened transform; those of colour count twice."""
     colour, row, column = (np.arange(size) for size in shape)
     order = 2 * colour[:, None, None] + row[:, None] + column
     return torch.from_numpy(np.argsort(order, axis=None, kind="stable")[:dims])

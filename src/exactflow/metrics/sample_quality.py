@@ -40,7 +40,7 @@ class PrecisionRecall:
 @final
 @dataclass(frozen=True)
 class DensityCoverage:
-    """How densely real images surround samples (1 for the same law), and the part they cover."""
+    """Density of real images around samples (1 for the same law), and the part that is covered."""
 
     density: float
     coverage: float
@@ -276,7 +276,7 @@ def _nearest(
 
 
 def _inside(points: Tensor, centres: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
-    """In how many balls each point is, and how many points each ball holds."""
+    """Number of balls around each point, and number of points in each ball."""
     around = torch.zeros(len(points), dtype=torch.int64)
     within = torch.zeros(len(centres), dtype=torch.int64)
     for row, column, block in _blocks(points, centres):

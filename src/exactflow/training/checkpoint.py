@@ -122,7 +122,7 @@ class Checkpoints:
         return self._folder.resolve().is_relative_to(self._folder.parent.resolve())
 
     def folder_of(self, step: int) -> Path:
-        """Where the whole checkpoint of a step lies."""
+        """The folder of the whole checkpoint of a step."""
         return self._folder / f"step_{step:08d}"
 
     @contextmanager

@@ -128,9 +128,9 @@ def _line(
     line |= {"step_seconds": state.step_seconds, "loss": loss}
     times = (state.seconds, state.step_seconds)
     # The run has ended already when a callback asks for its end.
-    told = Progress(state.step, state.images, *times, model, folder, end=lambda: None)
+    progress = Progress(state.step, state.images, *times, model, folder, end=lambda: None)
     for call in callbacks:
-        line = with_metrics(line, call(told))
+        line = with_metrics(line, call(progress))
     return line
 
 

@@ -1,4 +1,4 @@
-"""How weights are trained: configuration, learning rates, optimizer, moving average."""
+"""Configuration of a training, its learning rates, optimizers and moving average of weights."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -36,7 +36,7 @@ class Progress:
 @final
 @dataclass(frozen=True)
 class FitResult:
-    """How a run ended; attributes as in `Progress`.
+    """The state of a run at its end; attributes as in `Progress`.
 
     Attributes:
         checkpoint: folder of the last checkpoint.

@@ -95,7 +95,7 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():  # so it is where the graph of gradients is asked for
+        if torch.is_grad_enabled():  # only with create_graph=True
             raise NotImplementedError("reversible training has no second derivatives")
         context, *kept = ctx.saved_tensors
         if context is not None:

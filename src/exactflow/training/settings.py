@@ -24,7 +24,7 @@ MAX_GRID = 4096  # images
 @final
 @dataclass(frozen=True)
 class RunConfig:
-    """What is measured and drawn in the course of a run."""
+    """Scores and samples in the course of a run."""
 
     evaluate_every: int = 500  # steps between scores of held-out images
     sample_every: int = 500  # steps between sample grids
