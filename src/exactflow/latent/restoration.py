@@ -39,7 +39,7 @@ class Inpainting:
         images: grey levels; those of known pixels are the given ones. Draw d of image i is row
             d * n + i, here and below.
         log_density: ln p of the state, in nats w.r.t. [-1, 1], after every step.
-        acceptance: share of proposals accepted at temperature 1.
+        acceptance: share of proposals accepted in the second half of the steps.
         step_size: squared length of a step per dimension, as adapted in the first half.
     """
 
@@ -131,42 +131,6 @@ def missing_region(
     return missing.expand(shape).contiguous()
 
 
-@final
-@dataclass(frozen=True)
-class Langevin:
-    """A schedule of adjusted Langevin steps on p^(1/T).
-
-    Attributes:
-        steps: each one evaluation of the gradient. In the first half T falls geometrically to 1
-            while the step size follows its acceptance; in the second half both are constant.
-        first_temperature: T at the beginning; above 1 chains cross between modes, and need many
-            more steps to settle again.
-    """
-
-    steps: int = 1000
-    first_temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for steps or a temperature that are too low."""
-        if self.steps < 2 or not 1 <= self.first_temperature < math.inf:
-            raise ValueError(
-                "expected steps >= 2 and first_temperature >= 1, "
-                f"got {self.steps}, {self.first_temperature}"
-            )
-
-    @property
-    def half(self) -> int:
-        """Steps of the first half, in which temperature and step size change."""
-        return self.steps // 2
-
-    def temperature(self, step: int) -> float:
-        """Temperature T of a step."""
-        return self.first_temperature ** (1 - min(step / self.half, 1.0))
-
-
-LANGEVIN = Langevin()
-
-
 def inpaint(
     model: GenerativeModel,
     images: Integer[Tensor, "n channels height width"],
@@ -174,7 +138,7 @@ def inpaint(
     label: Int[Tensor, " n"] | None = None,
     *,
     draws: int = 1,
-    langevin: Langevin = LANGEVIN,
+    steps: int = 1000,
     seed: int = 0,
     progress: bool = False,
 ) -> Inpainting:
@@ -191,17 +155,18 @@ def inpaint(
         missing: pixels to draw, the same of every image.
         label: class of each image; None for a dropped label.
         draws: completions of every image, each a chain of its own.
-        langevin: steps and temperatures.
+        steps: each one evaluation of the gradient. In the first half the step size follows its
+            acceptance; in the second half it is constant.
         seed: the noise of a draw is a function of (seed, image, draw).
         progress: show a bar over steps.
 
     Raises:
-        ValueError: no exact flow, nothing or everything missing, or no draw.
+        ValueError: no exact flow, nothing or everything missing, no draw, or too few steps.
         NonFiniteError: the first state of an image has no finite density or gradient.
     """
     flow = exact_flow(model)
-    if draws < 1:
-        raise ValueError(f"expected draws >= 1, got {draws}")
+    if draws < 1 or steps < 2:
+        raise ValueError(f"expected draws >= 1 and steps >= 2, got {draws} and {steps}")
     if tuple(missing.shape) != flow.event_shape or not bool(missing.any()) or bool(missing.all()):
         raise ValueError(
             f"expected a mask {flow.event_shape} with missing and known pixels, "
@@ -215,15 +180,15 @@ def inpaint(
     with evaluating(flow):
         first = _begin(flow, images, missing, label, sources)
         chain = _Chain(flow, first, missing, label, sources)
-        trace, steps = [], langevin.steps
+        trace, half = [], steps // 2
         for step in tracked(range(steps), steps, "inpainting", shown=progress, unit="steps"):
-            trace.append(chain.step(langevin.temperature(step), adapt=step < langevin.half))
+            trace.append(chain.step(adapt=step < half))
         x = chain.x
         if flow.noise_std > 0:
             x = score_denoise(flow, x, label)
     given = images.to(flow.device, torch.uint8)
     drawn = torch.where(missing, flow.to_grey_levels(x), given)
-    accepted = chain.accepted / (steps - langevin.half)
+    accepted = chain.accepted / (steps - half)
     return Inpainting(
         drawn.cpu(), torch.stack(trace).cpu(), accepted.cpu(), chain.log_step.exp().cpu()
     )
@@ -312,13 +277,10 @@ class _Chain:
         self.adapted = 0  # steps so far that adapted the step size
         self.accepted = torch.zeros_like(self.nats)
 
-    def step(self, temperature: float, adapt: bool) -> Float[Tensor, " n"]:
-        """Propose a step at a temperature, accept it or not; return ln p of the state afterwards.
-
-        The squared step is scaled by T, since the density at T is wider by the root of T.
-        """
-        size = (self.log_step.exp() * temperature).view(-1, 1, 1, 1)
-        drift = 0.5 * size / temperature
+    def step(self, adapt: bool) -> Float[Tensor, " n"]:
+        """Propose a step, accept it or not; return ln p of the state afterwards."""
+        size = self.log_step.exp().view(-1, 1, 1, 1)
+        drift = 0.5 * size
         noise = normal_rows(self.flow.event_shape, self.sources).to(self.x)
         there = self.x + (drift * self.gradient + size.sqrt() * noise) * self.missing
         nats, gradient = self._evaluate(there)
@@ -326,7 +288,7 @@ class _Chain:
         back = (self.x - there - drift * gradient) * self.missing
         forth = noise * self.missing
         odds = 0.5 * (forth.square() - back.square() / size).flatten(1).sum(1)
-        log_ratio = (nats - self.nats) / temperature + odds
+        log_ratio = nats - self.nats + odds
         chance = torch.where(nats.isfinite(), log_ratio.clamp(max=0).exp(), 0.0).nan_to_num(0.0)
         uniform = uniform_rows((1,), self.sources)[:, 0].to(chance)
         accept = uniform < chance
