@@ -60,6 +60,12 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     covariances: the eigenvalues of S_a S_b would lose half of the digits where one is singular.
     `FeatureExtractor.distance_name` is the name of the distance.
 
+    >>> import torch
+    >>> x = torch.tensor([[0.0], [2.0]])
+    >>> a, b = FeatureStatistics.of(x), FeatureStatistics.of(x + 3)
+    >>> round(frechet_distance(a, b), 6)
+    9.0
+
     Warns:
         UserWarning: not more images than features: covariances are singular, and the distance is
             biased upwards by far.
