@@ -59,21 +59,23 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for the first field out of its range."""
+        counts = ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
+        positive = ("epochs", "learning_rate", "muon_learning_rate")
+        others = ("warmup_epochs", "weight_decay", "seed", "num_workers")
         choices = {f.name: get_args(f.type) for f in fields(self) if get_origin(f.type) is Literal}
-        rules = {
-            "batch_size": (self.batch_size >= 1, "at least 1"),
+        rules = {name: (getattr(self, name) >= 1, "at least 1") for name in counts}
+        rules |= {n: (0 < getattr(self, n) < math.inf, "a positive number") for n in positive}
+        rules |= {n: (0 <= getattr(self, n) < math.inf, "0 or more") for n in others}
+        rules |= {
             "accumulate": (
                 self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
                 f"a divisor of batch_size={self.batch_size}",
             ),
-            "epochs": (0 < self.epochs < math.inf, "a positive number"),
             "steps": (self.steps is None or self.steps >= 1, "None or at least 1"),
-            "learning_rate": (0 < self.learning_rate < math.inf, "a positive number"),
             "min_learning_rate": (
                 0 <= self.min_learning_rate <= self.learning_rate,
                 f"0 .. learning_rate={self.learning_rate}",
             ),
-            "muon_learning_rate": (0 < self.muon_learning_rate < math.inf, "a positive number"),
             "ema_power": (self.ema_power > 0, "a positive number"),
             "decay_factor": (0 < self.decay_factor <= 1, "in (0, 1]"),
             "fine_tuning_epochs": (
@@ -81,10 +83,8 @@ class TrainConfig:
                 and not (self.fine_tuning_epochs and self.steps),
                 f"less than epochs={self.epochs}, and 0 where steps are given",
             ),
-            "warmup_epochs": (0 <= self.warmup_epochs < math.inf, "0 or more"),
             "warmup_steps": (self.warmup_steps is None or self.warmup_steps >= 0, "None or >= 0"),
             "betas": (all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
             "clip_norm": (
                 self.clip_norm is None or self.clip_norm > 0,
                 "None or a positive number",
@@ -94,14 +94,8 @@ class TrainConfig:
                 not (self.reversible and (self.activation_checkpointing or self.compile)),
                 "False with activation_checkpointing, which it includes, or with compile",
             ),
-            "seed": (self.seed >= 0, "0 or more"),
-            "num_workers": (self.num_workers >= 0, "0 or more"),
-            "log_every": (self.log_every >= 1, "at least 1"),
-            "checkpoint_every": (self.checkpoint_every >= 1, "at least 1"),
-            "keep_checkpoints": (self.keep_checkpoints >= 1, "at least 1"),
         }
-        for name, known in choices.items():
-            rules[name] = (getattr(self, name) in known, " or ".join(map(repr, known)))
+        rules |= {n: (getattr(self, n) in c, " or ".join(map(repr, c))) for n, c in choices.items()}
         for name, (holds, expected) in rules.items():
             if not holds:
                 raise ValueError(
