@@ -1,12 +1,15 @@
 """Bayes' rule from conditional densities, its calibration, and the numbers that describe both."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from exactflow.core import grey_levels as grey
+from exactflow.core.model import GenerativeModel
 from exactflow.core.randomness import generator, uniform_rows
 from exactflow.latent.bayes import (
     Classification,
@@ -14,7 +17,6 @@ from exactflow.latent.bayes import (
     class_log_likelihoods,
     classification_plot,
     log_posterior,
-    posterior,
 )
 from flows import make, some_grey_levels
 from gaussian_flow import GaussianFlow, some_factor
@@ -24,6 +26,12 @@ def classes_of_gaussians() -> GaussianFlow:
     source = torch.Generator().manual_seed(3)
     means = torch.randn(3, 1, 2, 2, generator=source, dtype=torch.float64) * 0.4
     return GaussianFlow(means, some_factor(4, scale=0.5), levels=8)
+
+
+def posterior(
+    model: GenerativeModel, images: Tensor, prior: Sequence[float] | None = None, **options: Any
+) -> Tensor:
+    return log_posterior(class_log_likelihoods(model, images, **options), prior)
 
 
 def test_of_gaussian_classes_is_the_analytic_posterior() -> None:

@@ -17,12 +17,12 @@ from exactflow.comparison.report import KINDS, Report
 from exactflow.core.density_flow import FittedFlow
 from exactflow.core.model import GenerativeModel, NonFiniteError
 from exactflow.data import DataConfig, ImageDataset, load
+from exactflow.data.passes import ImagePasses
 from exactflow.likelihood.bound import chain_bound
 from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.likelihood.ode_estimate import ode_log_likelihood
 from exactflow.metrics.extractors import pixels
 from exactflow.paths.ode import Midpoint
-from exactflow.training.fitting import GreyLevelPasses
 from flows import perturb
 from processes import Command, Said, call
 
@@ -61,7 +61,7 @@ def model_of(name: str, training: ImageDataset, **fields: Any) -> GenerativeMode
         fields = {"image_shape": (1, 8, 8), "levels": 17, **fields}
         model = exactflow.build(f"{name}-tiny", **fields)
     if isinstance(model, FittedFlow):
-        model.fit(GreyLevelPasses(training, 64), seed=0, report=None)
+        model.fit(ImagePasses(training, 64), seed=0, report=None)
     return model.eval()
 
 

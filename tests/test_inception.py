@@ -170,7 +170,7 @@ def test_only_the_public_weights_make_an_fid(
     assert extractor.dims == 2048
     assert extractor.distance_name == f"FD-inception-{digest[:8]}"
     monkeypatch.setattr("exactflow.metrics.extractors.PUBLIC_SHA256", digest)
-    assert extractor.distance_name == "FID"
+    assert inception(weights).distance_name == "FID"
 
 
 def test_a_hash_is_checked_whether_given_or_in_the_name(weights: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from exactflow.core.model import NonFiniteError, log_density
 from exactflow.latent.restoration import (
-    Langevin,
     denoise,
     exact_flow,
     inpaint,
@@ -55,13 +54,11 @@ def test_known_pixels_stay_and_missing_ones_are_not_read(name: str, region: str)
     model = make(name)
     images, label = some_grey_levels(model, 3), some_labels(model, 3)
     missing = missing_region(model.event_shape, region)
-    drawn = inpaint(model, images, missing, label, langevin=Langevin(8))
+    drawn = inpaint(model, images, missing, label, steps=8)
     known = ~missing.expand(images.shape)
     assert torch.equal(drawn.images[known], images[known])
     spoilt = torch.where(missing, model.levels - 1 - images, images)
-    assert torch.equal(
-        inpaint(model, spoilt, missing, label, langevin=Langevin(8)).images, drawn.images
-    )
+    assert torch.equal(inpaint(model, spoilt, missing, label, steps=8).images, drawn.images)
     assert drawn.log_density.shape == (8, 3)
     assert bool((drawn.acceptance >= 0).all() & (drawn.acceptance <= 1).all())
 
@@ -69,23 +66,23 @@ def test_known_pixels_stay_and_missing_ones_are_not_read(name: str, region: str)
 def test_a_draw_depends_on_its_seed_and_not_on_its_mates() -> None:
     model = make("conditional")
     images, label = some_grey_levels(model, 3), torch.tensor([0, 1, 2])
-    whole = inpaint(model, images, BOTTOM, label, langevin=Langevin(12))
-    alone = inpaint(model, images[:1], BOTTOM, label[:1], langevin=Langevin(12))
+    whole = inpaint(model, images, BOTTOM, label, steps=12)
+    alone = inpaint(model, images[:1], BOTTOM, label[:1], steps=12)
     assert torch.equal(alone.images, whole.images[:1])
     torch.testing.assert_close(alone.log_density, whole.log_density[:, :1])
-    other = inpaint(model, images, BOTTOM, label, langevin=Langevin(12), seed=1)
+    other = inpaint(model, images, BOTTOM, label, steps=12, seed=1)
     assert not torch.equal(other.images, whole.images)
 
 
 def test_draws_are_chains_of_their_own_whatever_their_number() -> None:
     model = make("conditional")
     images, label = some_grey_levels(model, 3), torch.tensor([0, 1, 2])
-    drawn = inpaint(model, images, BOTTOM, label, draws=3, langevin=Langevin(12))
+    drawn = inpaint(model, images, BOTTOM, label, draws=3, steps=12)
     assert drawn.images.shape == (9, *model.event_shape)
     first, second, _ = drawn.images.split(3)
-    assert torch.equal(first, inpaint(model, images, BOTTOM, label, langevin=Langevin(12)).images)
+    assert torch.equal(first, inpaint(model, images, BOTTOM, label, steps=12).images)
     assert not torch.equal(first, second)
-    two = inpaint(model, images[:1], BOTTOM, label[:1], draws=2, langevin=Langevin(12))
+    two = inpaint(model, images[:1], BOTTOM, label[:1], draws=2, steps=12)
     assert torch.equal(two.images, torch.stack([first[0], second[0]]))
 
 
@@ -102,7 +99,7 @@ def test_draws_follow_the_conditional_density(noise_std: float) -> None:
     model = GaussianFlow(mean, some_factor(4, scale=0.2), noise_std)
     images = torch.tensor([150, 100, 0, 0], dtype=torch.uint8).view(1, 1, 2, 2)
     missing = missing_region(model.event_shape, "bottom")
-    drawn = inpaint(model, images.expand(chains, -1, -1, -1), missing, langevin=Langevin(240))
+    drawn = inpaint(model, images.expand(chains, -1, -1, -1), missing, steps=240)
     x = model.from_grey_levels(drawn.images).flatten(1)[:, 2:]
 
     s, m = model.covariance, mean.flatten()
@@ -189,9 +186,8 @@ def test_what_cannot_be_inpainted_is_refused() -> None:
         inpaint(model, images[:, :, 1:3], BOTTOM[:, 1:3])
     with pytest.raises(ValueError, match="draws >= 1"):
         inpaint(model, images, BOTTOM, draws=0)
-    for schedule in ((1, 1.0), (2, 0.5), (2, math.inf)):
-        with pytest.raises(ValueError, match="steps >= 2 and first_temperature >= 1"):
-            Langevin(*schedule)
+    with pytest.raises(ValueError, match="steps >= 2, got 1 and 1"):
+        inpaint(model, images, BOTTOM, steps=1)
 
 
 def test_a_density_that_overflows_is_an_error_that_names_the_image() -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from exactflow.core.conditional import Affine
 from exactflow.core.grey_levels import center
 from exactflow.core.model import GenerativeModel
+from exactflow.core.saved_run import OPTIMIZER_FILE
 from exactflow.core.transform import AutoregressiveTransform, Decoding
 from exactflow.data.augmentation import Augmentation
 from exactflow.data.datasets import ImageDataset
@@ -211,7 +212,7 @@ def _kill_at(where: str, step: int) -> None:
             yield images
 
     def write(path: Path, content: bytes) -> None:
-        if path.parent.name == f".step_{step:08d}.partial" and path.name == disk.OPTIMIZER_FILE:
+        if path.parent.name == f".step_{step:08d}.partial" and path.name == OPTIMIZER_FILE:
             path.write_bytes(content[: len(content) // 2])
             _die()
         plain_write(path, content)

@@ -28,7 +28,7 @@ from exactflow.sampling.request import SamplingOptions
 from exactflow.sampling.sample import sample
 from exactflow.training.compatible import check_compatible
 from exactflow.training.fitting import fit_closed_form
-from exactflow.training.folder import check_apart
+from exactflow.training.folder import RunFolder, check_apart
 from exactflow.training.log import LOG_FILE
 from exactflow.training.optim import TrainConfig
 from exactflow.training.progress import Callback, FitResult, Progress, with_metrics
@@ -72,10 +72,10 @@ class Run:
             "augmentation": settings.data.augmentation,
             "every": every,
             "tensorboard": settings.run.tensorboard,
-            "record": {CONFIG_FILE: settings.text().encode()},
             "progress": progress,
         }
-        model, where = self.model, (self.training, settings.training, self.folder)
+        place = RunFolder(self.folder, {CONFIG_FILE: settings.text().encode()})
+        model, where = self.model, (self.training, settings.training, place)
         if isinstance(model, FittedFlow):
             return fit_closed_form(model, *where, **options)
         return fit(model, *where, **options)

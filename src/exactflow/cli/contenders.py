@@ -11,13 +11,13 @@ import torch
 from exactflow.cli.settings import load_model, resolve
 from exactflow.cli.terminal import note
 from exactflow.comparison.expected_time import expected_seconds
-from exactflow.comparison.protocol import Contender, Failure, Protocol, scored, spread
+from exactflow.comparison.protocol import Contender, Failure, Protocol, scored, subset
 from exactflow.core.config import override
 from exactflow.core.model import GenerativeModel, NonFiniteError
 from exactflow.data import DataConfig, ImageDataset
 from exactflow.data.model_classes import classes_in
 from exactflow.metrics.bits_per_dim import check_fits
-from exactflow.metrics.memo import Stages
+from exactflow.metrics.memo import Memo
 from exactflow.metrics.memory import PeakMemory
 from exactflow.models import registry, shipped
 from exactflow.models.pretrained import recorded_data, recorded_guidance
@@ -160,17 +160,17 @@ class Contenders:
         folder, settings = self._folder / name, self._settings(name)
         model = settings.build().to(self._device)
         peak = PeakMemory(self._device)
-        stages = Stages(folder, self._identity(settings))
+        memo = Memo(folder, self._identity(settings))
         every = {1: _Watch(self._held_out, 1, 1)}
         if not model.closed_form:
-            settings = replace(settings, training=self._recipe(settings, model, stages))
+            settings = replace(settings, training=self._recipe(settings, model, memo))
             config = settings.training
             assert config.steps is not None
             interval = max(1, FIRST_IMAGES // config.batch_size)
             every = {interval: _Watch(self._held_out, interval, config.steps)}
         run = Run(settings, model, self._training, folder)
         result = run.fit(every, sys.stderr.isatty())
-        memory = stages.keep("training-memory", {}, lambda: {"bytes": peak.bytes()})
+        memory = memo.keep("training-memory", {}, lambda: {"bytes": peak.bytes()})
         facts = {
             "steps": result.step,
             "batch_size": settings.training.batch_size,
@@ -185,7 +185,7 @@ class Contenders:
         facts |= _work(model, result.images_seen)
         return Contender(name, model, facts, curve, settings.guidance)
 
-    def _recipe(self, settings: Settings, model: GenerativeModel, stages: Stages) -> TrainConfig:
+    def _recipe(self, settings: Settings, model: GenerativeModel, memo: Memo) -> TrainConfig:
         """The preset's, as long as the budget lasts."""
         config, augmentation = settings.training, settings.data.augmentation
 
@@ -195,7 +195,7 @@ class Contenders:
             )
             return {"steps": found}
 
-        steps = stages.keep("budget", {}, measure, together=True)["steps"]
+        steps = memo.keep("budget", {}, measure, together=True)["steps"]
         changes = {"steps": steps, "warmup_steps": steps // WARMUP_PART, "fine_tuning_epochs": 0.0}
         return override(config, changes)
 
@@ -232,7 +232,7 @@ class _Watch:
         if not (doubled or progress.step == self.total):
             return {}
         model = progress.model
-        images, label = spread(self.held_out, WATCHED.scored_images(model), model)
+        images, label = subset(self.held_out, WATCHED.scored_images(model), model)
         found = scored(model, images, label, WATCHED)
         return {"bits_per_dim": found.bits_per_dim} if found.is_code_length else {}
 

@@ -14,7 +14,7 @@ from exactflow.cli.words import parse_words
 from exactflow.core.model import GenerativeModel
 from exactflow.core.serialization import finite, write_json
 from exactflow.data import DataConfig, ImageDataset, load
-from exactflow.metrics.baselines import Baseline, baselines, described, training_images
+from exactflow.metrics.baselines import Baseline, baselines, training_images
 from exactflow.metrics.bits_per_dim import evaluate
 from exactflow.models.pretrained import recorded_data
 from exactflow.parallel.process_group import current
@@ -56,7 +56,7 @@ def run(command: Evaluate) -> None:
     say(table)
     if command.out is not None:
         command.out.parent.mkdir(parents=True, exist_ok=True)
-        result["baselines"] = described(floor)
+        result["baselines"] = {name: each.describe() for name, each in floor.items()}
         result |= {"trained on": other_data} if other_data else {}
         per_image = {"nats_per_image": evaluation.likelihood.nats.tolist()}
         out, content = command.out, finite({"model": command.model, **result, **per_image})

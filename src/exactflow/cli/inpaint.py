@@ -14,7 +14,6 @@ from exactflow.core.model import Flow
 from exactflow.latent.restoration import (
     PEAK,
     Inpainting,
-    Langevin,
     exact_flow,
     inpaint,
     missing_region,
@@ -36,7 +35,7 @@ def run(command: Inpaint) -> None:
         missing,
         label,
         draws=command.draws,
-        langevin=Langevin(command.steps),
+        steps=command.steps,
         seed=command.seed,
         progress=True,
     )

@@ -32,26 +32,26 @@ def compare(
 ) -> Report:
     """Measure all models alike: likelihood by kind, samples, cost; write report.html, .md, .json.
 
-    What `folder` holds of the same weights, images and protocol is not measured again, so that the
-    same call goes on after a crash. Numbers depend on the protocol's seed, not on batches. A model
-    whose numbers are not finite does not stop the others: the report says what happened to it.
-    Processes that work together share the measurements; the report is the same.
+    Measurements in `folder` of the same weights, images and protocol are not repeated: the same
+    call resumes a comparison. Numbers depend on the protocol's seed, not on batches. A model whose
+    numbers are not finite is reported as failed, and the others are measured. Processes that work
+    together share the measurements; the report is the same.
 
     Args:
-        models: by name; or contenders, which also know what their training cost. They may come
-            one by one: each is measured before the next is asked for.
+        models: by name; or an iterable of contenders, which also know the cost of their training;
+            each is measured before the next is taken.
         data: source of the images, as in `DataConfig.source`; how to read them; or the training
             split and the held-out one.
-        folder: for the report and everything measured.
+        folder: for the report and all measurements.
         extractor: of the features that samples are compared in; None: those of a small classifier
             trained on these images, or without labels their low frequencies.
-        protocol: how much is measured.
-        setting: what else to print in the report.
+        protocol: amounts that are measured.
+        setting: further facts for the report.
         progress: show bars.
 
     Raises:
         ValueError: two models of one name, none at all, or one that does not fit the images.
-        NonFiniteError: of no model everything is finite.
+        NonFiniteError: every model failed.
     """
     folder, group = Path(folder), current()
     training, held_out = _splits(data)
@@ -110,7 +110,7 @@ def _splits(
 
 
 def _machine(devices: Iterable[str]) -> dict[str, Any]:
-    """What the seconds of a report depend on."""
+    """The machine and versions that the seconds of a report depend on."""
     return {
         "device": ", ".join(sorted(devices)),
         "processor": platform.processor() or platform.machine(),

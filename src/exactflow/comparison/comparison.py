@@ -1,4 +1,4 @@
-"""Models of any kind on the same images: what is measured of each."""
+"""Measure models of any kind on the same images."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, final
 
@@ -21,18 +21,17 @@ from exactflow.comparison.protocol import (
     draw,
     sampling_plans,
     scored,
-    spread,
-    spread_rows,
+    subset,
+    subset_rows,
 )
 from exactflow.core.grey_levels import bits_per_dim
 from exactflow.core.model import GenerativeModel
 from exactflow.data.datasets import ImageDataset
 from exactflow.metrics.bits_per_dim import check_fits
 from exactflow.metrics.extractors import FeatureExtractor
-from exactflow.metrics.memo import Arrays, Stages
+from exactflow.metrics.memo import Arrays, Memo
 from exactflow.metrics.memory import PeakMemory
 from exactflow.metrics.quality import SampleQuality
-from exactflow.sampling.sample import Samples
 
 Result = dict[str, Any]
 
@@ -40,11 +39,11 @@ Result = dict[str, Any]
 @final
 @dataclass(frozen=True)
 class Bench:
-    """What all models are measured against.
+    """The images and the protocol by which all models are measured.
 
     Attributes:
-        training: among these images the nearest neighbours of samples are looked for.
-        held_out: scored; and samples are compared with them.
+        training: images that are searched for the nearest neighbours of samples.
+        held_out: images that are scored, and that samples are compared with.
         extractor: of the features that distances are taken in.
         protocol: how much is measured.
         folder: where results are kept.
@@ -67,7 +66,7 @@ class Bench:
         )
 
     def measure(self, contender: Contender) -> Result:
-        """Everything about one model, JSON-able; what `folder` has of it is not measured again.
+        """Measure one model; the result is JSON-able. Kept measurements are not repeated.
 
         Raises:
             ValueError: the model is not made for these images.
@@ -75,13 +74,13 @@ class Bench:
         """
         model, protocol = contender.model, self.protocol
         check_fits(model, self.held_out)
-        stages = self._stages(contender.name, {"weights": fingerprint(model)})
-        likelihood = self._likelihood(model, stages)
+        memo = self._memo(contender.name, {"weights": fingerprint(model)})
+        likelihood = self._likelihood(model, memo)
         drawn = []
         for index, each in enumerate(sampling_plans(model, protocol)):
             count = protocol.few_samples if index else protocol.samples
-            drawn.append(self._samples(contender, stages, each, count))
-        memory = stages.keep("memory", asdict(protocol), lambda: self._memory(contender))
+            drawn.append(self._samples(contender, memo, each, count))
+        memory = memo.keep("memory", asdict(protocol), lambda: self._memory(contender))
         return {
             "name": contender.name,
             "family": model.kind,
@@ -97,12 +96,11 @@ class Bench:
         }
 
     def floor(self) -> Result:
-        """Training images in the place of samples: how near a perfect model would come."""
-        images, _ = self.training.tensors(spread_rows(self.training, self.protocol.samples))
-        stages = self._stages("training-images", {})
-        few = self._quality(images[: self.protocol.few_samples], stages, "quality of few", {})
-        whole = self._quality(images, stages, "quality", {})
-        return {"count": len(images), **whole, **_on_curve(few)}
+        """The quality of training images, in the place of samples: that of a perfect model."""
+        images, _ = self.training.tensors(subset_rows(self.training, self.protocol.samples))
+        memo = self._memo("training-images", {})
+        names = ("quality of few", "quality")
+        return {"count": len(images), **self._quality(images, memo, names, {})}
 
     def drawn(self, name: str, count: int) -> Tensor:
         """The first main samples of a measured model, as grey levels."""
@@ -112,14 +110,14 @@ class Bench:
             found.append(torch.from_numpy(np.load(parts.pop(0))["images"]))
         return torch.cat(found)[:count]
 
-    def _stages(self, name: str, identity: Mapping[str, Any]) -> Stages:
+    def _memo(self, name: str, identity: Mapping[str, Any]) -> Memo:
         data = {"training": self.training.fingerprint, "held out": self.held_out.fingerprint}
-        return Stages(self.folder / name, {**identity, **data}, self.progress)
+        return Memo(self.folder / name, {**identity, **data}, self.progress)
 
-    def _likelihood(self, model: GenerativeModel, stages: Stages) -> Result:
+    def _likelihood(self, model: GenerativeModel, memo: Memo) -> Result:
         """Mean over images with its kind and error."""
         protocol = self.protocol
-        images, label = spread(self.held_out, protocol.scored_images(model), model)
+        images, label = subset(self.held_out, protocol.scored_images(model), model)
         how = {"seed": protocol.seed, "images": len(images)}
         if model.iterative:
             how |= {
@@ -139,7 +137,7 @@ class Bench:
                 "facts": np.array([json.dumps({**facts, **found.details})]),
             }
 
-        parts = stages.collect("likelihood", how, len(images), CHUNK, score)
+        parts = memo.collect("likelihood", how, len(images), CHUNK, score)
         bits = bits_per_dim(parts["nats"], model.dims)
         facts = json.loads(str(parts["facts"][0]))
         noisy = facts["kind"] == "noisy-density"
@@ -152,7 +150,7 @@ class Bench:
         }
 
     def _samples(
-        self, contender: Contender, stages: Stages, plan: tuple[str, int | None], count: int
+        self, contender: Contender, memo: Memo, plan: tuple[str, int | None], count: int
     ) -> Result:
         """Cost and quality of `count` samples."""
         model, (solver, steps) = contender.model, plan
@@ -162,8 +160,8 @@ class Bench:
         if contender.guidance:
             how["guidance"] = contender.guidance
 
-        def draw(rows: range) -> Arrays:
-            drawn = self._draw(contender, rows, plan)
+        def measure(rows: range) -> Arrays:
+            drawn = draw(model, rows, plan, contender.guidance, self.protocol.seed)
             return {
                 "images": drawn.images.cpu().numpy(),
                 "seconds": np.array([drawn.seconds]),
@@ -171,53 +169,45 @@ class Bench:
                 "failures": np.array([len(drawn.failures)]),
             }
 
-        parts = stages.collect(name, how, count, CHUNK, draw)
-        images = torch.from_numpy(parts["images"])
-        cost = {
+        parts = memo.collect(name, how, count, CHUNK, measure)
+        names = (f"quality of few {name}", f"quality of {name}")
+        return {
             "solver": solver,
             "steps": steps,
             "count": count,
             "nonfinite": int(parts["failures"].sum()),
             "evaluations": float(parts["evaluations"].mean()),
             "seconds_per_sample": float(parts["seconds"].sum()) / count,
+            **self._quality(torch.from_numpy(parts["images"]), memo, names, how),
         }
-        few = self._quality(
-            images[: self.protocol.few_samples], stages, f"quality of few {name}", how
-        )
-        return {
-            **cost,
-            **self._quality(images, stages, f"quality of {name}", how),
-            **_on_curve(few),
-        }
-
-    def _draw(self, contender: Contender, rows: range, plan: tuple[str, int | None]) -> Samples:
-        """The samples of these numbers, in one batch."""
-        return draw(contender.model, rows, plan, contender.guidance, self.protocol.seed)
 
     def _memory(self, contender: Contender) -> Result:
         """Peak bytes of scoring and of drawing one chunk."""
-        model = contender.model
-        images, label = spread(self.held_out, CHUNK, model)
+        model, protocol = contender.model, self.protocol
+        images, label = subset(self.held_out, CHUNK, model)
         peak = PeakMemory(model.device)
-        scored(model, images, label, self.protocol)
+        scored(model, images, label, protocol)
         scoring, peak = peak.bytes(), PeakMemory(model.device)
-        self._draw(contender, range(CHUNK), sampling_plans(model, self.protocol)[0])
+        plan = sampling_plans(model, protocol)[0]
+        draw(model, range(CHUNK), plan, contender.guidance, protocol.seed)
         return {"scoring": scoring, "sampling": peak.bytes(), "images": len(images)}
 
     def _quality(
-        self, images: Tensor, stages: Stages, name: str, identity: Mapping[str, Any]
+        self, images: Tensor, memo: Memo, names: tuple[str, str], identity: Mapping[str, Any]
     ) -> Result:
-        """Distances of images from the held-out ones, and from the nearest training image."""
+        """Distances of images from the held-out ones, and from the nearest training image.
+
+        The Frechet distance falls with the number of images. "curve_frechet" is that of the first
+        few, as many as every point of a curve has. `names` are those of the two measurements.
+        """
         if len(images) < 2:
             return {}
-
-        how = {**identity, "extractor": self.extractor.name, "images": len(images)}
-        return stages.keep(name, how, lambda: self.quality(images))
-
-
-def _on_curve(quality: Result) -> Result:
-    """The distance of as many samples as every point of a curve has: it falls with their number."""
-    return {"curve_frechet": quality["frechet"]} if quality else {}
+        found = []
+        for part, name in zip((images[: self.protocol.few_samples], images), names, strict=True):
+            how = {**identity, "extractor": self.extractor.name, "images": len(part)}
+            found.append(memo.keep(name, how, partial(self.quality, part)))
+        few, whole = found
+        return {**whole, "curve_frechet": few["frechet"]}
 
 
 def fingerprint(model: GenerativeModel) -> str:

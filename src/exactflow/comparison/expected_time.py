@@ -1,4 +1,4 @@
-"""How long a protocol will take for a model, from a few of its steps."""
+"""The expected time of a protocol for a model, from a few of its steps."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from exactflow.comparison.protocol import CHUNK, Protocol, draw, sampling_plans, scored, spread
+from exactflow.comparison.protocol import CHUNK, Protocol, draw, sampling_plans, scored, subset
 from exactflow.core.model import GenerativeModel
 from exactflow.data.datasets import ImageDataset
 
@@ -17,18 +17,17 @@ FEW = 2  # steps of a solver, or evaluations of a bound, that are timed
 def expected_seconds(
     model: GenerativeModel, held_out: ImageDataset, protocol: Protocol, guidance: float = 0.0
 ) -> float:
-    """Seconds of scoring images and drawing samples, about, by one chunk of each.
+    """Approximate seconds of scoring images and drawing samples, from one chunk of each.
 
-    Nothing else that a comparison does is counted: features of the images and of the samples take
-    the same for every model.
+    The features of images and samples are not counted: they take the same time for every model.
 
     Args:
-        model: trained or not, where it is to be measured.
-        held_out: what is scored.
-        protocol: how much of it, and how many samples.
+        model: trained or not, on the device to be measured on.
+        held_out: images to score.
+        protocol: of the comparison.
         guidance: scale that samples are drawn with.
     """
-    images, label = spread(held_out, CHUNK, model)
+    images, label = subset(held_out, CHUNK, model)
     few = replace(protocol, bound_evaluations=FEW, ode_steps=FEW)
     each = _seconds(lambda: scored(model, images, label, few), model) / len(images)
     count = min(protocol.scored_images(model), len(held_out))
@@ -42,7 +41,7 @@ def expected_seconds(
 
 
 def _longer(model: GenerativeModel, protocol: Protocol) -> float:
-    """Evaluations of a score in the protocol, for each one that is timed."""
+    """Ratio of the evaluations of a score in the protocol to those that are timed."""
     if not model.iterative:
         return 1.0
     estimate = model.likelihood_kind == "estimate"
@@ -50,7 +49,7 @@ def _longer(model: GenerativeModel, protocol: Protocol) -> float:
 
 
 def _seconds(work: Callable[[], Any], model: GenerativeModel) -> float:
-    """Of the second time: the first one also makes what is made once."""
+    """Seconds of the second call; the first one may compile and allocate."""
     work()
     began = time.perf_counter()
     work()

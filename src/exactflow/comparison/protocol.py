@@ -1,4 +1,4 @@
-"""How much is measured of every model alike, whatever its kind."""
+"""The protocol by which all models of a comparison are measured, whatever their kind."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,17 +26,18 @@ CHUNK = 64  # images scored or drawn together
 @final
 @dataclass(frozen=True)
 class Protocol:
-    """How much is measured, of all models alike.
+    """The amounts that are measured of every model.
 
     Attributes:
         images: held-out images that are scored, at most.
         estimate_images: the same where a differential equation is solved for each of them.
-        bound_evaluations: of the network for each image of a chain's bound.
-        ode_solver: of likelihoods that are estimates, on a fixed grid.
-        ode_steps: of that solver.
-        samples: drawn of each model.
-        evaluations: of the network for a sample of a model on a path, about: with the first number
-            the main samples are drawn, the others give the curve of quality against cost.
+        bound_evaluations: evaluations of the network for each image of a chain's bound.
+        ode_solver: solver of likelihoods that are estimates, on a fixed grid.
+        ode_steps: steps of that solver.
+        samples: samples of each model.
+        evaluations: approximate evaluations of the network for a sample of a model on a path. The
+            first number is that of the main samples, the others give a curve of quality against
+            cost.
         curve_samples: samples for each other number of evaluations.
         seed: of noise and samples.
     """
@@ -66,16 +67,16 @@ class Protocol:
 
     @property
     def effort(self) -> Effort:
-        """Of scores that take more than a pass."""
+        """The effort of scores that take more than one evaluation of the network."""
         return Effort(self.bound_evaluations, ODE_SOLVERS[self.ode_solver](self.ode_steps))
 
     @property
     def few_samples(self) -> int:
-        """Samples of every point of the curve of quality against cost."""
+        """Number of samples at every point of the curve of quality against cost."""
         return min(self.samples, self.curve_samples)
 
     def scored_images(self, model: GenerativeModel) -> int:
-        """How many images are scored at most."""
+        """Number of images that are scored, at most."""
         return self.estimate_images if model.likelihood_kind == "estimate" else self.images
 
 
@@ -86,8 +87,8 @@ class Contender:
 
     Attributes:
         name: in tables, and of the folder with its results.
-        model: where it is to be measured.
-        training: what its training saw and cost, JSON-able; empty where nobody knows.
+        model: on the device to be measured on.
+        training: images and cost of its training, JSON-able; empty where unknown.
         curve: held-out likelihood in the course of its training.
         guidance: scale of guidance that its samples are drawn with.
     """
@@ -102,7 +103,7 @@ class Contender:
 @final
 @dataclass(frozen=True)
 class Failure:
-    """A model that was to be compared and cannot be: its training overflowed, say.
+    """A model that cannot be compared, for example because its training overflowed.
 
     Attributes:
         name: in tables.
@@ -121,35 +122,35 @@ def scored(
     *,
     first: int = 0,
 ) -> LogLikelihood:
-    """Log-likelihood of images in the way that the protocol asks of models of this kind.
+    """Log-likelihood of images with the effort of a protocol.
 
     Args:
         model: any.
         images: grey levels.
         label: class of each image.
-        protocol: says with how many evaluations.
+        protocol: gives seed and effort.
         first: number of the first image in its set.
     """
     draws = Draws(seed=protocol.seed, first=first, batch_size=CHUNK)
     return score(model, images, label, draws, protocol.effort)
 
 
-def spread(
+def subset(
     dataset: ImageDataset, count: int, model: GenerativeModel
 ) -> tuple[Tensor, Tensor | None]:
-    """At most `count` images, evenly spread, and their labels where the model is conditional."""
-    return with_labels(model, dataset, spread_rows(dataset, count))
+    """At most `count` images, evenly spaced, and their labels where the model is conditional."""
+    return with_labels(model, dataset, subset_rows(dataset, count))
 
 
-def spread_rows(dataset: ImageDataset, count: int) -> np.ndarray:
-    """Where at most `count` images are, evenly spread."""
+def subset_rows(dataset: ImageDataset, count: int) -> np.ndarray:
+    """Indices of at most `count` images, evenly spaced."""
     return np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
 
 
 def sampling_plans(
     model: GenerativeModel, protocol: Protocol
 ) -> tuple[tuple[str, int | None], ...]:
-    """Solvers and their steps, for each number of evaluations; a flow knows its own."""
+    """Solver and number of steps for each number of evaluations; one plan for a flow."""
     steps = dict.fromkeys(map(model.quick_steps, protocol.evaluations))
     return tuple((model.quick_solver, count) for count in steps)
 
@@ -161,7 +162,7 @@ def draw(
     guidance: float,
     seed: int = 0,
 ) -> Samples:
-    """The samples of these numbers, in one batch; classes in turn.
+    """Draw the samples of these numbers in one batch; their classes alternate.
 
     Args:
         model: any.

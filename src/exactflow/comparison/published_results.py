@@ -1,4 +1,7 @@
-"""Published numbers with what they depend on, and the rule that says which may be compared."""
+"""Published numbers with their conditions, and the rule that says which may be compared.
+
+Importing this module needs no torch, so that the published tables are shown at once.
+"""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +14,6 @@ from typing import Any, Literal, final, get_args
 import yaml
 
 from exactflow.core.config import checked, suggestion
-from exactflow.data.known import KNOWN_SETS
 
 Metric = Literal["bits_per_dim", "fid"]
 Version = Literal["old", "new", "blurred", "unresolved", "n/a"]
@@ -30,14 +32,14 @@ Kind = Literal[
     "noisy density",
 ]
 _VAGUE: tuple[Kind, ...] = ("ELBO or IWBO", "ELBO or ODE", "another bound")
-_COUNTED: tuple[Kind, ...] = ("IWBO", "ODE")  # their draws change the number, and must be known
+_COUNTED: tuple[Kind, ...] = ("IWBO", "ODE")  # the number of draws changes their value
 _RUN_KINDS: dict[str, Kind] = {
     "dequantized": "dequantised",
     "bound": "ELBO",
     "estimate": "ODE",
     "noisy-density": "noisy density",
 }
-# What a result must have to be read, and its type.
+# Required fields of a result file, and their types.
 _RUN_FIELDS: dict[str, Any] = {"kind": str, "k": int, "dequantization": str, "parameters": int}
 _RUN_FIELDS |= {"bits_per_dim": float | None, "standard_error": float | None, "data": dict}
 _DATA_FIELDS: dict[str, Any] = {"id": str, "fingerprint": str, "split": str, "preprocessing": str}
@@ -47,13 +49,13 @@ _DATA_FIELDS |= {"shape": list, "levels": int, "count": int}
 @final
 @dataclass(frozen=True)
 class Group:
-    """What numbers must share to stand in one ranking.
+    """The conditions that numbers must share to stand in one ranking.
 
     Attributes:
-        metric: what is measured.
+        metric: of the numbers.
         dataset: id of the data set.
-        version: of the data set; for a run on data of one's own, which data.
-        protocol: a likelihood's kind with its draws, or how the samples behind an FID were drawn.
+        version: of the data set; for a run on data of one's own, their name.
+        protocol: kind and draws of a likelihood, or conditioning and guidance of an FID's samples.
     """
 
     metric: Metric
@@ -63,7 +65,7 @@ class Group:
 
     @property
     def label(self) -> str:
-        """For people, and for choosing a group by name."""
+        """Name of the group, in tables and on the command line."""
         return self.protocol if self.version == "n/a" else f"{self.version}, {self.protocol}"
 
 
@@ -91,14 +93,14 @@ class PublishedRow:
         space: what a model of an FID works on: "pixel" or "latent".
         parameters: their number, rounded as it was published.
         source: paper or page; None only for what is unverified.
-        unverified: what of the row comes from memory or from a single listing.
+        unverified: parts of the row that come from memory or from a single listing.
         sign: "≈" or "≤" before the value.
         digits: decimals of the value, as published.
-        apart: why the row is in no ranking, where nothing above says it.
+        apart: reason why the row is in no ranking, if it follows from nothing above.
         remark: anything else.
         standard_error: of the value, where it was measured.
-        own_data: for a run that was not measured on the published images: which it was.
-        own: this is a run of one's own.
+        own_data: name of the data of a run that was not measured on the published images.
+        own: whether this is a run of one's own.
     """
 
     model: str
@@ -124,7 +126,7 @@ class PublishedRow:
 
     @property
     def group(self) -> Group:
-        """Where the row belongs; it may still have an `obstacle` to being ranked there."""
+        """The group of the row; an `obstacle` may keep it from being ranked there."""
         return Group(self.metric, self.dataset, self.own_data or self.version, self.protocol)
 
     @property
@@ -132,17 +134,15 @@ class PublishedRow:
         """The kind of a likelihood with its draws, or conditioning and guidance of an FID."""
         if self.metric == "fid":
             guidance = {True: "guided", False: "unguided", None: "guidance not stated"}
-            return (
-                f"{'class-conditional' if self.conditional else 'unconditional'}, "
-                + (guidance[self.guided])
-            )
+            classes = "class-conditional" if self.conditional else "unconditional"
+            return f"{classes}, {guidance[self.guided]}"
         if self.kind in _COUNTED:
             return f"{self.kind}({self.k or 'K not stated'})"
         return f"{self.kind}({self.k})" if self.k and self.k > 1 else str(self.kind)
 
     @property
     def obstacle(self) -> str:
-        """Why the row may not be ranked even in its group; empty if it may."""
+        """Reason why the row may not be ranked in its group; empty if it may."""
         reasons = {
             self.apart: bool(self.apart),
             "no value": self.value is None,
@@ -159,9 +159,9 @@ class PublishedRow:
 @final
 @dataclass(frozen=True)
 class Section:
-    """A group of a table: its rows by value, each with its rank, None where it has none.
+    """A group of a table: its rows by value, each with its rank or None.
 
-    `main` is the group that all others are told apart from.
+    `main` marks the group that a table shows first and compares.
     """
 
     group: Group
@@ -170,10 +170,10 @@ class Section:
 
 
 def rows(dataset: str | None = None, metric: Metric | None = None) -> tuple[PublishedRow, ...]:
-    """The published rows of a data set (of all without one), of one metric or of both.
+    """The published rows of a data set (None: of all), and of a metric (None: of both).
 
     Raises:
-        ValueError: nothing is known about the data set, with a suggestion.
+        ValueError: an unknown data set, with a suggestion.
     """
     if dataset is not None:
         _facts(dataset)
@@ -183,21 +183,16 @@ def rows(dataset: str | None = None, metric: Metric | None = None) -> tuple[Publ
 
 
 def counts() -> dict[str, dict[Metric, int]]:
-    """How many rows there are of every data set and metric."""
+    """Number of rows of every data set and metric."""
     names = _content()["datasets"]
     return {name: {m: len(rows(name, m)) for m in get_args(Metric)} for name in names}
 
 
 def notes(dataset: str) -> tuple[str, ...]:
-    """What to know about a data set, and cells of other tables that are not what they say."""
+    """A note about a data set, if any, and wrong cells in the tables of other authors."""
     about = [_facts(dataset)["note"]] if "note" in _facts(dataset) else []
     cells = [cell for cell in _content()["suspicious"] if cell["dataset"] == dataset]
     return (*about, *(f"Suspicious elsewhere: {c['cell']}: {c['reason']}." for c in cells))
-
-
-def comparable(one: PublishedRow, other: PublishedRow) -> bool:
-    """Whether the two numbers measure the same: only then is the lower one the better."""
-    return one.group == other.group and not one.obstacle and not other.obstacle
 
 
 def arrange(entries: Sequence[PublishedRow], main: str | None = None) -> tuple[Section, ...]:
@@ -205,8 +200,8 @@ def arrange(entries: Sequence[PublishedRow], main: str | None = None) -> tuple[S
 
     Args:
         entries: rows of one data set and metric, and runs of one's own.
-        main: label of the main group; None takes that of the first run of one's own which was
-            measured on the published images, else that with the most comparable, verified rows.
+        main: label of the main group; None takes that of the first run of one's own on the
+            published images, else that with the most verified rows that may be ranked.
 
     Raises:
         ValueError: there is no group of that label, with a suggestion.
@@ -221,8 +216,8 @@ def arrange(entries: Sequence[PublishedRow], main: str | None = None) -> tuple[S
         chosen = by_label[main]
     elif clear:
         mine = [row.group for row in clear if row.own and not row.own_data]
-        checked_values = [row.group for row in clear if "value" not in row.unverified]
-        chosen = mine[0] if mine else max(groups, key=checked_values.count)
+        verified = [row.group for row in clear if "value" not in row.unverified]
+        chosen = mine[0] if mine else max(groups, key=verified.count)
     groups.sort(key=lambda group: (group != chosen, group.label))
     return tuple(
         Section(group, _ranked([row for row in entries if row.group == group]), group == chosen)
@@ -231,16 +226,15 @@ def arrange(entries: Sequence[PublishedRow], main: str | None = None) -> tuple[S
 
 
 def runs(paths: Iterable[Path], dataset: str) -> tuple[PublishedRow, ...]:
-    """Rows of one's own: what `exactflow evaluate --out` wrote.
+    """Rows of one's own, from the files that `exactflow evaluate --out` wrote.
 
     A run counts as measured on the published images if its data set has the same id (or id-old,
     id-new where there are two versions), shape, grey levels, split and number of images, and was
-    not resized. Any other run stands on data of its own, and is comparable only with runs that
-    have its fingerprint.
+    not resized. Any other run has a group with the runs on data of the same fingerprint.
 
     Args:
-        paths: result files, or folders that hold such files, or whose folders do.
-        dataset: the published data set to stand beside.
+        paths: result files, or folders with such files in them or in their subfolders.
+        dataset: the published data set to compare with.
 
     Raises:
         ValueError: a file is not such a result, or a folder has none.
@@ -260,7 +254,7 @@ def _results(path: Path) -> list[Path]:
 
 
 def _ranked(members: Sequence[PublishedRow]) -> tuple[tuple[int | None, PublishedRow], ...]:
-    """By value; equal values share a rank, and a row alone has none."""
+    """Ranks and rows by value; equal values share a rank, and a single row has none."""
     values = [row.value for row in members if row.value is not None and not row.obstacle]
     ordered = sorted(members, key=lambda row: (bool(row.obstacle), row.value or 0.0))
 
@@ -294,7 +288,7 @@ def _run(file: Path, content: Mapping[str, Any], dataset: str) -> PublishedRow:
     data, k = content["data"], content["k"]
     kind = _RUN_KINDS[content["kind"]]
     if kind == "dequantised" and content["dequantization"] == "variational":
-        kind = "ELBO"  # the law of the noise is learned: a bound, as papers count it
+        kind = "ELBO"  # learned noise: a bound, as papers count it
     version, difference = _placed(data, dataset)
     noisy = "no bits/dim: trained with Gaussian noise"
     fields = {
@@ -317,7 +311,9 @@ def _run(file: Path, content: Mapping[str, Any], dataset: str) -> PublishedRow:
 
 
 def _placed(data: Mapping[str, Any], dataset: str) -> tuple[Version, str]:
-    """Version of a run's data, and how they differ from the published ones ("" if they do not)."""
+    """Version of a run's data, and their difference from the published images or ""."""
+    from exactflow.data.known import KNOWN_SETS  # its package imports torch
+
     _facts(dataset)
     facts = KNOWN_SETS.get(dataset)
     images = facts.images if facts else {}
@@ -346,10 +342,8 @@ def _facts(dataset: str) -> dict[str, Any]:
 
 @cache
 def _content() -> dict[str, Any]:
-    text = (
-        files("exactflow.comparison").joinpath("published_results.yaml").read_text(encoding="utf-8")
-    )
-    return yaml.safe_load(text)
+    table = files("exactflow.comparison") / "published_results.yaml"
+    return yaml.safe_load(table.read_text(encoding="utf-8"))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What a comparison found, for people: Markdown, one HTML file with its pictures, JSON.
+"""The report of a comparison: Markdown, one HTML file with its pictures, and JSON.
 
 A likelihood stands in the column of its kind, and columns are never ranked against each other.
 """
@@ -36,13 +36,13 @@ class Report:
         training: the training split, `ImageDataset.describe()`.
         held_out: the split that was scored.
         levels: grey levels.
-        extractor: of the features; and the name of the distance taken in them.
-        distance: "FID" where the features are the published ones, else FD with the extractor.
-        protocol: how much was measured.
-        setting: what else matters: budget, device, threads, versions.
+        extractor: name of the features.
+        distance: name of the distance: "FID" for the published features, else FD and the extractor.
+        protocol: amounts that were measured.
+        setting: budget, device, threads, versions and further facts.
         grids: the first samples of each model, as grey levels.
         nearest: the nearest training image of each of them.
-        failures: of models that could not be measured, why.
+        failures: reasons, by the names of models that could not be measured.
     """
 
     results: Sequence[Result]
@@ -90,7 +90,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def summary(self) -> Table:
-        """What fits a terminal: likelihoods in their columns, distance and time of samples."""
+        """A table that fits a terminal: likelihoods by kind, distance and time of samples."""
         rows = []
         for result in self.results:
             samples = result["samples"]
@@ -105,7 +105,7 @@ class Report:
 
     @property
     def title(self) -> str:
-        """Of the report."""
+        """Title of the report."""
         return f"{len(self.results)} models on {self.held_out['id']}"
 
     def save(self, folder: Path) -> None:
@@ -118,19 +118,18 @@ class Report:
         parts.append(self.tables()[2])
         write_report(folder / "report.html", self.title, parts, self.setting)
         write_atomically(folder / "report.md", self.markdown().encode())
-        write_atomically(
-            folder / "report.json", (json.dumps(self.describe(), indent=1) + "\n").encode()
-        )
+        described = json.dumps(self.describe(), indent=1) + "\n"
+        write_atomically(folder / "report.json", described.encode())
 
     def pictures(self) -> dict[str, Picture]:
         """Samples side by side, likelihood against time, quality against evaluations, by file."""
         found = {}
-        rows = [images[:SHOWN] for images in self.grids.values() if len(images) >= SHOWN]
-        if rows:
-            names = [name for name, images in self.grids.items() if len(images) >= SHOWN]
+        names = [name for name, images in self.grids.items() if len(images) >= SHOWN]
+        if names:
+            rows = torch.cat([self.grids[name][:SHOWN] for name in names])
             found["samples"] = Picture(
                 "Samples from the same seeds",
-                image_table(torch.cat(rows), self.levels, names, [""] * SHOWN),
+                image_table(rows, self.levels, names, [""] * SHOWN),
                 f"Seeds from {self.protocol.seed} on in a row; only samples that are not finite "
                 f"are left out. Models on a path: {self.protocol.evaluations[0]} evaluations.",
             )
@@ -194,17 +193,16 @@ class Report:
         given = [r["name"] for r in self.results if r["num_classes"]]
         if given:
             note += f" Given the class of the image: {', '.join(given)}."
-        others = {r["name"]: r["training"].get("other_images") for r in self.results}
-        for name, images in others.items():
-            if images:
-                note += f" {name} was trained on other images of this version: {images}."
+        for result in self.results:
+            if images := result["training"].get("other_images"):
+                note += f" {result['name']} was trained on other images of this version: {images}."
         for name, reason in self.failures.items():
             note += f" {name} was not measured: {reason.splitlines()[0]}"
         return Table("Likelihood of held-out images", [*header, "scored"], rows, note)
 
     @staticmethod
     def _kinds(likelihood: Mapping[str, Any]) -> list[str]:
-        """The value in the column of its kind."""
+        """Cells of the columns of kinds: the value in that of its kind, the others empty."""
         if likelihood["bits_per_dim"] is None:
             return [""] * len(KINDS)
         text = f"{likelihood['bits_per_dim']:.3f} ± {likelihood['standard_error']:.3f}"
@@ -299,5 +297,5 @@ def report_of(
     )
 
 
-def _number(value: float | None, how: str) -> str:
-    return "" if value is None else format(value, how)
+def _number(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)

@@ -1,1 +1,1 @@
-"""What a density is used for: editing, classifying, detecting, restoring."""
+"""Uses of a density: editing, classifying, detecting outliers, restoring."""

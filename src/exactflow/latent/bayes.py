@@ -1,8 +1,8 @@
 """Classification by Bayes' rule: a conditional model of images is a classifier of them.
 
-p(c | x) is proportional to p(x | c) p(c). A likelihood counts every dimension as evidence of its
-own, so its posterior is far too sure of itself; one temperature, fitted to held-out images, repairs
-that (Guo et al., arXiv 1706.04599) and changes no decision under a uniform prior.
+p(c | x) is proportional to p(x | c) p(c). A likelihood counts every dimension as independent
+evidence, so that its posterior is overconfident; one temperature, fitted to held-out images,
+calibrates it (Guo et al., arXiv 1706.04599) and changes no decision under a uniform prior.
 """
 
 import math
@@ -27,11 +27,11 @@ BINS = 15  # of confidence, in the calibration error (Guo et al., section 4)
 @final
 @dataclass(frozen=True)
 class Reliability:
-    """How often the images in each bin of confidence are classified right.
+    """Accuracy by bins of confidence.
 
     Attributes:
         count: images in each of the equal bins of (0, 1].
-        confidence: mean probability of the class decided for; NaN in an empty bin.
+        confidence: mean probability of the chosen class; NaN in an empty bin.
         accuracy: share classified right; NaN in an empty bin.
     """
 
@@ -49,7 +49,7 @@ class Reliability:
 @final
 @dataclass(frozen=True)
 class Classification:
-    """A posterior beside the truth.
+    """A posterior and the true classes.
 
     Attributes:
         log_posterior: ln p(c | x) in nats.
@@ -122,13 +122,13 @@ def class_log_likelihoods(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Float[Tensor, "n classes"]:
-    """ln p(x | c) in nats for every class, float64; the noise of an image is that of every class.
+    """ln p(x | c) in nats for every class, float64, with the same noise for all classes.
 
     Args:
         model: a conditional model that `log_likelihood` can score.
         images: grey levels 0 .. levels-1.
         k: noise draws per image.
-        seed: names the noise: image i's is a function of (seed, i), whatever the batch size.
+        seed: image i's noise is a function of (seed, i), whatever the batch size.
         batch_size: images evaluated together, for one class at a time.
         progress: show a bar over batches and classes.
 
@@ -173,24 +173,6 @@ def log_posterior(
     return joint - joint.logsumexp(1, keepdim=True)
 
 
-def posterior(
-    model: GenerativeModel,
-    images: Integer[Tensor, "n channels height width"],
-    prior: Sequence[float] | None = None,
-    temperature: float = 1.0,
-    k: int = 1,
-    seed: int = 0,
-    *,
-    batch_size: int = 64,
-    progress: bool = False,
-) -> Float[Tensor, "n classes"]:
-    """ln p(c | x) of images; arguments and errors of the two functions above."""
-    nats = class_log_likelihoods(
-        model, images, k=k, seed=seed, batch_size=batch_size, progress=progress
-    )
-    return log_posterior(nats, prior, temperature)
-
-
 def calibrate(
     nats: Float[Tensor, "n classes"],
     labels: Int[Tensor, " n"],
@@ -198,9 +180,8 @@ def calibrate(
 ) -> float:
     """The temperature with the least -ln p(true class | x) on these images.
 
-    The loss is convex in 1 / temperature. Where every image has its largest likelihood under its
-    own class, it falls without end as the temperature goes to 0, so that these images say nothing
-    of it: then 1, Bayes' rule itself.
+    The loss is convex in 1 / temperature. If every image has its largest likelihood under its own
+    class, the loss has no minimum (it falls as the temperature goes to 0), and 1 is returned.
 
     Args:
         nats: ln p(x | c) of images the model was not trained on.
@@ -211,12 +192,8 @@ def calibrate(
         ValueError: labels that are none of the classes, or no images.
     """
     n, classes = nats.shape
-    if (
-        n == 0
-        or tuple(labels.shape) != (n,)
-        or int(labels.min()) < 0
-        or int(labels.max()) >= classes
-    ):
+    known = tuple(labels.shape) == (n,) and bool(((labels >= 0) & (labels < classes)).all())
+    if n == 0 or not known:
         raise ValueError(
             f"expected a label 0 .. {classes - 1} for each of at least one image, got {n} images "
             f"and labels {labels.tolist()[:8]}"
@@ -235,10 +212,8 @@ def calibrate(
 
 
 def log_prior(prior: Sequence[float] | None, classes: int) -> Float[Tensor, " classes"]:
-    """ln p(c), float64; None: uniform. Raises ValueError for what is no prior of these classes."""
-    given = torch.ones(classes, dtype=torch.float64)
-    if prior is not None:
-        given = torch.tensor(prior, dtype=torch.float64)
+    """ln p(c), float64; None: uniform. Raises ValueError unless every class has a probability."""
+    given = torch.tensor([1.0] * classes if prior is None else prior, dtype=torch.float64)
     if tuple(given.shape) != (classes,) or not bool((given > 0).all() & given.isfinite().all()):
         raise ValueError(
             f"expected a positive prior probability for each of {classes} classes, got {prior}"

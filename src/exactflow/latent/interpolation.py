@@ -1,4 +1,4 @@
-"""What a flow's latent space gives: reconstruction and interpolation."""
+"""Reconstruction and interpolation in a flow's latent space."""
 
 from dataclasses import dataclass
 from typing import Literal, final
@@ -14,7 +14,7 @@ from exactflow.core.transform import Solver
 @final
 @dataclass(frozen=True)
 class Reconstruction:
-    """Images through the latent space and back.
+    """Images that were encoded and decoded again.
 
     Attributes:
         z: latents.
@@ -84,5 +84,5 @@ def interpolate(
         cosine = torch.cosine_similarity(flat_a, flat_b, dim=1).clamp(-1, 1)
         angle = cosine.acos().view(-1, *[1] * (a.dim() - 1))
         great = (torch.sin((1 - weight) * angle) * a + torch.sin(weight * angle) * b) / angle.sin()
-        z = torch.where(angle.sin() > torch.finfo(a.dtype).eps, great, z)  # parallel: no circle
+        z = torch.where(angle.sin() > torch.finfo(a.dtype).eps, great, z)  # parallel: a line
     return torch.stack([model.decode(row, label, solver=solver) for row in z])

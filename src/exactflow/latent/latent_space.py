@@ -1,4 +1,4 @@
-"""Arithmetic in a flow's latent space, and what encoding loses; `sampling.latent` has the paths."""
+"""Arithmetic in a flow's latent space, and the error of encoding; see also `interpolation`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from exactflow.sampling.planner import Planned
 @final
 @dataclass(frozen=True)
 class ReconstructionError:
-    """How far decoded latents lie from the images that were encoded.
+    """The difference between images and their decoded latents.
 
     Attributes:
         largest: max |decode(encode(x)) - x| over the pixels of each image, in [-1, 1].
@@ -49,8 +49,8 @@ class Edit:
 
     Attributes:
         x: decoded images in [-1, 1], by strength and image.
-        certificate: max |encode(x) - z| of each image, as of `Samples`; NaN where no part of the
-            flow is autoregressive.
+        certificate: max |encode(x) - z| of each image, as in `Samples`; NaN for a flow without
+            autoregressive parts.
     """
 
     x: Float[Tensor, "strengths n channels height width"]
@@ -65,7 +65,7 @@ def reconstruction_error(
     batch_size: int = 64,
     progress: bool = False,
 ) -> ReconstructionError:
-    """Encode and decode, and compare: a flow loses nothing but what rounding does.
+    """Encode and decode images, and compare: the error of an exact flow is that of rounding.
 
     Raises:
         ValueError: for images that are not the model's.
@@ -125,8 +125,7 @@ def move(
 ) -> Edit:
     """Decode z + s * direction for every strength s, without labels.
 
-    The inverse is certified, and repaired where a solver left too much undone: the solvers are
-    those that `sample` uses.
+    The inverse is by the solvers of `sample`, certified, and repaired where its error is too large.
 
     Args:
         model: a flow.
@@ -136,7 +135,7 @@ def move(
 
     Raises:
         ValueError: for shapes that do not fit, or no strengths.
-        NonFiniteError: names the image by its number, where a latent has no finite image.
+        NonFiniteError: a latent has no finite image; names the image by its number.
     """
     if not strengths or latents.shape[1:] != direction.shape:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Is this an image of the kind the model was trained on? Scores of a density, and how well they do.
+"""Detect images unlike those a model was trained on, by scores of its density.
 
-A high likelihood does not mean "inside": flows give simple images of other kinds more of it than
-their own test images (Nalisnick et al., arXiv 1810.09136), which the other scores try to repair.
+A high likelihood does not mean "inside": flows give simple images of other kinds a higher one than
+their own test images (Nalisnick et al., arXiv 1810.09136). The other scores try to correct that.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from exactflow.core import grey_levels as grey
-from exactflow.core.model import GenerativeModel, evaluating
+from exactflow.core.model import Flow, GenerativeModel, evaluating
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.data.batches import batches
 from exactflow.data.store import fingerprint
@@ -24,7 +24,7 @@ from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.pictures import grids as pictures
 from exactflow.pictures.figures import BLUE, GREY, RED, in_style, new_figure, png_of
 
-SCORES = {  # the name of each, and what it measures
+SCORES = {  # name: formula
     "log-likelihood": "-log p, bits/dim",
     "complexity-corrected": "bits/dim minus bits/dim of PNG",
     "typicality": "|bits/dim - mean of training images|",
@@ -42,7 +42,7 @@ def outlier_scores(
     batch_size: int = 64,
     progress: bool = False,
 ) -> dict[str, Float[Tensor, " n"]]:
-    """The scores of `SCORES`; the larger, the more outlying. Labels are dropped.
+    """The scores of `SCORES`, without labels; larger scores mean "outside".
 
     Complexity correction: Serra et al., arXiv 1909.11480, eq. 2, with PNG as the compressor;
     typicality: Nalisnick et al., arXiv 1906.02994, section 3.2, for single images; gradient norm:
@@ -67,15 +67,14 @@ def outlier_scores(
         "log-likelihood": bits,
         "complexity-corrected": bits - compressed,
         "typicality": (bits - typical).abs(),
-        "gradient norm": _gradient_norms(flow, images, batch_size, progress),
+        "gradient norm": _gradient_norms(flow, images, **options),
         "PNG alone": -compressed,
     }
 
 
 def _gradient_norms(
-    model: GenerativeModel, images: Tensor, batch_size: int, progress: bool
+    flow: Flow, images: Tensor, *, batch_size: int, progress: bool
 ) -> Float[Tensor, " n"]:
-    flow = exact_flow(model)
     norms = []
     with evaluating(flow):
         for rows in batches(len(images), batch_size, "gradients", progress):
@@ -103,7 +102,10 @@ def compressed_bits_per_dim(
 def auroc(inside: Float[Tensor, " n"], outside: Float[Tensor, " m"]) -> float:
     """Probability that an outside image scores above an inside one; ties count half.
 
-    1 separates the two, 0.5 is chance, below it the score has them the wrong way round.
+    1 separates the two, 0.5 is chance; below 0.5 inside images score higher.
+
+    >>> auroc(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]))
+    0.875
 
     Raises:
         ValueError: no scores on a side, or one that is NaN.
@@ -143,16 +145,16 @@ def foreign_set(
 ) -> ImageDataset:
     """Images of another source in a model's shape and grey levels, with an identity of their own.
 
-    Resized by the data pipeline's filters; grey levels are stretched, black to black and white to
-    white. The source's training split is read, with what would be cut from it for testing: a model
-    of something else was trained on none of it.
+    The filters of the data pipeline resize them; grey levels are stretched, black to black and
+    white to white. All of the source's training split is read, nothing is cut off for testing: the
+    model was trained on none of it.
 
     Args:
         source: as `DataConfig.source`; "digits" gives handwritten digits.
         shape: (channels, height, width), square.
         levels: grey levels of the model.
         limit: at most so many images.
-        border: pixels of black on every side, which the images shrink to leave room for.
+        border: black pixels on every side, for which the images are made smaller.
 
     Raises:
         DataError: the source is missing or broken.

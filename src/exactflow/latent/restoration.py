@@ -1,8 +1,8 @@
 """Inpainting and denoising with the exact density of a flow and its gradient.
 
 Missing pixels are drawn from p(missing | known) by the Metropolis-adjusted Langevin algorithm
-(Roberts and Tweedie, Bernoulli 2, 1996), which needs ln p up to a constant and its gradient: an
-exact density has both, so that acceptance makes the law of the chain exact for every step size.
+(Roberts and Tweedie, Bernoulli 2, 1996). It needs ln p up to a constant and its gradient, which an
+exact flow has; its acceptance step makes the stationary law exact for every step size.
 """
 
 import math
@@ -23,7 +23,7 @@ from exactflow.data.batches import batches
 from exactflow.sampling.denoise import score_denoise
 
 Region = Literal["bottom", "right", "center", "scattered"]
-ACCEPTANCE = 0.574  # what makes the algorithm fastest (Roberts and Rosenthal, JRSS B 60, 1998)
+ACCEPTANCE = 0.574  # the target: the fastest rate (Roberts and Rosenthal, JRSS B 60, 1998)
 DECAY = 0.6  # the log step size moves by step^-DECAY (acceptance - its target): Robbins-Monro
 START = 0.5  # factor on the latents that chains begin from; at 1 the model's scales may overflow
 FIRST_STEP = 1e-3  # squared length of a step per dimension, in [-1, 1] units
@@ -39,8 +39,8 @@ class Inpainting:
         images: grey levels; those of known pixels are the given ones. Draw d of image i is row
             d * n + i, here and below.
         log_density: ln p of the state, in nats w.r.t. [-1, 1], after every step.
-        acceptance: share of proposals accepted at temperature 1.
-        step_size: squared length of a step per dimension that the first half arrived at.
+        acceptance: share of proposals accepted in the second half of the steps.
+        step_size: squared length of a step per dimension, as adapted in the first half.
     """
 
     images: UInt8[Tensor, "rows channels height width"]
@@ -52,7 +52,7 @@ class Inpainting:
 @final
 @dataclass(frozen=True)
 class Denoising:
-    """Images with noise added and taken off again, all in [-1, 1] units and not clipped.
+    """Images with noise added and removed again, all in [-1, 1] units and not clipped.
 
     Attributes:
         clean: the images themselves.
@@ -131,42 +131,6 @@ def missing_region(
     return missing.expand(shape).contiguous()
 
 
-@final
-@dataclass(frozen=True)
-class Langevin:
-    """A schedule of adjusted Langevin steps on p^(1/T).
-
-    Attributes:
-        steps: each one evaluation of the gradient. In the first half T falls geometrically to 1
-            while the step size follows its acceptance; in the second half both are constant.
-        first_temperature: T at the beginning; above 1 chains cross between modes, and need many
-            more steps to settle again.
-    """
-
-    steps: int = 1000
-    first_temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for steps or a temperature that are too low."""
-        if self.steps < 2 or not 1 <= self.first_temperature < math.inf:
-            raise ValueError(
-                "expected steps >= 2 and first_temperature >= 1, "
-                f"got {self.steps}, {self.first_temperature}"
-            )
-
-    @property
-    def half(self) -> int:
-        """Steps in which anything changes."""
-        return self.steps // 2
-
-    def temperature(self, step: int) -> float:
-        """T of a step."""
-        return self.first_temperature ** (1 - min(step / self.half, 1.0))
-
-
-LANGEVIN = Langevin()
-
-
 def inpaint(
     model: GenerativeModel,
     images: Integer[Tensor, "n channels height width"],
@@ -174,34 +138,35 @@ def inpaint(
     label: Int[Tensor, " n"] | None = None,
     *,
     draws: int = 1,
-    langevin: Langevin = LANGEVIN,
+    steps: int = 1000,
     seed: int = 0,
     progress: bool = False,
 ) -> Inpainting:
     """Draw missing pixels from p(missing | known) by adjusted Langevin steps.
 
     Known pixels get uniform or Gaussian noise as in training, once, and stay fixed. Missing ones
-    begin as those of a sample from shrunken latents; in the second half of the steps the
-    conditional density is the chain's own stationary law. A proposal without a finite density is
+    begin as those of a sample from scaled-down latents; in the second half of the steps the
+    conditional density is the stationary law of the chain. A proposal without a finite density is
     never accepted. Images of a model trained with Gaussian noise are denoised at the end.
 
     Args:
         model: an exact flow.
         images: grey levels; those at missing pixels are not read.
-        missing: which pixels to draw, the same ones of every image.
+        missing: pixels to draw, the same of every image.
         label: class of each image; None for a dropped label.
         draws: completions of every image, each a chain of its own.
-        langevin: steps and temperatures.
-        seed: the noise of a draw is a function of (seed, image, draw), whatever the others are.
+        steps: each one evaluation of the gradient. In the first half the step size follows its
+            acceptance; in the second half it is constant.
+        seed: the noise of a draw is a function of (seed, image, draw).
         progress: show a bar over steps.
 
     Raises:
-        ValueError: no exact flow, nothing or everything missing, or no draw.
-        NonFiniteError: names an image whose first state has no finite density or gradient.
+        ValueError: no exact flow, nothing or everything missing, no draw, or too few steps.
+        NonFiniteError: the first state of an image has no finite density or gradient.
     """
     flow = exact_flow(model)
-    if draws < 1:
-        raise ValueError(f"expected draws >= 1, got {draws}")
+    if draws < 1 or steps < 2:
+        raise ValueError(f"expected draws >= 1 and steps >= 2, got {draws} and {steps}")
     if tuple(missing.shape) != flow.event_shape or not bool(missing.any()) or bool(missing.all()):
         raise ValueError(
             f"expected a mask {flow.event_shape} with missing and known pixels, "
@@ -215,15 +180,15 @@ def inpaint(
     with evaluating(flow):
         first = _begin(flow, images, missing, label, sources)
         chain = _Chain(flow, first, missing, label, sources)
-        trace, steps = [], langevin.steps
+        trace, half = [], steps // 2
         for step in tracked(range(steps), steps, "inpainting", shown=progress, unit="steps"):
-            trace.append(chain.step(langevin.temperature(step), adapt=step < langevin.half))
+            trace.append(chain.step(adapt=step < half))
         x = chain.x
         if flow.noise_std > 0:
             x = score_denoise(flow, x, label)
     given = images.to(flow.device, torch.uint8)
     drawn = torch.where(missing, flow.to_grey_levels(x), given)
-    accepted = chain.accepted / (steps - langevin.half)
+    accepted = chain.accepted / (steps - half)
     return Inpainting(
         drawn.cpu(), torch.stack(trace).cpu(), accepted.cpu(), chain.log_step.exp().cpu()
     )
@@ -238,7 +203,7 @@ def denoise(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Denoising:
-    """Add the noise that a model was trained with, and take it off by the score of its density.
+    """Add the noise that a model was trained with, and remove it by the score of its density.
 
     Args:
         model: an exact flow trained with Gaussian noise.
@@ -271,8 +236,8 @@ def _begin(
     label: Tensor | None,
     sources: Sequence[torch.Generator],
 ) -> Float[Tensor, "n channels height width"]:
-    """Known pixels as in training, missing ones as in a sample of the model."""
-    known = images.to(flow.device).masked_fill(missing, 0)  # what is missing is not even checked
+    """The first states: known pixels as in training, missing ones as in a sample of the model."""
+    known = images.to(flow.device).masked_fill(missing, 0)  # missing pixels may be anything
     grey.check_images(known, flow.event_shape, flow.levels)
     dtype = flow.wide_dtype
     noise = normal_rows(flow.event_shape, sources).to(flow.device, dtype)
@@ -309,16 +274,13 @@ class _Chain:
                 "finite density or gradient): the model's scales overflow there"
             )
         self.log_step = torch.full_like(self.nats, math.log(FIRST_STEP))
-        self.adapted = 0  # steps so far in which the step size was
+        self.adapted = 0  # steps so far that adapted the step size
         self.accepted = torch.zeros_like(self.nats)
 
-    def step(self, temperature: float, adapt: bool) -> Float[Tensor, " n"]:
-        """One proposal at a temperature, accepted or not; ln p of the state afterwards.
-
-        The step size is that of temperature 1: a density at T is wider by the root of T.
-        """
-        size = (self.log_step.exp() * temperature).view(-1, 1, 1, 1)
-        drift = 0.5 * size / temperature
+    def step(self, adapt: bool) -> Float[Tensor, " n"]:
+        """Propose a step, accept it or not; return ln p of the state afterwards."""
+        size = self.log_step.exp().view(-1, 1, 1, 1)
+        drift = 0.5 * size
         noise = normal_rows(self.flow.event_shape, self.sources).to(self.x)
         there = self.x + (drift * self.gradient + size.sqrt() * noise) * self.missing
         nats, gradient = self._evaluate(there)
@@ -326,7 +288,7 @@ class _Chain:
         back = (self.x - there - drift * gradient) * self.missing
         forth = noise * self.missing
         odds = 0.5 * (forth.square() - back.square() / size).flatten(1).sum(1)
-        log_ratio = (nats - self.nats) / temperature + odds
+        log_ratio = nats - self.nats + odds
         chance = torch.where(nats.isfinite(), log_ratio.clamp(max=0).exp(), 0.0).nan_to_num(0.0)
         uniform = uniform_rows((1,), self.sources)[:, 0].to(chance)
         accept = uniform < chance

@@ -1,4 +1,4 @@
-"""The floor of every likelihood table: models fitted in closed form, in seconds.
+"""Baselines for every table of likelihoods: models fitted in closed form, in seconds.
 
 A model that does not beat the full-covariance Gaussian has learned less than second moments; one
 that does not beat Gaussianisation has learned less than what linear prediction leaves, value by
@@ -6,15 +6,13 @@ value.
 """
 
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
-from torch import Tensor
 
 from exactflow.data import DataConfig, ImageDataset, load
-from exactflow.data.loader import evaluation_batches
+from exactflow.data.passes import ImagePasses
 from exactflow.likelihood.log_likelihood import log_likelihood
 from exactflow.likelihood.value import LogLikelihood
 from exactflow.models.gaussian.gaussianisation import Gaussianisation, GaussianisationConfig
@@ -22,11 +20,11 @@ from exactflow.models.gaussian.moments import FULL_COVARIANCE_DIMS
 from exactflow.models.gaussian.whitening import LinearFirstFlow, Whitening, WhiteningConfig
 
 BATCH = 500  # images at a time
-FIT_IMAGES = 50_000  # at most so many training images,
-FIT_VALUES = 2**28  # and at most so many pixel values of them, are read
-ENOUGH = 10  # images per dimension of a covariance, from which on it is not shrunk
-LAYERS = 2  # of Gaussianisation: where tokens are many, later ones find next to nothing
-MARGINAL_VALUES = 2**24  # values at most that its layers are fitted to
+FIT_IMAGES = 50_000  # training images that are read, at most
+FIT_VALUES = 2**28  # pixel values of them, at most
+ENOUGH = 10  # images per dimension of a covariance from which on it is not shrunk
+LAYERS = 2  # of Gaussianisation: further ones gain next to nothing with many tokens
+MARGINAL_VALUES = 2**24  # values that its layers are fitted to, at most
 
 
 @final
@@ -35,9 +33,9 @@ class Baseline:
     """A fitted model on held-out images.
 
     Attributes:
-        likelihood: per image, of the draws of noise that `log_likelihood` makes for the seed.
-        parameters: numbers that were fitted.
-        trained_on: images of the training split it was fitted to.
+        likelihood: per image, with the noise that `log_likelihood` draws for the seed.
+        parameters: number of fitted parameters.
+        trained_on: number of training images.
     """
 
     likelihood: LogLikelihood
@@ -57,7 +55,7 @@ class Baseline:
 
 
 def training_images(config: DataConfig, held_out: ImageDataset) -> ImageDataset:
-    """As much of the training split as baselines are fitted to.
+    """The images of the training split that baselines are fitted to.
 
     Raises:
         DataError: the source has none, or it cannot be read.
@@ -79,12 +77,12 @@ def baselines(
     """Fit every baseline to `training` and score `held_out`.
 
     Args:
-        training: what to fit to.
-        held_out: what to score, of the same shape and levels.
-        seed: names the noise of the score.
+        training: images to fit to.
+        held_out: images to score, of the same shape and levels.
+        seed: of the noise of the score.
         k: draws of it per image.
-        device: where to compute; None or one without float64: the CPU.
-        progress: show how far each score is.
+        device: to compute on; None or one without float64: the CPU.
+        progress: show the progress of each score.
 
     Returns:
         The baselines by name, weakest first.
@@ -99,13 +97,8 @@ def baselines(
     return found
 
 
-def described(found: Mapping[str, Baseline]) -> dict[str, dict[str, Any]]:
-    """All of them as JSON holds them."""
-    return {name: baseline.describe() for name, baseline in found.items()}
-
-
 def _fitted(training: ImageDataset, device: torch.device | None) -> dict[str, LinearFirstFlow]:
-    """Independent pixels, a Gaussian, and its Gaussianisation: two fits for the three of them."""
+    """Independent pixels, a Gaussian, and its Gaussianisation, from two fits."""
     shape, levels = training.event_shape, training.levels
     dims = math.prod(shape)
     small = dims <= FULL_COVARIANCE_DIMS
@@ -123,21 +116,9 @@ def _fitted(training: ImageDataset, device: torch.device | None) -> dict[str, Li
     if device is None or device.type == "mps":
         device = torch.device("cpu")
     for model in (independent, layered):
-        model.to(device).fit(_Batches(training))
+        model.to(device).fit(ImagePasses(training, BATCH))
     return {
         "independent pixels": independent,
         "full-covariance Gaussian" if small else "DCT-factorised Gaussian": layered.gaussian(),
         "Gaussianisation" if small else "DCT-factorised Gaussianisation": layered,
     }
-
-
-@final
-class _Batches:
-    """The images of a set, as often as one asks."""
-
-    def __init__(self, dataset: ImageDataset) -> None:
-        self._dataset = dataset
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for batch in evaluation_batches(self._dataset, BATCH):
-            yield batch.images

@@ -1,4 +1,4 @@
-"""Bits per dimension of a model on a data set: a number that names its data and its kind."""
+"""Bits per dimension of a model on a data set, with the kind of likelihood and the data's name."""
 
 import time
 from dataclasses import dataclass, replace

@@ -1,20 +1,21 @@
 """Features of images, in which distances between sets of images are taken.
 
-A distance over other features than the published Inception's is never called FID: it carries the
-name of its extractor, and that the beginning of its weights' hash.
+Only distances over the features of the published Inception are called FID. Any other carries the
+name of its extractor, which has the beginning of its weights' hash.
 """
 
 import hashlib
+import math
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from exactflow.core.grey_levels import center, check_images
@@ -23,13 +24,7 @@ from exactflow.data.checked import CheckedImages
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.streaming.streamed import StreamedImages
 from exactflow.metrics.feature_classifier import HIDDEN, prepared, trained_classifier, weights_of
-from exactflow.metrics.inception import (
-    FEATURES,
-    IMAGE_SIZE,
-    PUBLIC_SHA256,
-    Inception,
-    read_inception,
-)
+from exactflow.metrics.inception import FEATURES, IMAGE_SIZE, PUBLIC_SHA256, read_inception
 
 Images = (
     UInt8[Tensor, "n channels height width"]
@@ -39,33 +34,29 @@ Images = (
 )
 
 
-class FeatureExtractor(ABC):
-    """A fixed map from images to vectors."""
+@final
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """A fixed map from images to vectors.
+
+    Attributes:
+        name: of the map, with the beginning of its weights' SHA-256 where it has weights.
+        dims: number of features.
+        features: maps images of grey levels 0 .. levels-1, uint8 (n, C, H, W), and `levels` to
+            their features, float32 (n, dims) on the CPU. Raises ValueError for images of a size or
+            number of channels that it does not take.
+        is_fid: whether the Frechet distance of these features is the published FID.
+    """
+
+    name: str
+    dims: int
+    features: Callable[[Tensor, int], Tensor]
+    is_fid: bool = False
 
     @property
-    @abstractmethod
-    def name(self) -> str:
-        """What it is, with the beginning of its weights' SHA-256 where it has weights."""
-
-    @property
-    @abstractmethod
-    def dims(self) -> int:
-        """Number of features."""
-
-    @property
-    @abstractmethod
     def distance_name(self) -> str:
-        """What the Frechet distance of these features is called."""
-
-    @abstractmethod
-    def features(
-        self, images: UInt8[Tensor, "n channels height width"], levels: int
-    ) -> Float[Tensor, "n dims"]:
-        """Features of images of grey levels 0 .. levels-1, float32 on the CPU.
-
-        Raises:
-            ValueError: images of a size or number of channels that it does not take.
-        """
+        """Name of the Frechet distance of these features."""
+        return "FID" if self.is_fid else f"FD-{self.name}"
 
 
 def extract(
@@ -88,21 +79,9 @@ def extract(
     Raises:
         ValueError: no images, other grey levels, or images that the extractor does not take.
     """
-    parts = feature_batches(extractor, images, levels, batch_size=batch_size, progress=progress)
-    return torch.cat(list(parts))
-
-
-def feature_batches(
-    extractor: FeatureExtractor,
-    images: Images,
-    levels: int,
-    *,
-    batch_size: int = 64,
-    progress: bool = False,
-) -> Iterator[Float[Tensor, "batch dims"]]:
-    """Those of `extract` a batch at a time, for sets whose features do not fit into memory."""
     if len(images) == 0 or batch_size < 1:
         raise ValueError(f"expected images and batch_size >= 1, got {len(images)} and {batch_size}")
+    parts = []
     with shown_progress(len(images), extractor.name, quiet=not progress) as advance:
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
@@ -110,8 +89,9 @@ def feature_batches(
                 batch = torch.from_numpy(np.array(batch))  # a copy: data sets are read-only
             _, channels, height, width = batch.shape
             check_images(batch, (channels, height, width), levels)
-            yield extractor.features(batch, levels)
+            parts.append(extractor.features(batch, levels))
             advance(len(batch))
+    return torch.cat(parts)
 
 
 def inception(
@@ -123,30 +103,56 @@ def inception(
 ) -> FeatureExtractor:
     """The 2048 features of the Inception network with the weights of a file; see `read_inception`.
 
-    With the public weights (`inception.PUBLIC_FILE`) distances are called FID.
+    With the public weights (`inception.PUBLIC_FILE`) distances are called FID. Images are resized
+    as by the public PyTorch port of the FID: bilinear interpolation between pixel centres without a
+    low-pass filter, of reals, to 299 x 299 in [-1, 1]. The original TensorFlow graph samples from
+    the pixels' corners, others filter or round: their numbers differ.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: another hash, or no weights of this network.
     """
     network, digest = read_inception(path_or_url, sha256, cache_dir=cache_dir)
-    return _InceptionFeatures(network.to(device), digest, torch.device(device))
+    network.to(device)
+
+    @torch.no_grad()
+    def features(images: Tensor, levels: int) -> Tensor:
+        if images.shape[1] not in (1, 3):
+            raise ValueError(f"expected grey or RGB images, got {images.shape[1]} channels")
+        x = center(images.to(device), levels)
+        x = F.interpolate(x, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False)
+        return network(x.expand(-1, 3, -1, -1)).cpu()
+
+    is_fid = digest == PUBLIC_SHA256
+    return FeatureExtractor(f"inception-{digest[:8]}", FEATURES, features, is_fid)
 
 
 def pixels(dims: int = 64) -> FeatureExtractor:
     """The lowest frequencies of the image itself: no weights, no labels, no training.
 
-    Differences of such features have the norm of the difference of the low-passed images, with
-    grey levels in [-1, 1]. They see shape, light and colour, and no more.
+    They are those of an orthonormal cosine transform over channels, rows and columns. Differences
+    of such features have the norm of the difference of the low-passed images, with grey levels in
+    [-1, 1]. They see shape, light and colour, and no more.
     """
     if dims < 1:
         raise ValueError(f"expected at least one feature, got {dims}")
-    return _LowFrequencies(dims)
+
+    def features(images: Tensor, levels: int) -> Tensor:
+        shape = tuple(images.shape[1:])
+        if math.prod(shape) < dims:
+            raise ValueError(f"expected images of at least {dims} values, got {shape}")
+        # Along the channels of RGB: the sum, red minus blue, and green minus the others.
+        colours, rows, columns = (_cosines(size) for size in shape)
+        x = center(images, levels)
+        x = torch.einsum("nchw,ac,ih,jw->naij", x, colours, rows, columns)
+        return x.flatten(1)[:, _lowest(shape, dims)]
+
+    return FeatureExtractor(f"dct-{dims}", dims, features)
 
 
 def classifier(
     dataset: ImageDataset, cache_dir: Path, seed: int = 0, *, progress: bool = False
-) -> "ClassifierFeatures":
+) -> FeatureExtractor:
     """The last hidden layer of a small classifier of `dataset`, trained once, kept in `cache_dir`.
 
     On one machine and number of threads the weights are a function of data and seed. Elsewhere
@@ -164,74 +170,17 @@ def classifier(
             `cache_dir`.
     """
     network = trained_classifier(dataset, cache_dir, seed, progress=progress)
-    return ClassifierFeatures(network, dataset.id)
-
-
-@final
-class _InceptionFeatures(FeatureExtractor):
-    """Images resized as by the public PyTorch port of the FID.
-
-    That is bilinear interpolation between pixel centres without a low-pass filter, of reals, to
-    299 x 299 in [-1, 1]. The original TensorFlow graph samples from the pixels' corners, others
-    filter or round: their numbers differ.
-    """
-
-    def __init__(self, network: Inception, sha256: str, device: torch.device) -> None:
-        self._network, self._sha256, self._device = network, sha256, device
-
-    @property
-    def name(self) -> str:
-        return f"inception-{self._sha256[:8]}"
-
-    @property
-    def dims(self) -> int:
-        return FEATURES
-
-    @property
-    def distance_name(self) -> str:
-        return "FID" if self._sha256 == PUBLIC_SHA256 else f"FD-{self.name}"
+    channels = dataset.event_shape[0]
+    known_as = re.sub(r"[^A-Za-z0-9.]+", "-", dataset.id).strip("-")
+    digest = hashlib.sha256(weights_of(network)).hexdigest()
 
     @torch.no_grad()
-    def features(
-        self, images: UInt8[Tensor, "n channels height width"], levels: int
-    ) -> Float[Tensor, "n dims"]:
-        if images.shape[1] not in (1, 3):
-            raise ValueError(f"expected grey or RGB images, got {images.shape[1]} channels")
-        x = center(images.to(self._device), levels)
-        x = F.interpolate(x, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False)
-        return self._network(x.expand(-1, 3, -1, -1)).cpu()
+    def features(images: Tensor, levels: int) -> Tensor:
+        if images.shape[1] != channels:
+            raise ValueError(f"expected images of {channels} channels, got {tuple(images.shape)}")
+        return network[:-1](prepared(images, levels))
 
-
-@final
-class _LowFrequencies(FeatureExtractor):
-    """The lowest frequencies of an orthonormal cosine transform over channels, rows, columns."""
-
-    def __init__(self, dims: int) -> None:
-        self._dims = dims
-
-    @property
-    def name(self) -> str:
-        return f"dct-{self._dims}"
-
-    @property
-    def dims(self) -> int:
-        return self._dims
-
-    @property
-    def distance_name(self) -> str:
-        return f"FD-{self.name}"
-
-    def features(
-        self, images: UInt8[Tensor, "n channels height width"], levels: int
-    ) -> Float[Tensor, "n dims"]:
-        shape = tuple(images.shape[1:])
-        if int(np.prod(shape)) < self._dims:
-            raise ValueError(f"expected images of at least {self._dims} values, got {shape}")
-        # Along the channels of RGB: the sum, red minus blue, and green minus the others.
-        colours, rows, columns = (_cosines(size) for size in shape)
-        x = center(images, levels)
-        x = torch.einsum("nchw,ac,ih,jw->naij", x, colours, rows, columns)
-        return x.flatten(1)[:, _lowest(shape, self._dims)]
+    return FeatureExtractor(f"cnn-{known_as}-{digest[:8]}", HIDDEN, features)
 
 
 def _cosines(size: int) -> Float[Tensor, "size size"]:
@@ -243,51 +192,7 @@ def _cosines(size: int) -> Float[Tensor, "size size"]:
 
 
 def _lowest(shape: tuple[int, ...], dims: int) -> Tensor:
-    """Where the lowest frequencies are in the flattened transform; the eye sees colour coarsely."""
+    """Indices of the lowest frequencies in the flattened transform; those of colour count twice."""
     colour, row, column = (np.arange(size) for size in shape)
     order = 2 * colour[:, None, None] + row[:, None] + column
     return torch.from_numpy(np.argsort(order, axis=None, kind="stable")[:dims])
-
-
-@final
-class ClassifierFeatures(FeatureExtractor):
-    """The last hidden layer of a classifier of the images under study.
-
-    Args:
-        network: ends in the layer of classes, which is left out.
-        dataset_id: what it was trained on.
-    """
-
-    def __init__(self, network: nn.Sequential, dataset_id: str) -> None:
-        self._network = network
-        known_as = re.sub(r"[^A-Za-z0-9.]+", "-", dataset_id).strip("-")
-        self._name = f"cnn-{known_as}-{hashlib.sha256(weights_of(network)).hexdigest()[:8]}"
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def dims(self) -> int:
-        return HIDDEN
-
-    @property
-    def distance_name(self) -> str:
-        return f"FD-{self.name}"
-
-    @torch.no_grad()
-    def features(
-        self, images: UInt8[Tensor, "n channels height width"], levels: int
-    ) -> Float[Tensor, "n dims"]:
-        channels = self._network[0].in_channels
-        if images.shape[1] != channels:
-            raise ValueError(f"expected images of {channels} channels, got {tuple(images.shape)}")
-        return self._network[:-1](prepared(images, levels))
-
-    @torch.no_grad()
-    def accuracy(self, dataset: ImageDataset) -> float:
-        """Part of a labelled set that it classifies rightly."""
-        if dataset.labels is None:
-            raise ValueError(f"expected labelled images, {dataset.id} has no labels")
-        hidden = extract(self, dataset.images, dataset.levels)
-        return float((self._network[-1](hidden).argmax(1).numpy() == dataset.labels).mean())

@@ -93,8 +93,8 @@ def _train(network: nn.Sequential, dataset: ImageDataset, seed: int, progress: b
     for rows in tracked(steps, _STEPS, "classifier", shown=progress, unit="steps"):
         images, labels = dataset.tensors(rows)
         assert labels is not None
-        told = network(prepared(images, dataset.levels))
-        loss = F.cross_entropy(told, labels, label_smoothing=_SMOOTHING)
+        logits = network(prepared(images, dataset.levels))
+        loss = F.cross_entropy(logits, labels, label_smoothing=_SMOOTHING)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

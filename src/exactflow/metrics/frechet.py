@@ -1,4 +1,4 @@
-"""The Frechet distance between sets of images: of normal laws with their features' moments.
+"""The Frechet distance between two sets of images, from the moments of their features.
 
 Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium",
 arXiv 1706.08500, equation 6.
@@ -22,7 +22,7 @@ class FeatureStatistics:
         mean: of each feature.
         covariance: unbiased, of each pair.
         count: number of images.
-        extractor: name of the features; None: they fit any.
+        extractor: name of the features; None matches any name.
     """
 
     mean: Float64[np.ndarray, " dims"]
@@ -54,11 +54,17 @@ class FeatureStatistics:
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)): a squared distance, as is the custom.
+    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)): a squared distance, by custom.
 
-    The last trace is the sum of the singular values of S_a^(1/2) S_b^(1/2), of any two factors of
-    the covariances. It is taken as that: the eigenvalues of their product would lose half of the
-    digits where a covariance is singular. Call it by the extractor's `distance_name`.
+    The last trace is the sum of the singular values of F_a^T F_b, for any factors F F^T = S of the
+    covariances: the eigenvalues of S_a S_b would lose half of the digits where one is singular.
+    `FeatureExtractor.distance_name` is the name of the distance.
+
+    >>> import torch
+    >>> x = torch.tensor([[0.0], [2.0]])
+    >>> a, b = FeatureStatistics.of(x), FeatureStatistics.of(x + 3)
+    >>> round(frechet_distance(a, b), 6)
+    9.0
 
     Warns:
         UserWarning: not more images than features: covariances are singular, and the distance is
@@ -67,7 +73,12 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     Raises:
         ValueError: features of other extractors or numbers.
     """
-    _check_comparable(a, b)
+    named = a.extractor is not None and b.extractor is not None
+    if a.mean.shape != b.mean.shape or (named and a.extractor != b.extractor):
+        raise ValueError(
+            f"expected statistics of the same features, got {a.extractor} ({len(a.mean)} features) "
+            f"and {b.extractor} ({len(b.mean)})"
+        )
     for each in (a, b):
         if each.count <= len(each.mean):
             warnings.warn(
@@ -87,12 +98,3 @@ def _factor(covariance: Float64[np.ndarray, "dims dims"]) -> Float64[np.ndarray,
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
     kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
     return vectors[:, kept] * np.sqrt(values[kept])
-
-
-def _check_comparable(a: FeatureStatistics, b: FeatureStatistics) -> None:
-    named = a.extractor is not None and b.extractor is not None
-    if a.mean.shape != b.mean.shape or (named and a.extractor != b.extractor):
-        raise ValueError(
-            f"expected statistics of the same features, got {a.extractor} ({len(a.mean)} features) "
-            f"and {b.extractor} ({len(b.mean)})"
-        )

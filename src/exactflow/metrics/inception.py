@@ -35,6 +35,10 @@ _average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_inclu
 _maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 _halve = partial(F.max_pool2d, kernel_size=3, stride=2)
 
+_Kernel = tuple[int, int]  # rows, columns
+_1X1, _3X3, _5X5 = (1, 1), (3, 3), (5, 5)
+_1X7, _7X1, _1X3, _3X1 = (1, 7), (7, 1), (1, 3), (3, 1)
+
 
 @final
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class _Unit:
 
     name: str
     width: int
-    kernel: tuple[int, int] = (1, 1)
+    kernel: _Kernel = _1X1
     stride: int = 1
     padded: bool = True
 
@@ -57,69 +61,49 @@ class _Branch:
     pool: _Pool | None = None
     fork: tuple[_Unit, ...] = ()
 
-    @property
-    def units(self) -> tuple[_Unit, ...]:
-        return (*self.chain, *self.fork)
+
+def _chain(name: str, *units: tuple[int, _Kernel]) -> tuple[_Unit, ...]:
+    """Units `name_1`, `name_2`, ... of these widths and kernels."""
+    return tuple(_Unit(f"{name}_{n}", *unit) for n, unit in enumerate(units, 1))
 
 
 def _down(name: str, width: int) -> _Unit:
     """A unit that halves the image."""
-    return _Unit(name, width, (3, 3), stride=2, padded=False)
+    return _Unit(name, width, _3X3, stride=2, padded=False)
 
 
 def _fine(pooled: int) -> tuple[_Branch, ...]:
     """A block at 35 x 35 (figure 5)."""
     return (
         _Branch((_Unit("branch1x1", 64),)),
-        _Branch((_Unit("branch5x5_1", 48), _Unit("branch5x5_2", 64, (5, 5)))),
-        _Branch(
-            (
-                _Unit("branch3x3dbl_1", 64),
-                _Unit("branch3x3dbl_2", 96, (3, 3)),
-                _Unit("branch3x3dbl_3", 96, (3, 3)),
-            )
-        ),
+        _Branch(_chain("branch5x5", (48, _1X1), (64, _5X5))),
+        _Branch(_chain("branch3x3dbl", (64, _1X1), (96, _3X3), (96, _3X3))),
         _Branch((_Unit("branch_pool", pooled),), _average),
     )
 
 
 def _middle(width: int) -> tuple[_Branch, ...]:
     """A block at 17 x 17, of rows and columns (figure 6)."""
-    row, column = (1, 7), (7, 1)
+    double = ((width, _1X1), (width, _7X1), (width, _1X7), (width, _7X1), (192, _1X7))
     return (
         _Branch((_Unit("branch1x1", 192),)),
-        _Branch(
-            (
-                _Unit("branch7x7_1", width),
-                _Unit("branch7x7_2", width, row),
-                _Unit("branch7x7_3", 192, column),
-            )
-        ),
-        _Branch(
-            (
-                _Unit("branch7x7dbl_1", width),
-                _Unit("branch7x7dbl_2", width, column),
-                _Unit("branch7x7dbl_3", width, row),
-                _Unit("branch7x7dbl_4", width, column),
-                _Unit("branch7x7dbl_5", 192, row),
-            )
-        ),
+        _Branch(_chain("branch7x7", (width, _1X1), (width, _1X7), (192, _7X1))),
+        _Branch(_chain("branch7x7dbl", *double)),
         _Branch((_Unit("branch_pool", 192),), _average),
     )
 
 
 def _coarse(pool: _Pool) -> tuple[_Branch, ...]:
     """A block at 8 x 8, which widens (figure 7)."""
-    row, column = (1, 3), (3, 1)
     return (
         _Branch((_Unit("branch1x1", 320),)),
         _Branch(
-            (_Unit("branch3x3_1", 384),),
-            fork=(_Unit("branch3x3_2a", 384, row), _Unit("branch3x3_2b", 384, column)),
+            _chain("branch3x3", (384, _1X1)),
+            fork=(_Unit("branch3x3_2a", 384, _1X3), _Unit("branch3x3_2b", 384, _3X1)),
         ),
         _Branch(
-            (_Unit("branch3x3dbl_1", 448), _Unit("branch3x3dbl_2", 384, (3, 3))),
-            fork=(_Unit("branch3x3dbl_3a", 384, row), _Unit("branch3x3dbl_3b", 384, column)),
+            _chain("branch3x3dbl", (448, _1X1), (384, _3X3)),
+            fork=(_Unit("branch3x3dbl_3a", 384, _1X3), _Unit("branch3x3dbl_3b", 384, _3X1)),
         ),
         _Branch((_Unit("branch_pool", 192),), pool),
     )
@@ -127,22 +111,14 @@ def _coarse(pool: _Pool) -> tuple[_Branch, ...]:
 
 _TO_MIDDLE = (  # 35 to 17 pixels
     _Branch((_down("branch3x3", 384),)),
-    _Branch(
-        (
-            _Unit("branch3x3dbl_1", 64),
-            _Unit("branch3x3dbl_2", 96, (3, 3)),
-            _down("branch3x3dbl_3", 96),
-        )
-    ),
+    _Branch((*_chain("branch3x3dbl", (64, _1X1), (96, _3X3)), _down("branch3x3dbl_3", 96))),
     _Branch((), _halve),
 )
 _TO_COARSE = (  # 17 to 8 pixels
-    _Branch((_Unit("branch3x3_1", 192), _down("branch3x3_2", 320))),
+    _Branch((*_chain("branch3x3", (192, _1X1)), _down("branch3x3_2", 320))),
     _Branch(
         (
-            _Unit("branch7x7x3_1", 192),
-            _Unit("branch7x7x3_2", 192, (1, 7)),
-            _Unit("branch7x7x3_3", 192, (7, 1)),
+            *_chain("branch7x7x3", (192, _1X1), (192, _1X7), (192, _7X1)),
             _down("branch7x7x3_4", 192),
         )
     ),
@@ -150,10 +126,10 @@ _TO_COARSE = (  # 17 to 8 pixels
 )
 _STEM = (
     (_down("Conv2d_1a_3x3", 32), None),
-    (_Unit("Conv2d_2a_3x3", 32, (3, 3), padded=False), None),
-    (_Unit("Conv2d_2b_3x3", 64, (3, 3)), _halve),
+    (_Unit("Conv2d_2a_3x3", 32, _3X3, padded=False), None),
+    (_Unit("Conv2d_2b_3x3", 64, _3X3), _halve),
     (_Unit("Conv2d_3b_1x1", 80), None),
-    (_Unit("Conv2d_4a_3x3", 192, (3, 3), padded=False), _halve),
+    (_Unit("Conv2d_4a_3x3", 192, _3X3, padded=False), _halve),
 )
 _BLOCKS = {
     "Mixed_5b": _fine(32),
@@ -248,16 +224,15 @@ def read_inception(
     Args:
         path_or_url: a PyTorch file of plain tensors with the public names; or its address (https://
             or file://), from which it is fetched once.
-        sha256: what the file's hash must be, or begin with; None takes the hexadecimal digits at
-            the end of the file's name, where it has them (`PUBLIC_FILE` does). Of a file of this
-            machine it may be unknown: it is returned, and is in the name of the extractor.
+        sha256: the file's hash, or the beginning of it; None takes the hexadecimal digits at the
+            end of the file's name, where it has them (`PUBLIC_FILE` does). It is needed only for a
+            file that is fetched over the network.
         cache_dir: where fetched files are kept; None is ~/.cache/exactflow.
 
     Raises:
-        FileNotFoundError: no such file, or the address gives none.
-        ValueError: an address that others can read or change on the way, or whose content nobody
-            has said the hash of; another hash; no such file of weights (nothing else in it is
-            loaded).
+        FileNotFoundError: no such file, or nothing at the address.
+        ValueError: an address without encryption or without a known hash; another hash; a file that
+            holds anything but these weights (which is not loaded).
     """
     text = str(path_or_url)
     found = _NAMED_HASH.search(text)

@@ -1,7 +1,7 @@
-"""Measurements kept as soon as they are known, so that a killed evaluation goes on where it was.
+"""Keep measurements in files as they are made, so that an evaluation that was killed can resume.
 
-Every measurement has a name and an identity: all that its numbers depend on. What a folder holds of
-the same identity is read; of another one, it is measured again.
+Every measurement has a name and an identity: all facts that its numbers depend on. A file of the
+same name and identity is read; one of another identity is replaced.
 """
 
 import io
@@ -24,12 +24,12 @@ Arrays = dict[str, np.ndarray]
 
 @final
 @dataclass(frozen=True)
-class Stages:
-    """The measurements of one model.
+class Memo:
+    """The kept measurements of one model.
 
     Attributes:
-        folder: where they are kept.
-        identity: what all of them depend on, JSON-able.
+        folder: of the files.
+        identity: facts that all measurements depend on, JSON-able.
         progress: show bars.
     """
 
@@ -45,9 +45,9 @@ class Stages:
         *,
         together: bool = False,
     ) -> dict[str, Any]:
-        """What `measure` returns, JSON-able, from now or from before.
+        """Return the kept result, or that of `measure`, JSON-able, which is then kept.
 
-        The main process measures alone, or with the others where they all do it `together`.
+        The main process measures alone, or all processes do it `together`.
         """
         whole = self._whole(identity)
         path, group = self.folder / f"{name}.json", current()
@@ -74,13 +74,13 @@ class Stages:
         size: int,
         measure: Callable[[range], Arrays],
     ) -> Arrays:
-        """Arrays of `count` rows measured `size` at a time, each part kept; joined on their axis 0.
+        """Arrays of `count` rows, measured `size` at a time, joined along axis 0; parts are kept.
 
         Processes that work together share the parts.
 
         Args:
             name: of a folder of parts.
-            identity: what the rows depend on, besides what all measurements do.
+            identity: further facts that the rows depend on.
             count: rows in all.
             size: rows of a part.
             measure: arrays of the rows of a range; an array may have one row for the whole part.
@@ -120,5 +120,5 @@ class Stages:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+    """The value as it is read back from JSON."""
     return json.loads(json.dumps(value))

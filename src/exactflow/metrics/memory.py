@@ -1,4 +1,4 @@
-"""Peak memory of what happens from now on."""
+"""Peak memory of a part of a program."""
 
 import re
 from pathlib import Path
@@ -13,9 +13,9 @@ _RESET_PEAK = "5"  # proc(5): resets the peak of the resident set to what it is
 
 @final
 class PeakMemory:
-    """Bytes in use at most since this was made: the allocator's on a GPU, else the process's.
+    """Most bytes in use since this was made: of the allocator on a GPU, else of the process.
 
-    The process's is its resident set, with all that was in use before; only Linux tells.
+    The latter are its resident set, with all that was in use before; only Linux reports them.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,7 +29,7 @@ class PeakMemory:
             self._known = False
 
     def bytes(self) -> int | None:
-        """The peak; None where the system does not tell."""
+        """The peak; None where the system does not report it."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         if not self._known:

@@ -1,4 +1,4 @@
-"""Everything that is measured of samples in a space of features, against one pair of real sets."""
+"""All measures of samples in a space of features, against a training set and a held-out set."""
 
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor
 from exactflow.data.datasets import ImageDataset
 from exactflow.metrics.extractors import FeatureExtractor, extract
 from exactflow.metrics.frechet import FeatureStatistics, frechet_distance
-from exactflow.metrics.memo import Arrays, Stages
+from exactflow.metrics.memo import Arrays, Memo
 from exactflow.metrics.sample_quality import (
     Neighbours,
     density_coverage,
@@ -28,11 +28,11 @@ PART_BYTES = 64_000_000  # of features in a file
 
 @final
 class SampleQuality:
-    """Measures samples; what it needs of the real images is measured once and kept.
+    """Measures samples; the features of the real images are computed once and kept.
 
     Args:
-        training: among these images the nearest neighbours of samples are looked for.
-        held_out: samples are compared with them.
+        training: images that are searched for the nearest neighbours of samples.
+        held_out: images that samples are compared with.
         extractor: of the features that distances are taken in.
         folder: for features.
         seed: of subsets.
@@ -85,7 +85,7 @@ class SampleQuality:
 
     @cached_property
     def _radii(self) -> tuple[Tensor, Tensor]:
-        """Of balls around held-out images, up to the neighbours that precision and density use."""
+        """Squared radii of balls around held-out images, for precision and for density."""
         return squared_radii(self._real, 3), squared_radii(self._real, 5)
 
     @cached_property
@@ -96,12 +96,12 @@ class SampleQuality:
     def _features(self, dataset: ImageDataset, name: str) -> Tensor:
         """Features of real images, kept: (n, dims)."""
         identity = {"images": dataset.fingerprint, "extractor": self.extractor.name}
-        stages = Stages(self._folder / name, identity, self._progress)
+        memo = Memo(self._folder / name, identity, self._progress)
 
         def measure(rows: range) -> Arrays:
             images, _ = dataset.tensors(slice(rows.start, rows.stop))
             return {"features": extract(self.extractor, images, dataset.levels).numpy()}
 
         size = max(1, PART_BYTES // (4 * self.extractor.dims))
-        parts = stages.collect(self.extractor.name, {}, len(dataset), size, measure)
+        parts = memo.collect(self.extractor.name, {}, len(dataset), size, measure)
         return torch.from_numpy(parts["features"])

@@ -22,7 +22,7 @@ _SUBSET = 1000  # images in a subset for the kernel distance, as by custom
 @final
 @dataclass(frozen=True)
 class KernelDistance:
-    """The kernel distance over subsets: its mean, and the deviation of one subset's value."""
+    """The kernel distance: mean and standard deviation of its values over subsets."""
 
     mean: float
     std: float
@@ -40,7 +40,7 @@ class PrecisionRecall:
 @final
 @dataclass(frozen=True)
 class DensityCoverage:
-    """How densely real images surround samples (1 for the same law), and the part they cover."""
+    """Density of real images around samples (1 for the same law), and the part that is covered."""
 
     density: float
     coverage: float
@@ -58,15 +58,15 @@ class Neighbours:
 @final
 @dataclass(frozen=True)
 class Memorisation:
-    """Whether samples lie nearer to training images than new images do.
+    """Whether samples lie nearer to training images than held-out images do.
 
     Attributes:
-        fraction: of samples at most `threshold` away from a training image. For samples of the
-            images' own law it is `percentile` / 100.
-        percentile: of the held-out distances, that is the threshold.
+        fraction: share of samples at most `threshold` away from a training image. For samples of
+            the images' own law it is `percentile` / 100.
+        percentile: percentile of the held-out images' distances that is the threshold.
         threshold: a distance.
-        samples: each sample's nearest training image.
-        held_out: each held-out image's.
+        samples: nearest training image of each sample.
+        held_out: nearest training image of each held-out image.
     """
 
     fraction: float
@@ -208,7 +208,7 @@ def memorisation(
         samples: features of samples.
         training: of training images.
         held_out: of held-out images; or, where they are known, their nearest training images.
-        percentile: of the held-out distances, that is the threshold.
+        percentile: percentile of the held-out images' distances that is the threshold.
 
     Raises:
         ValueError: an empty set, or a percentile outside 0 .. 100.
@@ -276,7 +276,7 @@ def _nearest(
 
 
 def _inside(points: Tensor, centres: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
-    """In how many balls each point is, and how many points each ball holds."""
+    """Number of balls around each point, and number of points in each ball."""
     around = torch.zeros(len(points), dtype=torch.int64)
     within = torch.zeros(len(centres), dtype=torch.int64)
     for row, column, block in _blocks(points, centres):

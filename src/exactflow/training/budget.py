@@ -1,12 +1,11 @@
-"""How many optimizer steps a budget of time or of work pays for."""
+"""The number of optimizer steps that fit a budget of time or of work."""
 
 import dataclasses
 import re
 import tempfile
 import time
-from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -30,11 +29,14 @@ _CALIBRATED = 25  # the step at which it ends
 @final
 @dataclass(frozen=True)
 class Budget:
-    """What a training may cost: seconds of wall-clock, or FLOPs; the other is None.
+    """The largest cost of a training: seconds of wall-clock, or FLOPs; the other is None.
 
     Attributes:
         seconds: of taking steps; neither calibration nor what callbacks do counts.
         flops: of all training steps, counted as `training_flops` does.
+
+    >>> Budget.parse("5m")
+    Budget(seconds=300.0, flops=None)
     """
 
     seconds: float | None = None
@@ -89,11 +91,11 @@ def steps_within(
     *,
     augmentation: Augmentation = NO_AUGMENTATION,
 ) -> int:
-    """Optimizer steps that the budget pays for, at least one.
+    """Optimizer steps that fit the budget, at least one.
 
-    A budget of time is divided by the seconds of a step, measured on a copy of what is to be
-    trained: the learning rate's schedule must know its end before it
-    begins, so that one run's speed must be known before it, and the last step is a little off.
+    A budget of time is divided by the seconds of a step, measured on a copy of the model: the
+    schedule of learning rates needs the number of steps before the first. So the run takes a little
+    more or less than its budget.
     """
     if budget.flops is not None:
         return max(1, int(budget.flops / (training_flops(model) * config.batch_size)))
@@ -115,24 +117,15 @@ def seconds_per_step(
         checkpoint_every=total,
         log_every=total,
     )
-    clock = _Clock(model.device)
+    marks: dict[int, float] = {}
+
+    def note(progress: Progress) -> None:
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        marks[progress.step] = time.perf_counter()
+
     with tempfile.TemporaryDirectory() as folder:
-        every = {_MARK: clock}
+        every = {_MARK: note}
         copy = deepcopy(model)
         fit(copy, dataset, short, folder, augmentation=augmentation, every=every, progress=False)
-    return (clock.marks[_CALIBRATED] - clock.marks[_MARK]) / (_CALIBRATED - _MARK)
-
-
-@final
-@dataclass
-class _Clock:
-    """Callback of `fit` that notes the time."""
-
-    device: torch.device
-    marks: dict[int, float] = field(default_factory=dict)
-
-    def __call__(self, progress: Progress) -> Mapping[str, float]:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.marks[progress.step] = time.perf_counter()
-        return {}
+    return (marks[_CALIBRATED] - marks[_MARK]) / (_CALIBRATED - _MARK)

@@ -1,4 +1,4 @@
-"""Checkpoints as a run writes them: whole or absent; `core.saved_run` says what is in one.
+"""Write the checkpoints of a run, each whole or not at all; `core.saved_run` has their layout.
 
 No generator state is saved: all randomness is a function of the seed and the step.
 """
@@ -21,34 +21,26 @@ import torch
 from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
-from exactflow.core.saved_run import EMA_FILE as EMA_FILE
-from exactflow.core.saved_run import MODEL_FILE as MODEL_FILE
-from exactflow.core.saved_run import OPTIMIZER_FILE as OPTIMIZER_FILE
-from exactflow.core.saved_run import SPLIT_FOLDER as SPLIT_FOLDER
-from exactflow.core.saved_run import STATE_FILE as STATE_FILE
-from exactflow.core.saved_run import Checkpoint as Checkpoint
 from exactflow.core.saved_run import (
+    STATE_FILE,
+    Checkpoint,
     LogState,
     NewerFormatError,
+    RunState,
     described,
     finished,
     read_checkpoint,
 )
-from exactflow.core.saved_run import RunState as RunState
 from exactflow.core.serialization import explained_write, sync_folder, write_atomically
 from exactflow.data.augmentation import Augmentation
 from exactflow.data.datasets import ImageDataset
 from exactflow.training.optim import TrainConfig, total_steps
 
 # What may differ when a run is resumed: it changes no weight.
-_FREE_FIELDS = frozenset(
-    {
-        *("activation_checkpointing", "num_workers", "parallel"),
-        *("log_every", "checkpoint_every", "keep_checkpoints"),
-    }
-)
+_FREE_FIELDS = {"activation_checkpointing", "num_workers", "parallel"}
+_FREE_FIELDS |= {"log_every", "checkpoint_every", "keep_checkpoints"}
 
-# A folder without its files is damaged; any other OSError says nothing about what is in them.
+# A checkpoint that lacks a file is damaged; any other OSError may pass.
 _ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
@@ -57,13 +49,12 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: where they lie, made at the first save.
+        folder: where they are, made at the first save.
         keep: how many of the newest are kept.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
-        self._folder = folder
-        self._keep = keep
+        self._folder, self._keep = folder, keep
 
     def save(
         self,
@@ -83,7 +74,7 @@ class Checkpoints:
         Raises:
             OSError: it could not be written; earlier checkpoints are intact.
         """
-        with self.undone(state.step):
+        with self.removed_on_error(state.step):
             partial = self.begin(state.step)
             hashes = {name: _write(partial / name, make()) for name, make in files.items()}
             return self.commit(state, identity, hashes, log)
@@ -106,16 +97,9 @@ class Checkpoints:
         hashes: Mapping[str, str],
         log: LogState | None,
     ) -> Checkpoint:
-        """Give the folder, all files of which are on disk, its name; remove the oldest ones.
+        """Give a folder its final name once all its files are on disk; remove old checkpoints.
 
-        Args:
-            state: where the run stood.
-            identity: see `Checkpoint`.
-            hashes: SHA-256 by file name.
-            log: see `Checkpoint`.
-
-        Raises:
-            OSError: it could not be written.
+        Arguments as of `save`, but for the SHA-256 of the files by their names. Raises OSError.
         """
         partial, final_ = self._partial(state.step), self.folder_of(state.step)
         made = Checkpoint(final_, state, identity, log)
@@ -131,16 +115,19 @@ class Checkpoints:
 
     @property
     def _is_inside(self) -> bool:
-        """Whether they lie in the run's folder; a link may lead anywhere, to what others need."""
+        """Whether checkpoints lie in the run's folder, and not behind a link to another place.
+
+        Other runs may need what is there: nothing is removed behind a link.
+        """
         return self._folder.resolve().is_relative_to(self._folder.parent.resolve())
 
     def folder_of(self, step: int) -> Path:
-        """Where the checkpoint of a step lies once it is whole."""
+        """The folder of the whole checkpoint of a step."""
         return self._folder / f"step_{step:08d}"
 
     @contextmanager
-    def undone(self, step: int) -> Iterator[None]:
-        """An OSError inside removes what was begun."""
+    def removed_on_error(self, step: int) -> Iterator[None]:
+        """Remove the unfinished checkpoint of a step where an OSError is raised inside."""
         try:
             yield
         except OSError:
@@ -158,7 +145,7 @@ class Checkpoints:
         the run's, nothing is ever removed, and a warning says so.
 
         Raises:
-            OSError: a file is there and cannot be read, which another day it may.
+            OSError: a file is there and cannot be read now.
         """
         if not self._is_inside:
             warnings.warn(
@@ -187,7 +174,7 @@ class Checkpoints:
 def identity(
     model: GenerativeModel, dataset: ImageDataset, config: TrainConfig, augmentation: Augmentation
 ) -> dict[str, Any]:
-    """What decides the weights after a given step, flat and as JSON gives it back."""
+    """The fields that determine the weights after a given step, by "SECTION.FIELD"."""
     training = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_FIELDS}
     fields = {
         "model.kind": model.kind,
@@ -196,13 +183,13 @@ def identity(
         **{f"data.{name}": value for name, value in dataclasses.asdict(augmentation).items()},
         **{f"training.{name}": value for name, value in training.items()},
     }
-    return json.loads(json.dumps(fields))
+    return json.loads(json.dumps(fields))  # as it is read back
 
 
 def grown(
     found: Checkpoint, identity: Mapping[str, Any], total: int, num_images: int
 ) -> Mapping[str, Any]:
-    """The identity asked for, with the length of a finished run where that is shorter.
+    """The identity of a run, with the old length of a finished run that is to take more steps.
 
     Args:
         found: the run's newest checkpoint.
@@ -248,7 +235,7 @@ def _write(path: Path, content: bytes) -> str:
 
 
 def _remove(folder: Path) -> None:
-    """A folder with all that is in it; of a link, the link alone."""
+    """Remove a folder with its contents; of a link, the link alone."""
     if folder.is_symlink():
         folder.unlink()
     else:
@@ -256,6 +243,6 @@ def _remove(folder: Path) -> None:
 
 
 def _free(path: Path) -> Path:
-    """The path, or with the first number behind it that nothing is called by."""
+    """The path, with the smallest number after its name that makes it free if it is not."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
     return next(p for p in itertools.chain([path], numbered) if not os.path.lexists(p))

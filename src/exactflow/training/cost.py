@@ -1,7 +1,6 @@
-"""What a training will cost before it is begun: work, memory on each device, and time at a rate.
+"""The cost of a training, known before it begins: work, memory on each device, time at a rate.
 
-Work and memory are counted. Time is not: it follows from a rate that somebody measured, and where
-nobody did there is none.
+Work and memory are counted. Time follows from a measured rate alone.
 """
 
 from collections.abc import Iterator
@@ -31,8 +30,8 @@ class TrainingCost:
         devices: that share each batch.
         shards: how many of them each parameter is split over.
         parameters: of the model.
-        flops_per_image: of one image in a training step, see `training_flops`. What activation
-            checkpointing computes a second time is not in it.
+        flops_per_image: of one image in a training step, see `training_flops`; without the second
+            evaluation by activation checkpointing.
         memory: of each device.
         epoch: images of the data set; None: not known.
         steps: optimizer steps; None where the recipe counts epochs of unknown size.
@@ -64,7 +63,7 @@ class TrainingCost:
         return None if self.images is None else self.images / images_per_second / SECONDS_PER_DAY
 
     def rate_at(self, flops_per_second: float) -> float:
-        """Images per second of devices that each do so many FLOPs of the model a second."""
+        """Images per second of all devices, each of which does this many FLOPs a second."""
         return self.devices * flops_per_second / self.flops_per_image
 
 
@@ -99,10 +98,10 @@ def training_cost(
 def remedies(
     model: GenerativeModel, config: TrainConfig, limit: int, *, devices: int = 1, shards: int = 1
 ) -> Iterator[tuple[TrainConfig, StepMemory]]:
-    """Settings under which a step takes no more than `limit` bytes on each device.
+    """Settings with which a step takes no more than `limit` bytes on each device.
 
-    For activations kept and for activations recomputed, the one with the fewest micro-batches, if
-    any. A step that fits as it is gives itself.
+    At most two: with activations kept and with activations recomputed, each with the fewest
+    micro-batches that fit. A step that fits as it is comes back unchanged.
     """
     images = config.accumulate * config.micro_batch(devices)
     counts = [count for count in range(config.accumulate, images + 1) if images % count == 0]
@@ -124,7 +123,7 @@ def remedies(
 def fewest_shards(
     model: GenerativeModel, config: TrainConfig, limit: int, *, devices: int
 ) -> tuple[int, StepMemory] | None:
-    """The smallest divisor of `devices` over which parameters must be split to fit, if any."""
+    """The smallest number of shards, a divisor of `devices`, that fits in `limit` bytes, if any."""
     whole = step_memory(model, config, devices=devices)
     for shards in range(1, devices + 1):
         least = (whole.weights + whole.optimizer + whole.average) // shards + whole.activations
@@ -140,11 +139,11 @@ def fewest_shards(
 def measured_rate(model: GenerativeModel, config: TrainConfig, *, devices: int = 1) -> float:
     """Images per second in training steps taken here and now, on random images.
 
-    One device does its part of a batch. Its rate is multiplied by `devices`: what they lose in
-    waiting for one another is not in it.
+    One device takes its part of a batch; its rate is multiplied by `devices`, as if they did not
+    wait for one another.
 
     Args:
-        model: where it is to be measured; a copy is trained.
+        model: on the device to be measured; a copy is trained.
         config: of the training.
         devices: that share each batch.
     """
@@ -155,7 +154,7 @@ def measured_rate(model: GenerativeModel, config: TrainConfig, *, devices: int =
 
 
 def random_images(model: GenerativeModel, count: int) -> ImageDataset:
-    """Images without sense, in the shape of those that the model is made for."""
+    """Images of independent random pixels, in the model's shape and grey levels."""
     random = np.random.default_rng(derive_seed(0, "random images"))
     labels = random.integers(0, model.num_classes, count) if model.num_classes else None
     return ImageDataset(

@@ -1,4 +1,4 @@
-"""Why a step is not finite: the batch is run once more, stage by stage, and kept for later."""
+"""Find where a step is not finite: evaluate the batch once more, stage by stage, and keep it."""
 
 import io
 from collections.abc import Callable, Iterator, Mapping
@@ -43,15 +43,15 @@ class Range:
 @final
 @dataclass(frozen=True)
 class StageReport:
-    """What one stage did to the batch.
+    """Ranges of one stage's values on the batch.
 
     Attributes:
-        name: its place and its class.
-        latent: its first floating-point output.
-        theta: parameters of an autoregressive transform's conditional, by their names; none for
-            every other stage.
-        finite_input: whether all it was given was finite.
-        finite_output: whether all it returned was.
+        name: place and class of the stage.
+        latent: range of its first floating-point output.
+        theta: ranges of the parameters of an autoregressive transform's conditional, by name; empty
+            for any other stage.
+        finite_input: whether all its inputs were finite.
+        finite_output: whether all its outputs were.
     """
 
     name: str
@@ -66,10 +66,10 @@ class StageReport:
 
 
 def diagnose(model: GenerativeModel, rerun: Callable[[int], Tensor], parts: int) -> str | None:
-    """Where the first NaN or infinity of a step arises, in words and ranges; None: nowhere.
+    """Report where the first NaN or infinity of a step arises; None if there is none.
 
-    Every micro-batch is taken forward and backward, whatever is found: other processes, with which
-    this one shares statistics, do the same.
+    Every micro-batch is evaluated forward and backward, whatever is found before: other processes,
+    which share statistics of the batch, do the same.
 
     Args:
         model: as it was before the step; its gradients are overwritten.
@@ -89,11 +89,12 @@ def diagnose(model: GenerativeModel, rerun: Callable[[int], Tensor], parts: int)
 
 
 def _finding(model: GenerativeModel, reports: list[StageReport], loss: Tensor) -> str | None:
-    """What is not finite in a micro-batch."""
+    """Report what is not finite in a micro-batch; None if everything is."""
     text = "\n".join(f"  {report}" for report in reports)
     if not (bool(loss.isfinite()) and all(r.finite_output for r in reports)):
         return f"{_blame_forward(model, reports)}\n{text}"
-    broken = [n for n, p in model.named_parameters() if _gradient_is_broken(p)]
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    broken = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
     if broken:
         names = _enumerate(broken)
         return f"The forward pass is finite; gradients that are not: {names}.\n{text}"
@@ -112,7 +113,7 @@ def save_batch(path: Path, images: Tensor, labels: Tensor | None, step: int, see
 
 @contextmanager
 def _observed(model: GenerativeModel, reports: list[StageReport]) -> Iterator[None]:
-    """Every stage evaluated inside adds a report, in the order of evaluation."""
+    """Append a report for every stage evaluated inside, in the order of evaluation."""
     handles = [
         stage.register_forward_hook(_observer(f"stage {index}", reports), with_kwargs=True)
         for index, stage in enumerate(model.stages)
@@ -156,7 +157,7 @@ def _floats(value: Any) -> list[Tensor]:
 
 
 def _blame_forward(model: GenerativeModel, reports: list[StageReport]) -> str:
-    """The first stage that loses finiteness, and parameters that are themselves not finite."""
+    """Name the first stage with an output that is not finite, and parameters that are not."""
     first = next((report for report in reports if not report.finite_output), None)
     if first is None:
         text = "Every stage is finite, the loss is not."
@@ -166,10 +167,6 @@ def _blame_forward(model: GenerativeModel, reports: list[StageReport]) -> str:
         text = f"The input of {first.name} is already not finite."
     broken = [n for n, p in model.named_parameters() if not bool(p.isfinite().all())]
     return f"{text} Parameters that are not finite: {_enumerate(broken)}." if broken else text
-
-
-def _gradient_is_broken(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and not bool(parameter.grad.isfinite().all())
 
 
 def _enumerate(names: list[str]) -> str:

@@ -1,12 +1,12 @@
 """One model on several processes: whole in each of them, or with its parameters split over them.
 
-PyTorch's engine does it: `DistributedDataParallel`, and `fully_shard` (FSDP2) over a mesh. A batch
-gives the same gradient either way, see `nn.batch`.
+The engine is PyTorch's: `DistributedDataParallel`, or `fully_shard` (FSDP2) over a mesh. A batch
+gives the same gradient either way, see `parallel.shared_batch`.
 """
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Literal, final
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from exactflow.core.model import GenerativeModel
-from exactflow.parallel import shared_batch as batch
 from exactflow.parallel.process_group import Processes
+from exactflow.parallel.shared_batch import shared_by
 from exactflow.training.optim import MovingAverage, TrainConfig
 
 STATE_COPIES = 5  # weights, gradients, two moments, average
@@ -23,17 +23,18 @@ STATE_SHARE = 0.5  # of a device's memory that these may take with "auto" before
 
 
 @final
-class Spread:
-    """A model as the processes of a group train it together.
+class DataParallel:
+    """A model that the processes of a group train together, each on its rows of every batch.
 
     Args:
         model: the same in every process. Where its parameters are split, it is without contents
             while the split copy is trained.
-        config: says how.
-        group: the processes; alone the model is trained as it is.
+        config: `parallel` says whether parameters are split.
+        group: the processes; a single one trains the model as it is.
 
     Raises:
-        ValueError: the batch does not fall into equal parts, or the processes do not fit the way.
+        ValueError: the batch does not fall into equal parts, or the processes do not fit
+            `parallel`.
 
     Attributes:
         home: the model that was given.
@@ -42,7 +43,7 @@ class Spread:
     """
 
     def __init__(self, model: GenerativeModel, config: TrainConfig, group: Processes) -> None:
-        config.micro_batch(group.count)  # raises where there is none
+        config.micro_batch(group.count)  # raises where the batch does not fall into equal parts
         self.home, self.trained, self._group = model, model, group
         self.is_split = False
         self._evaluated: nn.Module = model
@@ -69,12 +70,12 @@ class Spread:
             _empty(model)
 
     @contextmanager
-    def part(self, *, last: bool) -> Iterator[None]:
-        """Loss and gradient of a micro-batch happen inside; gradients meet in the last one."""
-        with ExitStack() as stack:
-            stack.enter_context(batch.shared_by(self._group.rank, self._group.count))
-            if isinstance(self._evaluated, DistributedDataParallel) and not last:
-                stack.enter_context(self._evaluated.no_sync())
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """Compute loss and gradient of a micro-batch inside; the last one adds up all gradients."""
+        evaluated, waiting = self._evaluated, nullcontext()
+        if isinstance(evaluated, DistributedDataParallel) and not last:
+            waiting = evaluated.no_sync()
+        with shared_by(self._group.rank, self._group.count), waiting:
             yield
 
     def loss(self, images: Tensor, label: Tensor | None, noise: torch.Generator) -> Tensor:
@@ -82,7 +83,7 @@ class Spread:
         return self._evaluated(images, label, noise)
 
     @contextmanager
-    def viewed(self, average: MovingAverage | None) -> Iterator[GenerativeModel]:
+    def averaged(self, average: MovingAverage | None) -> Iterator[GenerativeModel]:
         """The whole model in every process, with averaged weights where there is an average."""
         if not self.is_split:
             with nullcontext() if average is None else average.applied():
@@ -95,12 +96,12 @@ class Spread:
             _empty(self.home)
 
     def whole(self, value: Tensor) -> Tensor:
-        """A tensor of the trained module with all its parts."""
+        """The whole of a tensor of the trained module; all processes call this together."""
         if not self.is_split:
             return value
-        from exactflow.training import split
+        from torch.distributed.tensor import DTensor  # takes a while to import
 
-        return split.whole(value)
+        return value.full_tensor() if isinstance(value, DTensor) else value
 
     def finish(self, average: MovingAverage | None) -> None:
         """Leave `home` whole for good, with averaged weights where there is an average."""
@@ -121,7 +122,7 @@ class Spread:
 
 @final
 class _WithUnused(nn.Module):
-    """The model beside a parameter that takes no part, for want of which PyTorch would warn."""
+    """The model beside an unused parameter, without which PyTorch would warn that there is none."""
 
     def __init__(self, model: GenerativeModel) -> None:
         super().__init__()
@@ -133,7 +134,7 @@ class _WithUnused(nn.Module):
 
 
 def _chosen(model: GenerativeModel, config: TrainConfig) -> Literal["ddp", "fsdp", "hsdp"]:
-    """The way that was asked for; "auto" splits what takes too much of a device's memory."""
+    """The way of sharing; "auto" splits parameters that take too much of a device's memory."""
     if config.unsplit and config.parallel in ("fsdp", "hsdp"):
         raise ValueError(
             f"{config.unsplit} needs all parameters in every process: expected parallel 'auto' or "
@@ -159,7 +160,7 @@ def processes_of_a_node() -> int:
 
 
 def _empty(model: nn.Module) -> None:
-    """Take the contents of all parameters away."""
+    """Replace all parameters by ones without contents."""
     for name, parameter in list(model.named_parameters()):
         _set_parameter(model, name, torch.empty_like(parameter, device="meta"))
 

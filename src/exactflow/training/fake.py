@@ -1,7 +1,7 @@
-"""Copies of models without contents: what a step takes is counted where no memory for it is there.
+"""Copies of models without contents, on which the work and memory of a step are counted.
 
-PyTorch's fake tensors have a shape, a dtype and a device. Autograd, autocast and the choice of
-kernels are those of a CPU, and the model's own code runs on them, whatever its size.
+PyTorch's fake tensors have a shape, a dtype and a device, and take no memory. Autograd, autocast
+and the choice of kernels are those of a CPU; the model's own code runs on them, whatever its size.
 """
 
 import weakref
@@ -22,7 +22,7 @@ from exactflow.core.model import GenerativeModel
 def fake_copy(
     model: GenerativeModel, shards: int = 1
 ) -> Iterator[tuple[GenerativeModel, "Ledger"]]:
-    """A copy of `model` without contents, and a ledger of the bytes that it takes inside.
+    """Yield a copy of `model` without contents, and a ledger of the bytes that its use takes.
 
     Args:
         model: on any device; it is not changed.
@@ -54,12 +54,12 @@ def loss_of_zeros(model: GenerativeModel, count: int) -> Tensor:
 
 @final
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of all storages that operations inside make, from first to last use.
+    """Counts the bytes of all storages that operations inside make, as long as each is in use.
 
-    What is read off a fake tensor is 1, or False.
+    A number that code reads off a fake tensor is 1, or False.
 
     Args:
-        known: tensors that were there before, and are not counted.
+        known: tensors from before, which are not counted.
 
     Attributes:
         live: bytes now.

@@ -15,21 +15,20 @@ from exactflow.core.serialization import explained_write, write_atomically
 from exactflow.parallel.process_group import ALONE, Processes
 
 LOG_FILE = "metrics.jsonl"
-_NOT_FINITE = ("nan", "inf", "-inf")
 
 
 @final
 class MetricsLog:
-    """metrics.jsonl: after any number of interruptions the same as without them, but for timings.
+    """Writes metrics.jsonl, whose lines do not depend on interruptions of the run, but for timings.
 
     Args:
         run_dir: folder of the run, made if absent.
-        step: steps done. Lines of later ones are dropped, since these are about to be repeated;
-            so are torn lines.
+        step: steps done. Lines of later steps, which will be repeated, and incomplete lines are
+            dropped.
         tensorboard: write to `run_dir/tensorboard` too.
-        group: only the main process of it writes; all know the last line.
-        expected: the log that the run left, if it is known. Where the file does not begin so, a
-            warning says what is lost, and the file as found is kept beside.
+        group: only its main process writes; all know the last line.
+        expected: the log as the run left it, if known. If the file does not begin like it, a
+            warning says which lines are lost, and a copy of the file is kept beside it.
 
     Raises:
         OSError: a file could not be written, here or later.
@@ -60,7 +59,7 @@ class MetricsLog:
 
     @property
     def state(self) -> LogState:
-        """Of the file as it is now; only the main process knows it."""
+        """Length and hash of the file as it is now; correct in the main process only."""
         return LogState(self._lines, self._hash.hexdigest())
 
     def write(self, line: Mapping[str, int | float]) -> None:
@@ -75,7 +74,7 @@ class MetricsLog:
                 self._file.flush()
         except OSError:
             file, self._file = self._file, None
-            with suppress(OSError):  # it tries once more
+            with suppress(OSError):  # closing writes once more
                 file.close()
             raise
         self._count(text)
@@ -100,15 +99,16 @@ class MetricsLog:
     def _open(
         self, run_dir: Path, step: int, tensorboard: bool, expected: LogState | None
     ) -> dict[str, Any]:
-        """The last line that counts."""
+        """Open the file and drop lines that do not count; return the last line that does."""
         with explained_write(self._path):
             run_dir.mkdir(parents=True, exist_ok=True)
             found = self._path.read_bytes() if self._path.exists() else None
         lines = (found or b"").splitlines(keepends=True)
         kept = _counting(lines, step)
-        written = [] if expected is None else lines[: expected.lines]
-        if expected is not None and _hash_of(written) != expected.sha256:
-            self._tell(found, kept, step, expected)
+        if expected is not None:
+            written = hashlib.sha256(b"".join(lines[: expected.lines])).hexdigest()
+            if written != expected.sha256:
+                self._keep_damaged(found, kept, step, expected)
         if kept != lines:
             write_atomically(self._path, b"".join(kept))
         for line in kept:
@@ -122,8 +122,10 @@ class MetricsLog:
         self._hash.update(line)
         self._lines += 1
 
-    def _tell(self, found: bytes | None, kept: list[bytes], step: int, expected: LogState) -> None:
-        """Say what is lost of a log that is not as the run left it, and keep it as found."""
+    def _keep_damaged(
+        self, found: bytes | None, kept: list[bytes], step: int, expected: LogState
+    ) -> None:
+        """Warn which lines of a changed log are lost, and keep a copy of it."""
         told = f"{self._path} is not as the run left it at step {step}"
         lost = expected.lines - len(kept)
         what = f"{lost} of {expected.lines} lines are lost" if lost > 0 else "values were changed"
@@ -146,7 +148,7 @@ class MetricsLog:
 
 
 def _open_tensorboard(run_dir: Path, last_step: int) -> Any:
-    """A writer that hides what an interrupted session wrote after `last_step`."""
+    """A writer that hides the values of an interrupted session after `last_step`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -156,26 +158,21 @@ def _open_tensorboard(run_dir: Path, last_step: int) -> Any:
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1)
 
 
-def _hash_of(lines: list[bytes]) -> str:
-    return hashlib.sha256(b"".join(lines)).hexdigest()
-
-
 def _counting(lines: list[bytes], last_step: int) -> list[bytes]:
-    """The lines that are whole, of steps up to the last one."""
+    """The complete lines of steps up to the last one."""
     return [line for line in lines if (step := _step_of(line)) is not None and step <= last_step]
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step of a line as `MetricsLog.write` writes it; None of anything else."""
+    """The step of a line that `MetricsLog.write` wrote; None for any other line."""
     try:
         values = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
-    if not isinstance(values, dict) or not all(map(_is_value, values.values())):
+    if not isinstance(values, dict):
         return None
+    for value in values.values():
+        if type(value) not in (int, float) and value not in ("nan", "inf", "-inf"):
+            return None
     step = values.get("step")
     return step if type(step) is int else None
-
-
-def _is_value(value: Any) -> bool:
-    return value in _NOT_FINITE if isinstance(value, str) else type(value) in (int, float)

@@ -1,4 +1,4 @@
-"""Muon: momentum whose singular values are all made one, for the matrices inside of layers.
+"""Muon: a weight matrix inside of a layer moves along U V^T, where its momentum is U S V^T.
 
 Jordan et al., Muon: an optimizer for hidden layers in neural networks (2024), and Liu et al., Muon
 is scalable for LLM training, arXiv 2502.16982. Everything else moves by AdamW (Loshchilov and
@@ -22,6 +22,9 @@ EPS = 1e-8  # AdamW's
 @final
 class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum for groups with "matrices", AdamW for the others.
+
+    A matrix W of gradient G moves by M <- 0.95 M + 0.05 G and W <- W - lr sqrt(max(1, rows /
+    columns)) orthogonalize(0.95 M + 0.05 G), after decoupled weight decay.
 
     Args:
         groups: of parameters, each with "lr", "weight_decay" and "matrices": how many matrices of
@@ -81,10 +84,10 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
         done = [float(count) for count in counts]
-        spread = torch._foreach_sqrt(second)
-        torch._foreach_div_(spread, [math.sqrt(1 - beta2**t) for t in done])
-        torch._foreach_add_(spread, EPS)
-        torch._foreach_addcdiv_(parameters, first, spread, [-rate / (1 - beta1**t) for t in done])
+        scales = torch._foreach_sqrt(second)
+        torch._foreach_div_(scales, [math.sqrt(1 - beta2**t) for t in done])
+        torch._foreach_add_(scales, EPS)
+        torch._foreach_addcdiv_(parameters, first, scales, [-rate / (1 - beta1**t) for t in done])
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

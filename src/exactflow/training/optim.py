@@ -1,11 +1,11 @@
-"""How weights move: the configuration, the learning rate, the optimizer, the moving average."""
+"""Configuration of a training, its learning rates, optimizers and moving average of weights."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from exactflow.core.model import GenerativeModel
 from exactflow.training.muon import Muon
 
-DECAYS = ("cosine", "linear", "exponential")
-PARALLEL = ("auto", "ddp", "fsdp", "hsdp")
-WARMUPS = ("ratio", "power", "none")
-OPTIMIZERS = ("adamw", "adamax", "muon")
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 
@@ -63,23 +59,23 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for the first field out of its range."""
-        rules = {
-            "batch_size": (self.batch_size >= 1, "at least 1"),
+        counts = ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
+        positive = ("epochs", "learning_rate", "muon_learning_rate")
+        others = ("warmup_epochs", "weight_decay", "seed", "num_workers")
+        choices = {f.name: get_args(f.type) for f in fields(self) if get_origin(f.type) is Literal}
+        rules = {name: (getattr(self, name) >= 1, "at least 1") for name in counts}
+        rules |= {n: (0 < getattr(self, n) < math.inf, "a positive number") for n in positive}
+        rules |= {n: (0 <= getattr(self, n) < math.inf, "0 or more") for n in others}
+        rules |= {
             "accumulate": (
                 self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
                 f"a divisor of batch_size={self.batch_size}",
             ),
-            "epochs": (0 < self.epochs < math.inf, "a positive number"),
             "steps": (self.steps is None or self.steps >= 1, "None or at least 1"),
-            "learning_rate": (0 < self.learning_rate < math.inf, "a positive number"),
             "min_learning_rate": (
                 0 <= self.min_learning_rate <= self.learning_rate,
                 f"0 .. learning_rate={self.learning_rate}",
             ),
-            "optimizer": (self.optimizer in OPTIMIZERS, " or ".join(map(repr, OPTIMIZERS))),
-            "muon_learning_rate": (0 < self.muon_learning_rate < math.inf, "a positive number"),
-            "decay": (self.decay in DECAYS, " or ".join(map(repr, DECAYS))),
-            "ema_warmup": (self.ema_warmup in WARMUPS, " or ".join(map(repr, WARMUPS))),
             "ema_power": (self.ema_power > 0, "a positive number"),
             "decay_factor": (0 < self.decay_factor <= 1, "in (0, 1]"),
             "fine_tuning_epochs": (
@@ -87,27 +83,19 @@ class TrainConfig:
                 and not (self.fine_tuning_epochs and self.steps),
                 f"less than epochs={self.epochs}, and 0 where steps are given",
             ),
-            "warmup_epochs": (0 <= self.warmup_epochs < math.inf, "0 or more"),
             "warmup_steps": (self.warmup_steps is None or self.warmup_steps >= 0, "None or >= 0"),
             "betas": (all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
             "clip_norm": (
                 self.clip_norm is None or self.clip_norm > 0,
                 "None or a positive number",
             ),
             "ema_decay": (0 <= self.ema_decay < 1, "in [0, 1)"),
-            "precision": (self.precision in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
-            "parallel": (self.parallel in PARALLEL, " or ".join(map(repr, PARALLEL))),
             "reversible": (
                 not (self.reversible and (self.activation_checkpointing or self.compile)),
                 "False with activation_checkpointing, which it includes, or with compile",
             ),
-            "seed": (self.seed >= 0, "0 or more"),
-            "num_workers": (self.num_workers >= 0, "0 or more"),
-            "log_every": (self.log_every >= 1, "at least 1"),
-            "checkpoint_every": (self.checkpoint_every >= 1, "at least 1"),
-            "keep_checkpoints": (self.keep_checkpoints >= 1, "at least 1"),
         }
+        rules |= {n: (getattr(self, n) in c, " or ".join(map(repr, c))) for n, c in choices.items()}
         for name, (holds, expected) in rules.items():
             if not holds:
                 raise ValueError(
@@ -116,16 +104,16 @@ class TrainConfig:
 
     @property
     def unsplit(self) -> str:
-        """The field for which every process needs all parameters, as NAME=VALUE; "" if none."""
-        if self.optimizer == "muon":  # which works on whole matrices
+        """The setting, as NAME=VALUE, that needs all parameters in every process; "" if none."""
+        if self.optimizer == "muon":  # works on whole matrices
             return "training.optimizer=muon"
         return "training.reversible=true" if self.reversible else ""
 
     def micro_batch(self, processes: int) -> int:
-        """Images that each process takes at once: its share of a micro-batch.
+        """Images that each process takes at once: its part of a micro-batch.
 
         Raises:
-            ValueError: the batch does not fall into such shares.
+            ValueError: the batch cannot be divided into equal parts.
         """
         parts = processes * self.accumulate
         if parts < 1 or self.batch_size % parts:
@@ -139,7 +127,7 @@ class TrainConfig:
         """The run's length and learning rates on a data set of `num_images` images.
 
         Raises:
-            ValueError: `warmup_steps` leaves nothing of the run.
+            ValueError: `warmup_steps` is not less than the run's steps.
         """
         epoch = max(num_images // self.batch_size, 1)  # as the loader counts: no smaller batch
         total = total_steps(self.steps, self.epochs, epoch)
@@ -158,7 +146,7 @@ class TrainConfig:
 
 
 def total_steps(steps: int | None, epochs: float, epoch: int) -> int:
-    """Optimizer steps of a run: `steps` if given, else so many epochs of `epoch` steps."""
+    """Optimizer steps of a run: `steps` if given, else those of `epochs` of `epoch` steps each."""
     return max(1, round(epochs * epoch)) if steps is None else steps
 
 
@@ -167,8 +155,9 @@ def total_steps(steps: int | None, epochs: float, epoch: int) -> int:
 class Schedule:
     """The learning rate of every step.
 
-    A linear warm-up from `low` to `peak`, then half a cosine or a line back to `low`; or one from
-    0, then an exponential that ends where it reaches `low`.
+    A linear warm-up from `low` to `peak`, then low + (peak - low) h with h = (1 + cos(pi f)) / 2,
+    or 1 - f for a line, where f rises from 0 to 1. Or a warm-up from 0, then max(low, peak
+    factor^n) after n steps.
 
     Attributes:
         total: optimizer steps of the run.
@@ -178,6 +167,9 @@ class Schedule:
         factor: of the exponential, per step; None: a cosine or a line.
         falling: step at which these end, and after which the rate is `low` whatever it was.
         linear: a line instead of a cosine.
+
+    >>> Schedule(total=100, warmup=10, peak=1e-3, low=0.0).learning_rate(11)
+    0.001
     """
 
     total: int
@@ -204,10 +196,9 @@ class Schedule:
 
 
 def make_optimizer(model: GenerativeModel, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of all trainable parameters, in few kernels where the device allows it.
+    """The optimizer of all trainable parameters, fused where the device allows it.
 
-    Every group of parameters has a "rate", the factor that the model's rules give its learning
-    rate.
+    The "rate" of a group of parameters is the factor on its learning rate, by the model's rules.
     """
     groups: dict[tuple[float, bool, int], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -246,7 +237,7 @@ def _muon(
     matrices: Sequence[int],
     config: TrainConfig,
 ) -> Muon:
-    """Muon over the groups. Raises ValueError for a model it is not made for, or one in parts."""
+    """Muon over the groups. Raises ValueError for a split model, or one without matrices."""
     from torch.distributed.tensor import DTensor  # takes a while to import
 
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
@@ -264,13 +255,13 @@ def _muon(
 
 @contextmanager
 def recomputed(stages: Iterable[nn.Module], active: bool) -> Iterator[None]:
-    """Keep only the stages' inputs for the backward pass, which evaluates them a second time.
+    """Activation checkpointing: keep only the inputs of stages, and evaluate these a second time.
 
     Names of parameters do not change. A stage that writes to its buffers would do so twice.
 
     Args:
         stages: of a model.
-        active: whether they are; else nothing changes.
+        active: False changes nothing.
     """
     wrapped = list(stages) if active else []
     for stage in wrapped:
@@ -286,9 +277,9 @@ def recomputed(stages: Iterable[nn.Module], active: bool) -> Iterator[None]:
 class MovingAverage:
     """Exponential moving average of a model's parameters; buffers are always the model's own.
 
-    At update t = 0, 1, ... the average moves by 1 - min(decay, warm-up) of the way to the weights,
-    with a warm-up of (1 + t) / (10 + t), of 1 - (1 + t)^-power, or none, so that it soon forgets
-    the initial ones.
+    average <- d average + (1 - d) weights at update t = 0, 1, ..., where d = min(decay, w(t)) and
+    the warm-up w(t) is (1 + t) / (10 + t), or 1 - (1 + t)^-power, or 1 for none. It makes the
+    average soon forget the initial weights.
     """
 
     def __init__(
@@ -310,14 +301,14 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, t: int) -> None:
-        """Take up the weights after optimizer step t + 1."""
+        """Add the weights after optimizer step t + 1 to the average."""
         warm = {"ratio": (1 + t) / (10 + t), "power": 1 - (1 + t) ** -self._power, "none": 1.0}
         weight = 1 - min(self._decay, warm[self._warmup])
         torch._foreach_lerp_(list(self._average.values()), list(self._live.values()), weight)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model has the averaged weights inside, and exactly its own again afterwards."""
+        """Give the model the averaged weights inside, and its own back afterwards."""
         own = {name: p.detach().clone() for name, p in self._live.items()}
         self.apply()
         try:

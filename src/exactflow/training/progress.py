@@ -1,4 +1,4 @@
-"""What a run tells: its callbacks on the way, and its caller at the end."""
+"""What a run passes to its callbacks, and returns at its end."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from exactflow.core.model import GenerativeModel
 @final
 @dataclass(frozen=True)
 class Progress:
-    """What a callback is told.
+    """The state of a run, for its callbacks.
 
     Attributes:
         step: optimizer steps done.
         images_seen: step times batch size.
         seconds: wall-clock time of the run so far, in all its sessions.
         step_seconds: the part of it that optimizer steps took, without callbacks and files.
-        model: in eval mode, with the averaged weights where there is an average. It must be left
-            as it is found.
-        folder: of the run, with what was logged so far.
-        end: to be called to end the run after this step; it then counts as finished.
+        model: in eval mode, with the averaged weights where there is an average; a callback must
+            not change it.
+        folder: of the run, with its log so far.
+        end: ends the run after this step when called; the run then counts as finished.
     """
 
     step: int
@@ -36,7 +36,7 @@ class Progress:
 @final
 @dataclass(frozen=True)
 class FitResult:
-    """How a run ended; attributes as in `Progress`.
+    """The state of a run at its end; attributes as in `Progress`.
 
     Attributes:
         checkpoint: folder of the last checkpoint.
@@ -55,7 +55,7 @@ Callback = Callable[[Progress], Mapping[str, float] | None]
 
 
 def with_metrics(line: Mapping[str, Any], metrics: Mapping[str, float] | None) -> dict[str, Any]:
-    """A line of the log with what a callback returned. Raises ValueError for a name it has."""
+    """A line of the log with the numbers of a callback. Raises ValueError for a repeated name."""
     found = metrics or {}
     taken = found.keys() & line.keys()
     if taken:

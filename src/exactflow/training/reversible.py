@@ -1,10 +1,10 @@
-"""Reversible training: what a block was given is recovered from what it made of it.
+"""Reversible training: the input of a block is recovered from its output.
 
-Plain training keeps all that every block computes, activation checkpointing the block's input. Here
-a composition keeps its last output, and the input of each part that is not reversible. The backward
-pass goes through the parts from the last to the first: a reversible one is retraced, which gives
-its input to the part before, any other is evaluated again from the input that was kept. A network
-is evaluated as often as with activation checkpointing: twice.
+Plain training keeps all intermediate tensors of every block, activation checkpointing keeps the
+block's input. Here a composition keeps its last output, and the input of each part that is not
+reversible. The backward pass goes through the parts from the last to the first: a reversible part
+is inverted, which gives the output of the part before; any other is evaluated again from its input.
+A network is evaluated twice, as with activation checkpointing.
 
 A recovered input differs from the true one by rounding, and so do the gradients.
 """
@@ -24,7 +24,7 @@ from exactflow.training.optim import recomputed
 
 @contextmanager
 def reversible(model: GenerativeModel, active: bool) -> Iterator[None]:
-    """Within, compositions keep no input that can be recovered; other stages keep theirs alone.
+    """Keep no recoverable input of compositions inside, and of other stages the input alone.
 
     Names of parameters do not change. No stage may write to its buffers: it would do so twice.
 
@@ -95,14 +95,14 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():  # so it is where the graph of gradients is asked for
+        if torch.is_grad_enabled():  # only with create_graph=True
             raise NotImplementedError("reversible training has no second derivatives")
         context, *kept = ctx.saved_tensors
         if context is not None:
             context = context.detach().requires_grad_(ctx.needs_input_grad[2])
         walk = _Walk(context, *grads)
-        # Casts of weights are not kept from part to part: they take memory, and one that was made
-        # without gradients must not be found by what needs them.
+        # No cache of autocast: its copies of weights take memory, and one that was made without
+        # gradients must not be used where gradients are needed.
         with torch.enable_grad(), torch.autocast(ctx.device, *ctx.autocast, cache_enabled=False):
             z = kept.pop() if _is_reversible(ctx.parts[-1]) else None
             for part in reversed(ctx.parts):
@@ -118,12 +118,12 @@ class _Through(torch.autograd.Function):
 
 @final
 class _Walk:
-    """The gradients, on the way from the last part to the first.
+    """The gradients of the loss, carried from the last part to the first.
 
     Args:
         context: of all parts, a leaf; None if there is none.
-        grad: gradient of the loss with respect to the last part's output.
-        grad_log_abs_det: and to the sum of the ln |det|.
+        grad: with respect to the last part's output.
+        grad_log_abs_det: with respect to the sum of the ln |det|.
     """
 
     def __init__(self, context: Tensor | None, grad: Tensor, grad_log_abs_det: Tensor) -> None:
@@ -133,7 +133,7 @@ class _Walk:
         self._contexts = [] if context is None or not context.requires_grad else [context]
 
     def back(self, part: nn.Module, retraced: Retraced) -> Tensor:
-        """Through `part`: its input. What was computed for that can be forgotten afterwards."""
+        """Carry the gradients through `part` and return its input."""
         pairs = [(retraced.z, self.grad), (retraced.log_abs_det, self.grad_log_abs_det)]
         ends, grads = zip(*((end, grad) for end, grad in pairs if end.requires_grad), strict=True)
         parameters = [p for p in part.parameters() if p.requires_grad]
@@ -164,7 +164,7 @@ def _is_reversible(part: nn.Module) -> bool:
 
 
 def _steps(part: nn.Module) -> list[ReversibleTransform]:
-    """A reversible part, or all that it is composed of, first applied first."""
+    """The transforms that a reversible part is composed of, or itself, first applied first."""
     if isinstance(part, Composition):
         return [step for inner in part.parts for step in _steps(inner)]
     assert isinstance(part, ReversibleTransform)

@@ -1,4 +1,4 @@
-"""The process that trains: its orders to stop, and its clock."""
+"""The process that trains: signals that ask it to stop, and its clock."""
 
 import math
 import signal
@@ -17,7 +17,7 @@ class Interrupted(Exception):
 
     Attributes:
         step: optimizer steps done, all of them in the checkpoint.
-        exit_code: what a shell expects of a process that ended so: 128 + the signal's number.
+        exit_code: 128 + the signal's number, by which shells know that a signal ended a process.
     """
 
     def __init__(self, step: int, signum: int) -> None:
@@ -33,17 +33,17 @@ class Interrupted(Exception):
 @final
 @dataclass
 class StopRequest:
-    """Whether, and by which signal, the process was asked to stop; None so far."""
+    """The signal that asked the process to stop; None before one came."""
 
     signum: int | None = None
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Turn the first SIGTERM or SIGINT into a request that the training loop looks up.
+    """Turn the first SIGTERM or SIGINT into a request that the training loop reads.
 
-    A second SIGINT aborts at once with KeyboardInterrupt. The handlers from before come back at
-    the end. Outside the main thread, where Python installs no handlers, signals are left alone.
+    A second SIGINT raises KeyboardInterrupt at once. The previous handlers are restored at the end.
+    Outside the main thread, where Python installs no handlers, signals act as before.
     """
     request = StopRequest()
 
@@ -68,13 +68,13 @@ class Clock:
     """Seconds of the run in all its sessions, and the speed of training alone.
 
     Args:
-        before: seconds of earlier sessions.
-        stepping: those of them that steps took.
+        seconds: of earlier sessions.
+        step_seconds: those of them that steps took.
     """
 
-    def __init__(self, before: float, stepping: float) -> None:
-        self._start = time.perf_counter() - before
-        self.step_seconds = stepping
+    def __init__(self, seconds: float, step_seconds: float) -> None:
+        self._start = time.perf_counter() - seconds
+        self.step_seconds = step_seconds
         self.lap()
 
     @property
@@ -84,12 +84,12 @@ class Clock:
 
     @property
     def steps_per_second(self) -> float:
-        """Speed since the last lap, without what was done between steps; nan before a step."""
+        """Speed since the last lap, the time between steps left out; nan before a step."""
         return self._steps / self._stepping if self._steps else math.nan
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """One step happens inside."""
+        """Count and time the step that is taken inside."""
         start = time.perf_counter()
         yield
         took = time.perf_counter() - start

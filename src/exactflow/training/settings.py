@@ -1,5 +1,6 @@
-"""What decides a run: a preset's recipe, or that of a model of one's own, and what was changed."""
+"""The settings of a run: the recipe of a preset, or of a model of one's own, and its changes."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, final
@@ -23,7 +24,7 @@ MAX_GRID = 4096  # images
 @final
 @dataclass(frozen=True)
 class RunConfig:
-    """What a run looks at on its way."""
+    """Scores and samples in the course of a run."""
 
     evaluate_every: int = 500  # steps between scores of held-out images
     sample_every: int = 500  # steps between sample grids
@@ -33,7 +34,7 @@ class RunConfig:
     tensorboard: bool = False  # also log to TensorBoard (extra `track`)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for intervals and counts below one, and a grid nobody can look at."""
+        """Raise ValueError for intervals and counts below one, and for a grid that is too large."""
         for name, value in asdict(self).items():
             if name != "tensorboard" and value is not None and value < 1:
                 raise ValueError(f"run.{name}: expected at least 1, got {value}")
@@ -44,7 +45,7 @@ class RunConfig:
 @final
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run; the preset is "" for a model of one's own."""
+    """All settings of a run; the preset is "" for a model of one's own."""
 
     preset: str
     model: Any
@@ -55,20 +56,22 @@ class Settings:
 
     def describe(self) -> dict[str, Any]:
         """The sections as YAML and JSON hold them."""
-        sections = {name: _plain(asdict(getattr(self, name))) for name in SECTIONS}
+        sections = {name: asdict(getattr(self, name)) for name in SECTIONS}
+        sections = json.loads(json.dumps(sections))  # lists in the place of tuples
         return {"preset": self.preset, **sections} if self.preset else sections
 
     def text(self) -> str:
-        """The content of a run's config.yaml: paths of the data as they are found from anywhere.
+        """The content of a run's config.yaml, with absolute paths of the data.
 
-        What was typed, where that differs, stands in a section of its own; see `read_file`.
+        A path that was typed otherwise is repeated as typed in a section of its own; see
+        `read_file`.
         """
         content = self.describe()
         data, prepared = content["data"], open_prepared(self.data.source)
         paths = ["source", "cache_dir"]
         if prepared is None:
             paths.append("validation")
-        else:  # how its source was read; compared with these words as they stand
+        else:  # its images were decoded by these settings, and are compared with them later
             default = DataConfig()
             words = prepared.identity.words.items()
             data |= {name: value for name, value in words if data[name] == getattr(default, name)}
@@ -78,9 +81,9 @@ class Settings:
         return yaml.safe_dump({**content, **({TYPED: typed} if typed else {})}, sort_keys=False)
 
     def fitted(self, dataset: ImageDataset) -> "Settings":
-        """With the model's image shape and levels taken from the data unless given.
+        """The settings with the model's image shape and levels taken from the data, unless given.
 
-        So is the number of classes of a conditional model; another stays one without.
+        The number of classes of a conditional model is taken too.
         """
         facts = {"image_shape": dataset.event_shape, "levels": dataset.levels}
         if asdict(self.model).get("num_classes"):  # unconditional families have no such field
@@ -89,7 +92,7 @@ class Settings:
         return replace(self, model=override(self.model, facts))
 
     def unused_classes(self, dataset: ImageDataset) -> str:
-        """Why a model is not trained with classes, where one might expect it; else nothing."""
+        """A remark that a model is trained without classes where one might expect it, or ""."""
         wanted, found = asdict(self.model).get("num_classes"), dataset.num_classes
         if wanted is None or "num_classes" in self.given or bool(wanted) == bool(found):
             return ""
@@ -104,7 +107,7 @@ class Settings:
 
     @property
     def guidance(self) -> float:
-        """The scale that samples of the model are meant to be drawn with; 0 without classes."""
+        """The preset's scale of guidance for samples; 0 without classes."""
         given = self.preset and asdict(self.model).get("num_classes")
         return registry.preset(self.preset).guidance if given else 0.0
 
@@ -161,9 +164,3 @@ def named_changes(config: Any, given: Mapping[str, Any]) -> dict[str, dict[str, 
             )
         changes[homes[0]][name] = value
     return changes
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

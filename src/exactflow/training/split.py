@@ -16,17 +16,17 @@ from exactflow.parallel.process_group import Processes
 def copy_of(
     model: GenerativeModel, shards: int, group: Processes, *, reduced: bool
 ) -> GenerativeModel:
-    """A copy of the model whose stages, and what is left outside of them, are gathered in turn.
+    """A copy of the model with split parameters, which are gathered for one stage at a time.
 
     Args:
         model: whole, the same in every process.
-        shards: processes that have the parameters together: all, or those of each node.
+        shards: processes over which each parameter is split: all, or those of each node.
         group: all processes.
-        reduced: stages are gathered in bfloat16, which rounds the few weights that autocast would
-            leave; gradients are added in float32, and what flows between stages keeps its dtype.
+        reduced: gather stages in bfloat16, which also rounds the few weights that autocast would
+            leave in float32. Gradients are added in float32; activations keep their dtype.
 
     Raises:
-        ValueError: the processes do not fall into such groups.
+        ValueError: the number of processes is no multiple of `shards`.
     """
     copy, mesh = deepcopy(model), _mesh(model.device, shards, group)
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -40,11 +40,6 @@ def copy_of(
     return copy
 
 
-def whole(value: Tensor) -> Tensor:
-    """A tensor with all its parts in this process; every process asks."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
 def split_like(value: Tensor, pattern: Tensor) -> Tensor:
     """A whole tensor, the same in every process, split as `pattern` is."""
     value = value.to(pattern.device)
@@ -55,7 +50,7 @@ def split_like(value: Tensor, pattern: Tensor) -> Tensor:
 
 
 def _mesh(device: torch.device, shards: int, group: Processes) -> DeviceMesh:
-    """All processes; or those of each node, among which parameters are split, side by side."""
+    """A mesh of all processes, or one of nodes times the processes of a node."""
     if shards == group.count:
         return init_device_mesh(device.type, (shards,), mesh_dim_names=("shards",))
     if group.count % shards or shards < 2:

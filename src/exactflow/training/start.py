@@ -17,10 +17,10 @@ def start_weights(model: GenerativeModel, location: str) -> None:
 
     Args:
         model: changed in place.
-        location: what `from_pretrained` takes.
+        location: folder or name, as of `from_pretrained`.
 
     Raises:
-        ValueError: names or shapes of their tensors differ; a few of them are named.
+        ValueError: the tensors of the two have other names or shapes.
         FileNotFoundError: there is no model.
     """
     state = current().main_first(lambda: from_pretrained(location)).state_dict()
@@ -42,7 +42,7 @@ def start_weights(model: GenerativeModel, location: str) -> None:
 
 
 def data_dependent_weights(model: GenerativeModel, dataset: ImageDataset, seed: int) -> None:
-    """Set the parameters that are read off data, if there are any."""
+    """Initialise the parameters that are computed from training images, if there are any."""
     if not isinstance(model, DataInitialized):
         return
     count = min(model.initial_images, len(dataset))

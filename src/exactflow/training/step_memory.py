@@ -1,8 +1,8 @@
-"""What a training step holds in memory, counted without memory for its weights or images.
+"""Count the memory of a training step, without memory for its weights or images.
 
-The step is taken as the trainer takes it, the model's own loss, its backward pass and the
-optimizer's step, on fake tensors (see `fake`), and every storage is counted for as long as it
-lives. Autocast and kernels are a CPU's, and so is what they keep for the backward pass.
+The step is that of the trainer (the model's loss, its backward pass, the optimizer's step), on fake
+tensors (see `fake`); every storage counts for as long as it is in use. Autocast and kernels, and
+the tensors that they keep for the backward pass, are those of a CPU.
 """
 
 from dataclasses import dataclass
@@ -21,21 +21,20 @@ from exactflow.training.optim import TrainConfig, make_optimizer, recomputed
 class StepMemory:
     """Bytes on one device at the peak of a training step.
 
-    Not counted: what kernels need inside, what an allocator loses to fragments, the device's own
-    context, and the batches that a loader prepares.
+    Not counted: memory that kernels need inside, fragments of the allocator, the device's context,
+    and the batches that a loader prepares.
 
     Attributes:
         weights: parameters, or this device's part of them, and buffers with the trainer's copy of
             them.
         gradients: of these parameters; they are part of `working`.
         optimizer: its state.
-        average: of the moving average.
+        average: the moving average of the weights.
         buckets: in which gradients are sent to other devices, where each has all weights.
         gathered: weights and gradients of the stages that are in one piece at the peak, where
             each device has a part of them.
-        activations: what the forward pass leaves behind for the backward pass.
-        working: at the peak, all that forward and backward pass hold: `activations`, and the
-            gradients and temporaries beside them.
+        activations: tensors that the forward pass keeps for the backward pass.
+        working: at the peak, `activations` and the gradients and temporaries beside them.
     """
 
     weights: int
@@ -49,7 +48,7 @@ class StepMemory:
 
     @property
     def state(self) -> int:
-        """What is there in every step, however few images are in it."""
+        """Bytes that do not depend on the number of images."""
         return self.weights + self.optimizer + self.average + self.buckets + self.gathered
 
     @property
@@ -75,7 +74,7 @@ def step_memory(
         shards: devices that every parameter is split over, along its first dimension; a part of
             1 / shards, rounded up, is on each with its gradient, average and state of the
             optimizer. 1: every device has all of them.
-        accelerator: whether the optimizer takes all weights at once, as on a GPU; else one by one.
+        accelerator: the optimizer moves all weights at once, as on a GPU; False: one by one.
 
     Raises:
         ValueError: a model that takes no training steps; a batch or devices that do not fall into
@@ -112,7 +111,7 @@ def _optimizer_bytes(
     for weight in part.parameters():
         weight.grad = torch.empty_like(weight) if weight.requires_grad else None
     gradients, optimizer = ledger.live, make_optimizer(part, config)
-    if config.optimizer != "adamw":  # which is in one kernel everywhere
+    if config.optimizer != "adamw":  # fused everywhere
         for group in optimizer.param_groups:
             group["foreach"] = accelerator
     optimizer.step()
@@ -124,7 +123,7 @@ def _optimizer_bytes(
 def _passes_bytes(
     model: GenerativeModel, config: TrainConfig, count: int, shards: int
 ) -> tuple[int, int]:
-    """Bytes that the loss of `count` images leaves behind, and at the peak of both passes."""
+    """Bytes kept after the loss of `count` images, and at the peak of both passes."""
     parts: dict[Tensor, Tensor] = {}  # this device's parts of gradients, by the weight
 
     def scatter(weight: Tensor) -> None:
@@ -151,10 +150,10 @@ def _passes_bytes(
 
 
 def _gathered(model: GenerativeModel) -> int:
-    """Bytes of weights and gradients that are in one piece where devices have parts of them.
+    """Bytes of whole weights and gradients at the peak, where each device has parts of them.
 
-    Those of two stages, the largest at worst: while one is computed another is fetched or sent; and
-    those that are in no stage.
+    Those of two stages (one is computed while another is fetched or sent; at worst both are as
+    large as the largest), and those outside of all stages.
     """
     stages = [list(stage.parameters()) for stage in model.stages]
     inside = {weight for stage in stages for weight in stage}

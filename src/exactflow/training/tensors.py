@@ -1,8 +1,8 @@
-"""The tensors that a run carries on, by name: weights, their average, the optimizer's moments.
+"""The tensors in a run's checkpoints, by name: weights, their average, the optimizer's moments.
 
 A run whose model is whole in every process writes them in files of their own (see `checkpoint`); a
-split one writes a folder of PyTorch's distributed checkpoints, every process its parts. Either is
-read by any number of processes and either way of training.
+split one writes a folder of PyTorch's distributed checkpoints, every process its parts. Both are
+read whatever the number of processes and the way of training.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,9 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from exactflow.core.model import GenerativeModel
+from exactflow.core.saved_run import (
+    EMA_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    SPLIT_FOLDER,
+    Checkpoint,
+)
 from exactflow.core.split_tensors import load_split, read_layout
 from exactflow.core.tensor_files import read_pickled, read_safetensors
-from exactflow.training import checkpoint as disk
+from exactflow.training.checkpoint import optimizer_bytes, tensor_bytes
 from exactflow.training.optim import MovingAverage
 
 _OPTIMIZER = "optimizer."
@@ -23,7 +30,7 @@ _OPTIMIZER = "optimizer."
 
 @final
 class RunTensors:
-    """What is saved and restored.
+    """The tensors that a run saves and restores.
 
     Args:
         model: whole, or split.
@@ -40,25 +47,25 @@ class RunTensors:
         split: bool,
     ) -> None:
         self._model, self._optimizer, self._average = model, optimizer, average
-        self._alike: Callable[[Tensor, Tensor], Tensor] = _same
+        self._like: Callable[[Tensor, Tensor], Tensor] = lambda value, _: value
         if split:
             from exactflow.training.split import split_like
 
-            self._alike = split_like
+            self._like = split_like
 
     def files(self) -> dict[str, Callable[[], bytes]]:
-        """Contents of files by their names; of a whole model."""
+        """Functions that make the contents of the files of a whole model, by file name."""
         average = self._average
         files = {
-            disk.MODEL_FILE: lambda: disk.tensor_bytes(self._model.state_dict()),
-            disk.OPTIMIZER_FILE: lambda: disk.optimizer_bytes(self._optimizer.state_dict()),
+            MODEL_FILE: lambda: tensor_bytes(self._model.state_dict()),
+            OPTIMIZER_FILE: lambda: optimizer_bytes(self._optimizer.state_dict()),
         }
         if average is not None:
-            files[disk.EMA_FILE] = lambda: disk.tensor_bytes(average.state_dict())
+            files[EMA_FILE] = lambda: tensor_bytes(average.state_dict())
         return files
 
     def named(self) -> dict[str, Tensor]:
-        """All tensors by name, with a prefix for what they are; whole or split."""
+        """All tensors, whole or split, by names that begin with model, average or optimizer."""
         tensors = {f"model.{name}": value for name, value in self._model.state_dict().items()}
         if self._average is not None:
             tensors |= {f"average.{name}": value for name, value in self._average.values.items()}
@@ -67,20 +74,20 @@ class RunTensors:
                 tensors[f"optimizer.{key}.{name}"] = value
         return tensors
 
-    def restore(self, found: disk.Checkpoint) -> None:
-        """Take over what a checkpoint has, however it was written.
+    def restore(self, found: Checkpoint) -> None:
+        """Take over the tensors of a checkpoint, whole or split.
 
         Raises:
-            ValueError: it has not all of it, or something else.
+            ValueError: a tensor is missing, unknown or of another shape.
             OSError: it cannot be read.
         """
         if found.is_split:
-            self._restore_split(found.folder / disk.SPLIT_FOLDER)
+            self._restore_split(found.folder / SPLIT_FOLDER)
             return
-        self._copy(self._model.state_dict(), found.folder / disk.MODEL_FILE)
+        self._copy(self._model.state_dict(), found.folder / MODEL_FILE)
         if self._average is not None:
-            self._copy(self._average.values, found.folder / disk.EMA_FILE)
-        moments = _moments(found.folder / disk.OPTIMIZER_FILE)
+            self._copy(self._average.values, found.folder / EMA_FILE)
+        moments = _moments(found.folder / OPTIMIZER_FILE)
         self._set_optimizer(moments.get(index, {}) for index, _ in enumerate(self._parameters()))
 
     def _restore_split(self, folder: Path) -> None:
@@ -115,10 +122,10 @@ class RunTensors:
                 raise ValueError(
                     f"{path}: expected a tensor {name} of shape {tuple(target.shape)}, got {found}"
                 )
-            target.copy_(self._alike(values[name], target))
+            target.copy_(self._like(values[name], target))
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """In the optimizer's order."""
+        """Names and parameters in the optimizer's order."""
         names = {parameter: name for name, parameter in self._model.named_parameters()}
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
@@ -139,14 +146,14 @@ class RunTensors:
                     )
             if state:  # none for a parameter that never had a gradient
                 parts[index] = {
-                    key: self._alike(value, parameter) if value.shape == parameter.shape else value
+                    key: self._like(value, parameter) if value.shape == parameter.shape else value
                     for key, value in state.items()
                 }
         self._optimizer.load_state_dict({**described, "state": parts})
 
 
 def _moments(path: Path) -> Mapping[int, Mapping[str, Tensor]]:
-    """The state of the optimizer by the indices of parameters, as `torch.save` wrote it."""
+    """The optimizer's moments by the indices of parameters, from a file of `torch.save`."""
     content = read_pickled(path)
     state = content.get("state") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(
@@ -160,7 +167,3 @@ def _moments(path: Path) -> Mapping[int, Mapping[str, Tensor]]:
         index: {key: value.clone() for key, value in moments.items()}  # off the file
         for index, moments in state.items()
     }
-
-
-def _same(value: Tensor, pattern: Tensor) -> Tensor:
-    return value

@@ -1,4 +1,4 @@
-"""The training loop: one function of (model, data, configuration), whatever happens in between.
+"""The training loop: the weights are a function of (model, data, configuration), whatever stops it.
 
 A step is a transaction: batch and noise are functions of the seed and the step's number, and
 weights move only once loss and gradient are known to be finite in all processes.
@@ -18,16 +18,17 @@ from exactflow.core.main_guard import require_main_guard
 from exactflow.core.model import GenerativeModel, NonFiniteError
 from exactflow.core.progress import Advance, shown_progress
 from exactflow.core.randomness import derive_seed, generator
+from exactflow.core.saved_run import RunState
 from exactflow.data.augmentation import NO_AUGMENTATION, Augmentation
 from exactflow.data.datasets import ImageDataset
 from exactflow.data.loader import Batch, Share, training_batches
-from exactflow.parallel import shared_batch as shared
 from exactflow.parallel.process_group import Processes, joined
+from exactflow.parallel.shared_batch import shared_by
 from exactflow.training import checkpoint as disk
 from exactflow.training.compatible import check_compatible
 from exactflow.training.diagnosis import diagnose, save_batch
-from exactflow.training.distributed import Spread
-from exactflow.training.folder import held, write_record
+from exactflow.training.distributed import DataParallel
+from exactflow.training.folder import RunFolder, as_run_folder
 from exactflow.training.log import MetricsLog
 from exactflow.training.optim import MovingAverage, TrainConfig, make_optimizer, recomputed
 from exactflow.training.progress import Callback, FitResult, Progress, with_metrics
@@ -49,12 +50,11 @@ def fit(
     model: GenerativeModel,
     dataset: ImageDataset,
     config: TrainConfig,
-    run_dir: str | Path,
+    run_dir: str | Path | RunFolder,
     *,
     augmentation: Augmentation = NO_AUGMENTATION,
     every: Mapping[int, Callback] | None = None,
     tensorboard: bool = False,
-    record: Mapping[str, bytes] | None = None,
     progress: bool = True,
 ) -> FitResult:
     """Train `model` where it is (device, dtype), or resume its training in `run_dir`.
@@ -68,12 +68,11 @@ def fit(
         dataset: images and labels; labels are ignored by an unconditional model.
         config: how to train.
         run_dir: folder of checkpoints and log. One that holds a checkpoint of the same run is
-            resumed, and a finished run returns at once, or takes the steps that it is now longer.
+            resumed; a finished run returns at once, or takes the further steps that are asked for.
         augmentation: random changes of training images.
         every: callbacks by the number of steps between calls; each is also called at the end.
             The numbers that they return are logged.
         tensorboard: log to `run_dir/tensorboard` too.
-        record: files of `run_dir` that describe the run, by name; a refused run writes none.
         progress: show progress on stderr.
 
     Raises:
@@ -88,27 +87,17 @@ def fit(
     require_main_guard()
     check_compatible(model, dataset)
     model.class_names = dataset.class_names if model.num_classes else ()
+    place = as_run_folder(run_dir)
     cuda = [model.device] if model.device.type == "cuda" else []
     with ExitStack() as stack:
         group = stack.enter_context(joined())
         stack.enter_context(group.explained_loss())
-        group.on_main(lambda: stack.enter_context(held(Path(run_dir))))
+        group.on_main(lambda: stack.enter_context(place.locked()))
         stack.enter_context(torch.random.fork_rng(devices=cuda))
-        run = _Run(model, dataset, config, Path(run_dir), augmentation, every or {}, group)
-        group.on_main(lambda: write_record(run.dir, record or {}))
+        run = _Run(model, dataset, config, place.path, augmentation, every or {}, group)
+        group.on_main(place.write_record)
         stack.enter_context(closing(run.saver))
-        trained = run.spread.trained
-        stack.enter_context(recomputed(trained.stages, config.activation_checkpointing))
-        stack.enter_context(reversible(trained, config.reversible))
-        log = MetricsLog(run.dir, run.state.step, tensorboard, group, run.logged)
-        stack.enter_context(closing(log))
-        quiet = not (progress and group.is_main)
-        total, done = run.schedule.total, run.state.step
-        shown = shown_progress(total, "training", unit="steps", done=done, quiet=quiet)
-        advance = stack.enter_context(shown)
-        stop = stack.enter_context(stop_requests())
-        with run.saver.vouching():
-            return run.to_end(log, advance, stop)
+        return run.finish(tensorboard, progress)
 
 
 @final
@@ -141,51 +130,66 @@ class _Run:
         else:
             asked = disk.grown(found, self.identity, self.schedule.total, len(dataset))
             found.require(asked, disk.defaults(model, config))
-        self.spread = Spread(model, config, group)
-        self.model = self.spread.trained
+        self.parallel = DataParallel(model, config, group)
+        self.model = self.parallel.trained
         self.optimizer = make_optimizer(self.model, config)
         self.average = None
         if config.ema_decay:
             warmup = (config.ema_warmup, config.ema_power)
             self.average = MovingAverage(self.model, config.ema_decay, *warmup)
-        tensors = RunTensors(self.model, self.optimizer, self.average, self.spread.is_split)
-        self.saver = Saver(checkpoints, tensors, self.spread.is_split, group)
-        self.state = disk.RunState()
+        tensors = RunTensors(self.model, self.optimizer, self.average, self.parallel.is_split)
+        self.saver = Saver(checkpoints, tensors, self.parallel.is_split, group)
+        self.state = RunState()
         self.logged = None if found is None else found.log
         if found is not None:
             tensors.restore(found)
             self.state, self.saver.last = found.state, found
         self.clock = Clock(self.state.seconds, self.state.step_seconds)
-        self.signum: int | None = None  # of the order to stop that all processes know of
+        self.signum: int | None = None  # of the signal to stop, once all processes know of it
         self.ended = False  # by a callback, before the last step
 
-    def to_end(self, log: MetricsLog, advance: Advance, stop: StopRequest) -> FitResult:
-        """Take the steps that are left."""
+    def finish(self, tensorboard: bool, progress: bool) -> FitResult:
+        """Take the remaining steps; arguments as of `fit`."""
+        total, done, group = self.schedule.total, self.state.step, self.group
+        with ExitStack() as stack:
+            stages = self.model.stages
+            stack.enter_context(recomputed(stages, self.config.activation_checkpointing))
+            stack.enter_context(reversible(self.model, self.config.reversible))
+            log = MetricsLog(self.dir, done, tensorboard, group, self.logged)
+            stack.enter_context(closing(log))
+            quiet = not (progress and group.is_main)
+            shown = shown_progress(total, "training", unit="steps", done=done, quiet=quiet)
+            advance = stack.enter_context(shown)
+            stop = stack.enter_context(stop_requests())
+            with self.saver.naming_last_checkpoint():
+                return self._take_steps(log, advance, stop)
+
+    def _take_steps(self, log: MetricsLog, advance: Advance, stop: StopRequest) -> FitResult:
         batches = self._prepare() if self.state.step < self.schedule.total else iter(())
         if log.last_step == self.state.step:
             self.state = self.state.logged()
             # The line was written after the checkpoint.
             done, self.ended = self.state.step_seconds, bool(log.last.get(ENDED))
             self.clock = Clock(max(self.state.seconds, float(log.last.get("seconds", 0.0))), done)
-        self._report(log)  # what an interruption left unsaid
-        self._hear(stop)
+        self._report(log)  # an interruption may have come between checkpoint and line
+        self._read_signal(stop)
         while self.state.step < self.schedule.total and not (self.signum or self.ended):
             with self.clock.step():
-                loss = self._advance(next(batches), stop)
-            self._hear(stop)
+                loss = self._step(next(batches), stop)
+            self._read_signal(stop)
             advance(1, f"loss {loss:.4f}, {self._images_per_second():.1f} images/s")
             if self._is_due(self.config.checkpoint_every):
                 self._save(log)
             if self.signum is None:
                 self._report(log)  # after saving: callbacks may take long
-                self._hear(stop)
+                self._read_signal(stop)
         if self.saver.saved_step < self.state.step:
             self._save(log)
         self.saver.settle()
-        self.spread.finish(None if self.signum else self.average)
+        self.parallel.finish(None if self.signum else self.average)
         if self.signum is not None:
             raise Interrupted(self.state.step, self.signum)
-        self.spread.home.eval()
+        self.parallel.home.eval()
         assert self.saver.last is not None  # the last step always has one
         last = self.saver.last.state
         self.group.barrier()  # the log has its last line
@@ -193,7 +197,7 @@ class _Run:
         return FitResult(last.step, last.images, *times, self.saver.last.folder, log.last)
 
     def _prepare(self) -> Iterator[Batch]:
-        """The batches that are left, for a model ready to take them."""
+        """Put the model into training mode, compile its stages, and return the next batches."""
         self.model.train()
         if self.config.compile:
             for stage in self.model.stages:
@@ -202,7 +206,7 @@ class _Run:
         return self._batches(self.state.step, *ours, num_workers=self.config.num_workers)
 
     def _batches(self, start: int, rank: int, count: int, num_workers: int = 0) -> Iterator[Batch]:
-        """The rows of one process, of the batches from step `start` on."""
+        """The rows that process `rank` of `count` has of each batch from step `start` on."""
         return training_batches(
             self.dataset,
             self.config.batch_size,
@@ -213,24 +217,24 @@ class _Run:
             share=Share(rank, count, self.config.accumulate),
         )
 
-    def _advance(self, batch: Batch, stop: StopRequest) -> float:
-        """One optimizer step; its loss, the mean over the batch."""
+    def _step(self, batch: Batch, stop: StopRequest) -> float:
+        """Take one optimizer step; return its loss, the mean over the batch."""
         step = self.state.step + 1
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         parts = self._split(batch)
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         for index in range(len(parts)):
-            with self.spread.part(last=index == len(parts) - 1):
-                loss = self._loss(self.spread.loss, step, index, parts[index])
+            with self.parallel.micro_batch(last=index == len(parts) - 1):
+                loss = self._loss(self.parallel.loss, step, index, parts[index])
                 (loss / len(parts)).backward()
             losses.append(loss.detach())
         limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
-        norm = self.spread.whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        norm = self.parallel.whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         # The one synchronisation of a step: weights may not move before both are known to be
         # finite, and the processor must not run ahead of that.
         mean, size = torch.stack([torch.stack(losses).mean(), norm.to(losses[0])]).tolist()
-        mean, size = self._agree(mean, size, stop)
+        mean, size = self._reduce_step_status(mean, size, stop)
         if not (math.isfinite(mean) and math.isfinite(size)):
             raise self._failure(step, parts, buffers, f"loss {mean}, gradient norm {size}")
         for group in self.optimizer.param_groups:
@@ -247,26 +251,32 @@ class _Run:
         )
         return mean
 
-    def _agree(self, loss: float, norm: float, stop: StopRequest) -> tuple[float, float]:
-        """What all processes know after a step: mean loss, gradient norm, orders, files written."""
+    def _reduce_step_status(
+        self, loss: float, norm: float, stop: StopRequest
+    ) -> tuple[float, float]:
+        """The mean loss and the largest gradient norm of all processes.
+
+        Signals to stop and the state of checkpoint files are exchanged in the same message: all
+        processes stop after the same step, and give the same checkpoint its name.
+        """
         if self.group.count == 1:
             return loss, norm
         written = self.saver.has_written
         row = [loss, norm, float(stop.signum or 0), float(written)]
-        told = self.group.gather_rows(torch.tensor(row, dtype=torch.float64))
-        orders = [int(signum) for signum in told[:, 2].tolist() if signum]
-        self.signum = orders[0] if orders else None
-        if bool(told[:, 3].all()):
+        rows = self.group.gather_rows(torch.tensor(row, dtype=torch.float64))
+        signals = [int(signum) for signum in rows[:, 2].tolist() if signum]
+        self.signum = signals[0] if signals else None
+        if bool(rows[:, 3].all()):
             self.saver.settle()
-        return float(told[:, 0].mean()), float(told[:, 1].max())
+        return float(rows[:, 0].mean()), float(rows[:, 1].max())
 
-    def _hear(self, stop: StopRequest) -> None:
-        """Take an order to stop; one that only some processes have waits for the next step."""
+    def _read_signal(self, stop: StopRequest) -> None:
+        """Note a signal to stop; several processes exchange theirs with the next step's status."""
         if self.group.count == 1:
             self.signum = stop.signum
 
     def _split(self, batch: Batch) -> list[_Part]:
-        """The micro-batches of a step, on the model's device; no labels for a model without."""
+        """The micro-batches of a step, on the model's device; no labels without classes."""
         device, count = self.model.device, self.config.accumulate
         images = batch.images.to(device, non_blocking=True).chunk(count)
         if self.model.num_classes == 0 or batch.labels is None:
@@ -275,9 +285,10 @@ class _Run:
         return list(zip(images, labels, strict=True))
 
     def _loss(self, evaluate: Callable[..., Tensor], step: int, index: int, part: _Part) -> Tensor:
-        """Mean loss of a micro-batch; all its noise is a function of its name.
+        """Mean loss of a micro-batch; all its noise is a function of (seed, step, index).
 
-        It is named once for all processes, which have their rows of it; but for dropout.
+        That is the same in all processes, each of which takes its own rows of it; only the masks of
+        dropout also depend on the rank.
         """
         name = ("training", step, index)
         torch.manual_seed(derive_seed(self.config.seed, *name, self.group.rank, "global"))
@@ -290,21 +301,21 @@ class _Run:
     def _failure(
         self, step: int, parts: list[_Part], buffers: list[Tensor], found: str
     ) -> NonFiniteError:
-        """What to raise for a step that is not finite, with the model as it was before it."""
+        """The error to raise for a step that is not finite; the model is as it was before it."""
         path = self.dir / f"nonfinite_step_{step:06d}.pt"
         kept = self.group.on_main(lambda: self._keep_batch(path, step))
         _restore_buffers(self.model, buffers)
-        self.spread.finish(None)
-        model = self.spread.home.train()
+        self.parallel.finish(None)
+        model = self.parallel.home.train()
 
         def again(index: int) -> Tensor:
             return self._loss(model, step, index, parts[index])
 
-        with shared.shared_by(self.group.rank, self.group.count):
-            told = self.group.gather(diagnose(model, again, len(parts)))
+        with shared_by(self.group.rank, self.group.count):
+            findings = self.group.gather(diagnose(model, again, len(parts)))
         _restore_buffers(model, buffers)
-        which = next((rank for rank, text in enumerate(told) if text is not None), None)
-        report = UNEXPLAINED if which is None else str(told[which])
+        which = next((rank for rank, text in enumerate(findings) if text is not None), None)
+        report = UNEXPLAINED if which is None else str(findings[which])
         if which is not None and self.group.count > 1:
             report = f"In process {which} of {self.group.count}: {report}"
         return NonFiniteError(
@@ -312,7 +323,7 @@ class _Run:
         )
 
     def _keep_batch(self, path: Path, step: int) -> str:
-        """Write the batch of all processes; says where, or why that failed, which matters less."""
+        """Write the batch of all processes; return where it is, or why it could not be written."""
         batch = next(self._batches(step - 1, 0, 1))
         try:
             save_batch(path, batch.images, batch.labels, step, self.config.seed)
@@ -321,11 +332,11 @@ class _Run:
         return f"is kept in {path}"
 
     def _is_due(self, interval: int) -> bool:
-        """Whether something happens now that happens every `interval` steps and at the end."""
+        """Whether this step is a multiple of `interval`, or the last."""
         return self.state.step % interval == 0 or self.state.step == self.schedule.total
 
     def _report(self, log: MetricsLog) -> None:
-        """Callbacks and a line of the log, if either is due and this step has no line yet."""
+        """Call callbacks and write a log line, if either is due and this step has no line yet."""
         state, config = self.state, self.config
         calls = [call for interval, call in sorted(self.every.items()) if self._is_due(interval)]
         steps = state.step - state.logged_step
@@ -351,9 +362,9 @@ class _Run:
         self.clock.lap()
 
     def _measure(self, call: Callback) -> Mapping[str, float] | None:
-        """What a callback finds out about the averaged model, in eval mode."""
+        """Call a callback with the averaged model, in eval mode."""
         clock, state = self.clock, self.state
-        with self.spread.viewed(self.average) as model:
+        with self.parallel.averaged(self.average) as model:
             model.eval()
             try:
                 times = (clock.seconds, clock.step_seconds)

@@ -1,0 +1,40 @@
+"""The images of a set as often as one asks: what a fit in closed form reads."""
+
+from collections.abc import Iterator
+from typing import final
+
+from torch import Tensor
+
+from exactflow.core.progress import tracked
+from exactflow.data.datasets import ImageDataset
+from exactflow.data.loader import evaluation_batches
+
+
+@final
+class ImagePasses:
+    """Every iteration is one pass over the images, batch by batch, uint8 (B, C, H, W).
+
+    Args:
+        dataset: where they are.
+        batch_size: images at a time.
+        flip: also give every batch mirrored.
+        progress: show a bar for every pass.
+
+    Attributes:
+        images: number of images given so far, in all passes.
+    """
+
+    def __init__(
+        self, dataset: ImageDataset, batch_size: int, flip: bool = False, progress: bool = False
+    ) -> None:
+        self._dataset, self._batch_size, self._flip = dataset, batch_size, flip
+        self._progress = progress
+        self.images = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        count = -(-len(self._dataset) // self._batch_size)
+        batches = evaluation_batches(self._dataset, self._batch_size)
+        for batch in tracked(batches, count, "reading", shown=self._progress):
+            for images in [batch.images, batch.images.flip(-1)][: 2 if self._flip else 1]:
+                self.images += len(images)
+                yield images
