@@ -8,15 +8,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exactflow.core.model import Flow, log_density
-from exactflow.core.transform import AutoregressiveTransform
+from exactflow.core.model import log_density
 from exactflow.models import registry
 from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
-from flows import CONFIGS, NAMES, TINY, make, perturb, some_grey_levels, some_images, some_labels
-
-
-def blocks(model: Flow) -> list[AutoregressiveTransform]:
-    return [stage for stage in model.stages if isinstance(stage, AutoregressiveTransform)]
+from flows import (
+    CONFIGS,
+    NAMES,
+    TINY,
+    blocks,
+    make,
+    perturb,
+    some_grey_levels,
+    some_images,
+    some_labels,
+)
 
 
 @pytest.mark.parametrize("name", NAMES)

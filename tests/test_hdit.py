@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,11 +23,11 @@ from exactflow.models.hdit.model import HDiT, HDiTConfig
 from exactflow.models.hdit.published import from_published
 from exactflow.models.registry import FAMILIES
 from flows import blueprint
+from originals import close, recorded
 
 PRESETS = FAMILIES["hdit"].presets
 
 CASES = ["hdit_neighborhood_global", "hdit_shifted_window_cond"]
-TOLERANCE = 1e-5  # of the largest output
 COUNTS = {
     "hdit-imagenet128-ablation": 117_003_805,
     "hdit-ffhq1024": 85_079_300,
@@ -50,7 +49,7 @@ SMALL = HDiTConfig(
 
 
 def hints(settings: dict[str, Any]) -> dict[str, Any]:
-    """What the golden weights do not tell."""
+    """What the golden weights do not contain."""
     attention = [level["self_attn"] for level in settings["levels"]]
     sizes = {k: v for kind in attention for k, v in kind.items() if k.endswith("_size")}
     side = settings["image_size"]
@@ -64,26 +63,12 @@ def hints(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    settings = json.loads((folder / f"{name}.json").read_text())
-    state = torch.load(folder / f"{name}.pth", weights_only=True)
-    return settings, state, torch.load(folder / f"{name}.expected.pt", weights_only=True)
-
-
 @pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest, golden: Path) -> tuple[HDiT, dict[str, Tensor]]:
-    folder = golden / "hdit"
-    if not (folder / f"{request.param}.json").exists():  # the repository carries one of them
-        folder = request.getfixturevalue("shared_golden") / "hdit"
-    settings, state, expected = read(folder, request.param)
+def case(request: pytest.FixtureRequest) -> tuple[HDiT, dict[str, Tensor]]:
+    settings, state, expected = recorded("hdit", request.param, "pth")
     model = from_published(state, hints=hints(settings))
     assert model.num_parameters == settings["parameters"]
     return model, expected
-
-
-def close(got: Tensor, expected: Tensor) -> None:
-    assert got.shape == expected.shape
-    assert float((got - expected).detach().abs().max()) <= TOLERANCE * float(expected.abs().max())
 
 
 def randomized(config: HDiTConfig) -> HDiT:
@@ -326,9 +311,9 @@ def test_stages_are_all_layers() -> None:
     assert len(HDiT(config).stages) == 2 + 3 + 2
 
 
-def test_published_training_checkpoint(golden: Path) -> None:
+def test_published_training_checkpoint() -> None:
     """The averaged weights and the run's configuration, without hints; Fourier buffers loaded."""
-    settings, state, _ = read(golden / "hdit", CASES[0])
+    settings, state, _ = recorded("hdit", CASES[0], "pth")
     model = {
         "type": "image_transformer_v2",
         "input_channels": 3,
@@ -355,8 +340,8 @@ def test_published_training_checkpoint(golden: Path) -> None:
     assert torch.equal(slim.network.time_emb.weight, half["time_emb.weight"].float())
 
 
-def test_published_files_that_cannot_be_read(golden: Path) -> None:
-    settings, state, _ = read(golden / "hdit", CASES[0])
+def test_published_files_that_cannot_be_read() -> None:
+    settings, state, _ = recorded("hdit", CASES[0], "pth")
     told = hints(settings)
     with pytest.raises(ValueError, match="does not tell attention"):
         from_published(state, hints={"image_shape": [3, 16, 16]})

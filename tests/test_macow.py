@@ -1,10 +1,8 @@
 """MaCow: the published program's numbers, and the laws of its parts."""
 
-import json
 import math
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,12 +40,11 @@ from exactflow.sampling.planner import number_of_blocks
 from exactflow.sampling.request import SamplingOptions
 from exactflow.sampling.sample import sample
 from exactflow.training.optim import TrainConfig
-from flows import blueprint
+from flows import blueprint, count, some_grey_levels, some_images
+from originals import recorded
 
 PRESETS = FAMILIES["macow"].presets
 
-HERE = Path(__file__).parent / "golden" / "flows"
-SHARED = Path(__file__).parents[2] / "shared" / "golden" / "flows"
 IMAGES, LOG_DETS, BITS = 1e-4, 2e-3, 1e-5  # tolerances that the numbers' README calls sensible
 CASES = ["uniform", "additive", "variational"]
 ORIENTATIONS = ["A", "B", "C", "D"]
@@ -74,13 +71,7 @@ CONFIGS = {
 
 def case(name: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Settings, weights and numbers of one run of the published program."""
-    folder = HERE if (HERE / f"macow_{name}.json").exists() else SHARED
-    if not (folder / f"macow_{name}.json").exists():
-        pytest.skip("the larger golden files are not here")
-    found = json.loads((folder / f"macow_{name}.json").read_text())
-    weights = folder / f"macow_{name}.pt"
-    state = torch.load(weights, weights_only=True) if weights.exists() else {}
-    return found, state, torch.load(folder / f"macow_{name}.expected.pt", weights_only=True)
+    return recorded("flows", f"macow_{name}")
 
 
 def published(name: str) -> tuple[MaCow, dict[str, torch.Tensor], int]:
@@ -111,18 +102,6 @@ def make(config: MaCowConfig, scale: float = 0.1, seed: int = 0) -> MaCow:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * scale)
     return model.double().eval()
-
-
-def some_grey_levels(model: MaCow, count: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    size = (count, *model.event_shape)
-    return torch.randint(0, model.levels, size, generator=generator, dtype=torch.uint8)
-
-
-def some_images(model: MaCow, count: int = 3) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(2)
-    x = torch.rand(count, *model.event_shape, generator=generator, dtype=torch.float64)
-    return (2 * x - 1).to(model.dtype)
 
 
 def masked_convolution(
@@ -349,10 +328,6 @@ def test_published_parameter_counts(preset: str, total: int, flow: int, encoder:
     assert encoder == (0 if model.dequantizer is None else count(model.dequantizer.encoder))
 
 
-def count(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 def test_parameter_counts_of_parts() -> None:
     model = blueprint("macow-cifar10-uniform")
     assert isinstance(model, MaCow)
@@ -386,7 +361,7 @@ def test_parameter_counts_of_parts() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_log_abs_det_is_the_jacobians(name: str) -> None:
     model = make(CONFIGS[name])
-    for image in some_images(model, 2):
+    for image in some_images(model, 2, seed=2):
         _, log_abs_det = model.encode(image[None])
 
         def flat(x: torch.Tensor) -> torch.Tensor:
@@ -416,7 +391,7 @@ def test_dequantisers_density_is_the_jacobians() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_round_trip_is_exact_in_float64(name: str) -> None:
     model = make(CONFIGS[name])
-    x = some_images(model)
+    x = some_images(model, seed=2)
     z, _ = model.encode(x)
     kept = z.clone()
     steps = list(model.trajectory(z))
@@ -433,7 +408,7 @@ def test_round_trip_of_a_deep_model() -> None:
     config = MaCowConfig((3, 16, 16), ((4,), (6, 6), (6,)), (8, 16, 16))
     model = make(config, 0.02)
     assert sum(isinstance(m, ActNorm) for m in model.modules()) > 100
-    x = some_images(model)
+    x = some_images(model, seed=2)
     close(model.decode(model.encode(x)[0]), x, 1e-10)
     model = model.float()
     x = x.float()
@@ -517,7 +492,7 @@ SOLVERS = [Sequential(), Jacobi(), Jacobi(start="zeros"), GaussSeidelJacobi(2), 
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
 def test_solvers_invert_a_model(solver: Solver) -> None:
     model = make(CONFIGS["three levels"])
-    x = some_images(model)
+    x = some_images(model, seed=2)
     z, _ = model.encode(x)
     inversion = Inversion(solver, range(len(x)))
     close(model.decode(z, solver=inversion), x, 1e-9)
@@ -746,7 +721,7 @@ def test_density_has_mass_one() -> None:
 
 def test_reduced_precision_keeps_log_determinants_in_float32() -> None:
     model = make(CONFIGS["three levels"], 0.02).float()
-    x = some_images(model)
+    x = some_images(model, seed=2)
     _, log_abs_det = model.encode(x)
     with torch.autocast("cpu", torch.bfloat16):
         z16, log16 = model.encode(x)
@@ -833,7 +808,7 @@ def test_wrong_inputs_are_errors() -> None:
     with pytest.raises(ValueError, match="floating-point latents"):
         model.decode(torch.zeros(1, 3, 8, 9))
     with pytest.raises(ValueError, match="unconditional"):
-        model.encode(some_images(model), torch.tensor([0, 1, 2]))
+        model.encode(some_images(model, seed=2), torch.tensor([0, 1, 2]))
 
 
 def test_a_dequantiser_is_not_asked_to_be_inverted() -> None:
