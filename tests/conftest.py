@@ -1,4 +1,4 @@
-"""One thread, checked annotations, reproducible examples; and where the golden numbers lie."""
+"""Setup of all tests: one thread, checked annotations, reproducible examples, fixtures."""
 
 import os
 import sys
@@ -61,5 +61,5 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of reference numbers that the repository carries."""
+    """The folder of reference numbers in the repository."""
     return TESTS / "golden"

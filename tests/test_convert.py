@@ -1,4 +1,4 @@
-"""The front door of published files: the original's numbers through it, presets, hints, errors."""
+"""`convert` and published files: the original's numbers, presets, hints, errors."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def case(name: str) -> tuple[Path, dict, dict]:
 
 
 def chain_hints(told: dict[str, Any]) -> dict[str, Any]:
-    """What OpenAI's file does not tell."""
+    """The hints that OpenAI's file does not contain."""
     heads = "num_head_channels" not in told
     return {
         "height": told["image_size"],
@@ -50,7 +50,7 @@ def chain_hints(told: dict[str, Any]) -> dict[str, Any]:
 
 
 def hourglass_hints(told: dict[str, Any]) -> dict[str, Any]:
-    """What bare weights of k-diffusion do not tell."""
+    """The hints that bare weights of k-diffusion do not contain."""
     attention = [level["self_attn"] for level in told["levels"]]
     sizes = {k: v for kind in attention for k, v in kind.items() if k.endswith("_size")}
     names = [kind["type"] for kind in attention]
@@ -148,7 +148,7 @@ def test_a_configuration_in_the_file_needs_no_hints(name: str, tmp_path: Path) -
 
 
 def saved(name: str, folder: Path) -> Path:
-    """A preset with random weights, in the form of its authors."""
+    """A preset with random weights, saved in its authors' format."""
     torch.manual_seed(0)
     model: Any = registry.build(name)
     with torch.no_grad():
@@ -229,7 +229,7 @@ def test_every_missing_hint_is_named_with_what_is_published(missing: str) -> Non
 
 @pytest.mark.parametrize("rescaled", [True, False])
 def test_the_weight_of_the_bound_follows_the_time(rescaled: bool) -> None:
-    """As in all published models: both flags, or neither."""
+    """Published models have both flags or neither."""
     file, told, _ = case("iddpm_uncond")
     model = exactflow.convert(file, **{**chain_hints(told), "rescale_timesteps": rescaled})
     assert model.config.rescale_timesteps is rescaled

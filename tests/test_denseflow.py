@@ -1,4 +1,4 @@
-"""DenseFlow: the numbers of the original, its counts, and the laws of a flow with noise inside."""
+"""DenseFlow: the numbers of the original, its counts, and the laws of an augmented flow."""
 
 import math
 from collections.abc import Callable
@@ -49,7 +49,7 @@ CONFIGS = {
 
 
 def perturb(model: DenseFlow, scale: float = 0.1) -> DenseFlow:
-    """Every weight and running statistic away from where it starts, in evaluation mode."""
+    """Change every weight and running statistic; evaluation mode."""
     source = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -196,7 +196,7 @@ def test_golden_inverse() -> None:
 
 @torch.no_grad()
 def test_golden_start_from_data() -> None:
-    """The published program starts the norms on the way through its first training batch."""
+    """The published program initialises the norms in its first training pass."""
     model, expected = whole()
     norms = [part for part in model.modules() if isinstance(part, ChannelNorm)]
     assert all(float(part.initialized) == 1 for part in norms)
@@ -253,7 +253,7 @@ def test_golden_dequantiser() -> None:
 
 
 def test_golden_squeeze() -> None:
-    """The whole model squeezes so, too: `test_golden_parts_of_the_blocks`."""
+    """The same squeeze as in the whole model, see `test_golden_parts_of_the_blocks`."""
     _, _, expected = case("squeeze")
     squeeze = Squeeze("channel")
     assert torch.equal(squeeze(expected["x"])[0], expected["z"])
@@ -516,7 +516,7 @@ def test_initialisation_starts_the_norms_once_and_nothing_else() -> None:
 
 
 def test_initialisation_gives_the_numbers_of_the_first_training_pass() -> None:
-    """As the published program does it, on the way: `test_golden_start_from_data`."""
+    """As in the published program, see `test_golden_start_from_data`."""
     states = []
     for published in (True, False):
         torch.manual_seed(0)
@@ -562,7 +562,7 @@ def test_recomputed_activations_move_no_statistics_twice(initialized: bool) -> N
 
 
 def test_stages_are_everything_that_costs_memory() -> None:
-    """Recomputed, they leave a few small maps of the dequantiser and the prior alone."""
+    """If stages are recomputed, only a few small maps of dequantiser and prior are kept."""
     model = make("three blocks")
     assert len(model.stages) == len(set(model.stages))
     inside = {id(p) for stage in model.stages for p in stage.parameters()}
@@ -594,7 +594,7 @@ def test_statistics_are_those_of_torch() -> None:
 @pytest.mark.parametrize("preset", ["denseflow-tiny", "denseflow-digits"])
 @pytest.mark.parametrize("initialized", [True, False])
 def test_small_presets_learn_within_seconds(preset: str, initialized: bool) -> None:
-    """Images of one grey level each: what a pixel tells of the others is there to be learned."""
+    """Each image has one grey level, so there is a dependence to be learned."""
     torch.manual_seed(0)
     model = DenseFlow(PRESETS[preset].config)
     assert model.num_parameters < 500_000

@@ -64,7 +64,7 @@ TINY = DiscreteDiffusionConfig(
 
 
 def tiny(seed: int = 0, **changes: Any) -> DiscreteDiffusion:
-    """A small model with weights everywhere."""
+    """A small model with all weights nonzero."""
     torch.manual_seed(seed)
     model = DiscreteDiffusion(override(TINY, changes))
     with torch.no_grad():
@@ -82,7 +82,7 @@ def some_images(count: int, channels: int = 1, side: int = 4) -> Tensor:
 
 
 def case(name: str) -> tuple[DiscreteDiffusion, MarkovChain, dict[str, Tensor]]:
-    """A published model with random weights, its respaced chain, and what came out of it."""
+    """A published model with random weights, its respaced chain, and the original's outputs."""
     told, state, expected = recorded("openai", name)
     network = published_unet(told, state)
     size, unet = told["image_size"], dataclasses.asdict(network.config)

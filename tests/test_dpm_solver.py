@@ -89,7 +89,7 @@ class Oracle(PathModel):
 
 
 def follow(model: PathModel, x: Tensor, times: Sequence[float]) -> Tensor:
-    """Along these times."""
+    """Solve along these times."""
     return DPMSolver(len(times) - 1).solve(Denoiser(model), x, times)
 
 
@@ -98,7 +98,7 @@ def start(samples: int) -> Tensor:
 
 
 def test_the_oracle_is_one() -> None:
-    """Its flow's rate is its velocity."""
+    """The derivative of its flow is its velocity."""
     assert issubclass(Oracle, GenerativeModel)
     model, x, t, dt = Oracle(Cosine()), start(4), 0.4, 1e-5
     rate = (model.flow(x, t, t + dt) - model.flow(x, t, t - dt)) / (2 * dt)
@@ -129,7 +129,7 @@ def test_evaluations_are_counted() -> None:
 
 @pytest.mark.parametrize("name", ["straight", "interpolated"])
 def test_from_noise_to_data(name: str) -> None:
-    """To the path's very end, where the straight path has no noise and infinite log-SNR."""
+    """To the end of the path, where the straight path has no noise and infinite log-SNR."""
     model, x = Oracle(PATHS[name]), start(16)
     first, last = model.path.span
     solved = follow(model, x, [first, *edm_times(model.path, 200, 80.0, 0.002)])

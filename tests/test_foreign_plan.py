@@ -1,4 +1,4 @@
-"""A plan of another machine or dtype: named, not used; sampling measures and writes nothing."""
+"""A plan of another machine or dtype is reported and not used; sampling writes no plan."""
 
 import warnings
 from dataclasses import replace
@@ -17,7 +17,7 @@ from flows import make
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Flow:
-    """A small model with a home."""
+    """A small model that was loaded from a folder."""
     make("rgb").float().save_pretrained(tmp_path / "model")
     model = exactflow.from_pretrained(tmp_path / "model")
     assert isinstance(model, Flow)

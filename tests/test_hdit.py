@@ -72,7 +72,7 @@ def case(request: pytest.FixtureRequest) -> tuple[HDiT, dict[str, Tensor]]:
 
 
 def randomized(config: HDiTConfig) -> HDiT:
-    """A model without the zeros of its initialisation."""
+    """A model whose zero-initialised weights are nonzero."""
     torch.manual_seed(0)
     model = HDiT(config)
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_neighborhood_attention_needs_room() -> None:
 
 
 def test_shifted_windows_do_not_look_across_the_border() -> None:
-    """A token's keys: same window of the shifted grid, same side of the border."""
+    """The keys of a token are in its window of the shifted grid, on its side of the border."""
     height, width, window, shift = 8, 12, 4, 2
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, height, width, 8, dtype=torch.float64)

@@ -45,7 +45,7 @@ from originals import recorded
 
 PRESETS = FAMILIES["macow"].presets
 
-IMAGES, LOG_DETS, BITS = 1e-4, 2e-3, 1e-5  # tolerances that the numbers' README calls sensible
+IMAGES, LOG_DETS, BITS = 1e-4, 2e-3, 1e-5  # tolerances that come with the recorded numbers
 CASES = ["uniform", "additive", "variational"]
 ORIENTATIONS = ["A", "B", "C", "D"]
 CONFIGS = {
@@ -75,7 +75,7 @@ def case(name: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, torch.Tens
 
 
 def published(name: str) -> tuple[MaCow, dict[str, torch.Tensor], int]:
-    """The model of a case, its numbers, and the draws per image."""
+    """The model of a case, the recorded numbers, and the draws per image."""
     settings, state, expected = case(name)
     shape = (3, settings["height"], settings["width"])
     model = from_published(state, shape[1:], 2 ** settings["n_bits"])
@@ -84,7 +84,7 @@ def published(name: str) -> tuple[MaCow, dict[str, torch.Tensor], int]:
 
 
 def grey_levels(model: MaCow, expected: dict[str, torch.Tensor], draws: int = 1) -> torch.Tensor:
-    """The case's 8-bit images at the model's bits, once for every draw."""
+    """The 8-bit images of a case at the model's bits, repeated for every draw."""
     bits = 8 - round(math.log2(model.levels))
     return (expected["image"] >> bits).repeat_interleave(draws, 0)
 
@@ -94,7 +94,7 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
 
 
 def make(config: MaCowConfig, scale: float = 0.1, seed: int = 0) -> MaCow:
-    """An initialised model in float64 with all weights disturbed."""
+    """An initialised model in float64 with all weights changed."""
     torch.manual_seed(seed)
     model = MaCow(config)
     model.initialize(some_grey_levels(model, 32))
@@ -107,7 +107,7 @@ def make(config: MaCowConfig, scale: float = 0.1, seed: int = 0) -> MaCow:
 def masked_convolution(
     orientation: Orientation, size: tuple[int, int] = (5, 5)
 ) -> MaskedConvolution:
-    """One with disturbed weights, in float64."""
+    """A masked convolution with changed weights, in float64."""
     torch.manual_seed(3)
     conv = MaskedConvolution(2, size, (2, 3), orientation)
     with torch.no_grad():
@@ -404,7 +404,7 @@ def test_round_trip_is_exact_in_float64(name: str) -> None:
 
 @pytest.mark.slow
 def test_round_trip_of_a_deep_model() -> None:
-    """No constant is added to any scale, so that nothing compounds over a hundred ActNorms."""
+    """No constant is added to a scale, so no error compounds over a hundred ActNorms."""
     config = MaCowConfig((3, 16, 16), ((4,), (6, 6), (6,)), (8, 16, 16))
     model = make(config, 0.02)
     assert sum(isinstance(m, ActNorm) for m in model.modules()) > 100
@@ -418,7 +418,7 @@ def test_round_trip_of_a_deep_model() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_parameters_see_the_lines_before_and_nothing_else(orientation: Orientation) -> None:
-    """Output (2, 2) on 5 x 5 with kernel 2 x 3: what it may see is seen, and nothing else."""
+    """Output (2, 2) on 5 x 5 with kernel 2 x 3 depends on exactly what it may."""
     conv = masked_convolution(orientation)
     allowed = torch.zeros(5, 5, dtype=torch.bool)
     allowed[2, 2] = True
@@ -668,7 +668,7 @@ def test_loss_is_minus_the_bound_per_dimension(name: str) -> None:
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     model = make(CONFIGS[name]).train()
     model.loss(some_grey_levels(model, 8)).mean().backward()
-    unseen = {  # a line that is alone sees no other
+    unseen = {  # a single line depends on no other
         f"{name}.network.conv.{weight}"
         for name, part in model.named_modules()
         if isinstance(part, MaskedConvolution) and part.num_tokens == 1
@@ -682,7 +682,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
 
 @torch.no_grad()
 def test_importance_weights_have_the_right_mean() -> None:
-    """Variational dequantisation changes the variance of the estimate, not what it estimates."""
+    """Variational dequantisation changes the variance of the estimate, not its mean."""
     config = replace(
         CONFIGS["variational"],
         image_shape=(1, 2, 2),
@@ -761,7 +761,7 @@ def test_a_tiny_preset_learns() -> None:
 
 
 def test_published_recipes() -> None:
-    """Adam; 0.999997 a step from 1e-3 down to 1e-5, unless the last epoch comes first."""
+    """Adam; times 0.999997 a step from 1e-3 to 1e-5, or to the last epoch if that is earlier."""
     published = {name: p for name, p in PRESETS.items() if p.published}
     assert len(published) == 10
     for name, preset in published.items():

@@ -58,7 +58,7 @@ MEAN = torch.tensor([0.3, -0.2, 0.1, 0.5], dtype=torch.float64)
 
 
 def covariance() -> Tensor:
-    """Far from a multiple of the identity."""
+    """A covariance far from a multiple of the identity."""
     generator = torch.Generator().manual_seed(3)
     mix = torch.randn(DIMS, DIMS, generator=generator, dtype=torch.float64)
     return 0.05 * mix @ mix.T + 0.02 * torch.eye(DIMS, dtype=torch.float64)
@@ -74,7 +74,7 @@ class GaussianConfig:
 
 @final
 class GaussianModel(PathModel):
-    """x0 ~ N(MEAN, covariance()): predicts what the best network would."""
+    """The ideal network for data N(MEAN, covariance())."""
 
     kind: ClassVar[str] = "gaussian-oracle"
 
@@ -119,7 +119,7 @@ class GaussianModel(PathModel):
         raise NotImplementedError("an oracle is not trained")
 
     def law(self, t: float) -> torch.distributions.MultivariateNormal:
-        """Of x_t."""
+        """Distribution of x_t."""
         point = self.path.at(torch.tensor(t, dtype=torch.float64))
         cov = point.alpha**2 * self.cov + point.sigma**2 * torch.eye(DIMS, dtype=torch.float64)
         return torch.distributions.MultivariateNormal(point.alpha * self.mean, cov)

@@ -1,4 +1,4 @@
-"""Every solver is the reference inverse, on every autoregressive flow; and says what it did."""
+"""Every solver equals the reference inverse on every autoregressive flow; its records."""
 
 import math
 from collections.abc import Sequence
@@ -160,7 +160,7 @@ def test_any_shape(
 
 
 def test_jacobi_is_exact_for_one_more_token_at_every_iteration() -> None:
-    """And with as many iterations as tokens, whatever it starts from."""
+    """It is exact with as many iterations as tokens, from any start."""
     model = make("one channel, patch 1")
     block = blocks(model)[1]
     v = 10 * some_latents(model, 2)  # far from contracting
@@ -195,7 +195,7 @@ def test_chains_of_jacobi_give_the_published_results(start: str) -> None:
 
 
 def test_a_segment_sees_the_final_values_of_those_before_it() -> None:
-    """With a cap too low to converge, each segment still follows from what is really there."""
+    """Even without convergence, each segment is computed from the final values before it."""
     model = make("one channel, patch 1")
     block = blocks(model)[1]
     v = 5 * some_latents(model, 2)
@@ -236,7 +236,7 @@ def test_a_sample_that_is_not_finite_does_not_disturb_the_others(
 
 
 def with_scale(log_scale: float, tokens: int = 12) -> TarFlow:
-    """One block that multiplies by e^log_scale behind its first token, and shifts a little."""
+    """One block that multiplies all tokens but the first by e^log_scale, and shifts a little."""
     torch.manual_seed(0)
     config = TarFlowConfig((1, 1, tokens), 1, 64, blocks=1, layers_per_block=1)
     model = perturb(TarFlow(config)).double()
@@ -249,7 +249,7 @@ def with_scale(log_scale: float, tokens: int = 12) -> TarFlow:
 @pytest.mark.parametrize("title", SOLVERS)
 @pytest.mark.parametrize("log_scale", [3.0, 14.0])
 def test_true_values_are_never_clamped(title: str, log_scale: float) -> None:
-    """e^14 is 1e6: beyond what a guess may be, and still what the token is."""
+    """A token of e^14 = 1e6 is larger than guesses may be, and still returned."""
     model = with_scale(log_scale)
     (block,) = blocks(model)
     v = some_latents(model, 3)
@@ -273,7 +273,7 @@ def test_a_model_that_overflows_ends_in_the_diagnosis(name: str) -> None:
 
 @pytest.mark.slow
 def test_trained_scales_that_explode_are_diagnosed_or_honest() -> None:
-    """Uniform noise only, constant images, a large step: scales grow until something gives."""
+    """With uniform noise, constant images and large steps, scales grow without bound."""
     torch.manual_seed(0)
     model = TarFlow(TarFlowConfig((1, 4, 4), 1, 64, blocks=3, layers_per_block=1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
@@ -380,7 +380,7 @@ def test_the_frontier_moves_at_every_pass_and_evaluations_are_counted(
 
 
 def test_convergence_saves_passes_on_trained_weights(trained: TarFlow) -> None:
-    """Not a promise, a fact about this model: else the solver would be pointless."""
+    """True of this model, not of all; otherwise the solver would be useless."""
     model = trained.float()
     inversion, _ = observed(Adaptive(), model)
     assert sum(record.evaluations for record in inversion.records) < 0.7 * 2 * 63

@@ -196,7 +196,7 @@ def on_meta(build: Callable[[Any], nn.Module], config: UNetConfig | ClassifierCo
 
 
 def hints(config: UNetConfig) -> dict[str, Any]:
-    """What a state dict does not tell of the configuration."""
+    """The parts of the configuration that a state dict does not contain."""
     names = ("num_heads", "head_channels", "attention_order", "dropout")
     return {name: getattr(config, name) for name in names}
 
@@ -332,7 +332,7 @@ def test_foreign_states_are_refused() -> None:
 
 
 def randomized(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights all of which matter: at initialisation residual branches are zero."""
+    """Random weights that all have an effect; initially residual branches are zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
