@@ -3,11 +3,11 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import ClassVar, final
+from typing import final
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
 from exactflow.paths.ode import edm_times
@@ -19,9 +19,10 @@ from exactflow.paths.path import (
     Straight,
     VariancePreserving,
 )
-from exactflow.paths.path_model import PathModel, Prediction
+from exactflow.paths.path_model import PathModel
 from exactflow.sampling.denoiser import Denoiser
 from exactflow.sampling.path_solvers import DPMSolver, log_snr_times
+from oracles import PathOracle
 
 MEAN, STD = 0.3, torch.tensor([0.05, 0.5, 1.5], dtype=torch.float64).view(3, 1, 1)
 PATHS: dict[str, Path] = {
@@ -34,39 +35,12 @@ PATHS: dict[str, Path] = {
 
 
 @final
-class Oracle(PathModel):
+class Oracle(PathOracle):
     """Data N(MEAN, STD^2), whose posterior mean and flow are known."""
 
-    kind: ClassVar[str] = "oracle"
-
     def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path = path
+        super().__init__(path, "x0", (3, 1, 1))
         self.batches: list[int] = []
-
-    @property
-    def event_shape(self) -> tuple[int, int, int]:
-        return (3, 1, 1)
-
-    @property
-    def levels(self) -> int:
-        return 256
-
-    @property
-    def num_classes(self) -> int:
-        return 0
-
-    @property
-    def stages(self) -> Sequence[nn.Module]:
-        return []
-
-    @property
-    def path(self) -> Path:
-        return self._path
-
-    @property
-    def prediction(self) -> Prediction:
-        return "x0"
 
     def predict(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         self.batches.append(len(x_t))
@@ -74,9 +48,6 @@ class Oracle(PathModel):
         alpha, sigma = point.alpha.view(-1, 1, 1, 1), point.sigma.view(-1, 1, 1, 1)
         gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
         return MEAN + gain * (x_t - alpha * MEAN)
-
-    def loss(self, images, label=None, *, generator=None) -> Tensor:
-        raise NotImplementedError
 
     def flow(self, x: Tensor, first: float, last: float) -> Tensor:
         """Where the probability flow takes x: Gaussians keep their standardised value."""

@@ -4,9 +4,9 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path as File
-from typing import ClassVar, final
+from typing import final
 
 import pytest
 import torch
@@ -38,43 +38,21 @@ from exactflow.paths.ode import (
     edm_times,
     uniform_times,
 )
-from exactflow.paths.path import Path, Polynomial, Straight, VariancePreserving
+from exactflow.paths.path import Polynomial, Straight, VariancePreserving
 from exactflow.paths.path_model import PathModel, Prediction
+from oracles import PathOracle
 from test_paths import DIMS, PATHS, SHAPE, GaussianModel, covariance
 
 FIXED: dict[OdeMethod, int] = {"euler": 1, "midpoint": 2, "heun": 2}  # their orders
 
 
 @final
-@dataclass(frozen=True)
-class LinearConfig:
-    image_shape: tuple[int, int, int]
-    levels: int = 16
-    num_classes: int = 0
-
-
-@final
-class LinearField(PathModel):
+class LinearField(PathOracle):
     """v(x, t) = (cos(2 t) M + t M M) x, the golden field; with one_rate, v = M x."""
 
-    kind: ClassVar[str] = "linear-field"
-
     def __init__(self, matrix: Tensor, shape: tuple[int, int, int], one_rate: bool = False) -> None:
-        super().__init__()
-        self.config = LinearConfig(shape)
+        super().__init__(Straight(), "velocity", shape)
         self.matrix, self.one_rate = nn.Parameter(matrix), one_rate
-
-    @property
-    def stages(self) -> Sequence[nn.Module]:
-        return []
-
-    @property
-    def path(self) -> Path:
-        return Straight()
-
-    @property
-    def prediction(self) -> Prediction:
-        return "velocity"
 
     def predict(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         m, flat = self.matrix, x_t.flatten(1)
@@ -83,15 +61,6 @@ class LinearField(PathModel):
         t = t[:, None]
         moved = torch.cos(2 * t) * (flat @ m.T) + t * (flat @ (m @ m).T)
         return moved.view_as(x_t)
-
-    def loss(
-        self,
-        images: Tensor,
-        label: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        raise NotImplementedError("a given field is not trained")
 
 
 @pytest.fixture(scope="module")

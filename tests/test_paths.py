@@ -3,10 +3,8 @@
 import itertools
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path as File
-from typing import ClassVar, final, get_args
+from typing import final, get_args
 
 import pytest
 import torch
@@ -23,13 +21,13 @@ from exactflow.paths.path import (
     VariancePreserving,
 )
 from exactflow.paths.path_model import (
-    PathModel,
     Prediction,
     combine,
     convert,
     spread,
     velocity_gain,
 )
+from oracles import PathOracle
 
 LINEAR_BETAS = tuple((1e-4 + (0.02 - 1e-4) * i / 999) for i in range(1000))
 PATHS: dict[str, Path] = {
@@ -65,39 +63,15 @@ def covariance() -> Tensor:
 
 
 @final
-@dataclass(frozen=True)
-class GaussianConfig:
-    image_shape: tuple[int, int, int] = SHAPE
-    levels: int = 16
-    num_classes: int = 0
-
-
-@final
-class GaussianModel(PathModel):
+class GaussianModel(PathOracle):
     """The ideal network for data N(MEAN, covariance())."""
-
-    kind: ClassVar[str] = "gaussian-oracle"
 
     def __init__(
         self, path: Path, prediction: Prediction = "velocity", cov: Tensor | None = None
     ) -> None:
-        super().__init__()
-        self.config = GaussianConfig()
-        self._path, self._prediction = path, prediction
+        super().__init__(path, prediction, SHAPE)
         self.mean = nn.Parameter(MEAN.clone())
         self.cov = nn.Parameter(covariance() if cov is None else cov)
-
-    @property
-    def stages(self) -> Sequence[nn.Module]:
-        return []
-
-    @property
-    def path(self) -> Path:
-        return self._path
-
-    @property
-    def prediction(self) -> Prediction:
-        return self._prediction
 
     def predict(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """With y = (alpha^2 S + sigma^2 I)^-1 (x - alpha m): x0 = m + alpha S y, eps = sigma y."""
@@ -108,15 +82,6 @@ class GaussianModel(PathModel):
         y = torch.linalg.solve(total, x_t.flatten(1) - alpha * mean)
         x0 = (mean + alpha * (y @ cov.T)).view_as(x_t)
         return combine(x0, (sigma * y).view_as(x_t), point, self.prediction)
-
-    def loss(
-        self,
-        images: Tensor,
-        label: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        raise NotImplementedError("an oracle is not trained")
 
     def law(self, t: float) -> torch.distributions.MultivariateNormal:
         """Distribution of x_t."""
