@@ -1,9 +1,9 @@
-"""What each change of TarFlow buys, in bits/dim: at equal images, and at equal seconds.
+"""What each change of TarFlow gains in bits/dim, at equal images and at equal seconds.
 
 `python benchmarks/ablation.py --data DATA [--only cifar10] [--equal images] [--seeds 0 1 2]` times
-the steps of every row first, trains the rows one after the other, and prints the table of all that
-has been measured in --out. A killed one goes on where it was. Only the timing, two minutes, wants a
-quiet machine: it says how many steps the seconds pay for, whatever runs beside the training.
+the steps of every row first, trains the rows one after the other, and prints the table of all
+results in --out. The same command continues after a kill. Only the timing (two minutes) needs a
+quiet machine: from it follows how many steps a row may take at equal seconds.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def as_built(model: GenerativeModel) -> AbstractContextManager[None]:
 
 
 def zero_projections(model: GenerativeModel) -> AbstractContextManager[None]:
-    """What a layer adds to its input is zero at first."""
+    """Initialise each layer so that its residual branches are zero."""
     for layer in model.modules():
         if isinstance(layer, transformer.TransformerLayer):
             for last in (layer.proj, layer.contract):
@@ -135,7 +135,7 @@ ROWS: dict[str, tuple[str, list[Row]]] = {
 def prepared(
     name: str, row: Row, seed: int, options: argparse.Namespace
 ) -> tuple[Settings, ImageDataset]:
-    """The row's settings, and what it trains on."""
+    """The settings of a row and its training images."""
     place, _ = ROWS[name]
     preset = "-".join(["tarflow", name, "1m", *([row.preset] if row.preset else [])])
     source = f"data.source={options.data / place}"
@@ -145,7 +145,7 @@ def prepared(
 
 
 def timed(options: argparse.Namespace) -> dict[str, float]:
-    """Seconds of a step of every row, on this machine when it was first asked."""
+    """Seconds of a step of every row: measured on the first call, then read from the folder."""
     options.out.mkdir(parents=True, exist_ok=True)
     kept = options.out / "seconds_per_step.json"
     found: dict[str, float] = json.loads(kept.read_text()) if kept.is_file() else {}
@@ -166,7 +166,7 @@ def timed(options: argparse.Namespace) -> dict[str, float]:
 def measured(
     name: str, row: Row, steps: int, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Train one row, and score it; what is in the folder is not measured again."""
+    """Train and score one row, unless its result is in the folder."""
     title = row.title.replace(": ", " ").replace(", ", "-")
     folder = options.out / name / title / f"{steps}-steps" / str(seed)
     kept = folder / "result.json"
@@ -189,7 +189,7 @@ def measured(
 
 
 def line(title: str, results: Sequence[dict[str, Any]], seconds: float) -> str:
-    """One row of the table: mean over seeds, and their standard error or that over images."""
+    """One row of the table: mean over seeds, with the standard error over seeds or over images."""
     bits = [result["bits_per_dim"] for result in results]
     error = results[0]["error"]
     if len(bits) > 1:

@@ -1,12 +1,12 @@
 """What exactflow is measured against: TarFlow as its public formulation states it.
 
 Written from the equations of arXiv 2412.06329 and from a description of how the public code works,
-never from that code. The description fixes what is slow about it, and nothing else is: an (N, N)
-mask of floats, handed to attention as booleans; every position evaluated, the outputs then shifted
-by one token; sampling token by token with keys and values that grow by concatenation; guidance as
-two passes with two caches; LayerNorm in float32; a stock AdamW. Within these choices it is meant
-to be a fair and competent rendering: no work is repeated, nothing is copied needlessly, everything
-runs in PyTorch's own kernels, and inference keeps no graph.
+never from that code. It is slow only where the description says so: an (N, N) mask of floats,
+passed to attention as booleans; every position evaluated, the outputs then shifted by one token;
+sampling token by token with keys and values that grow by concatenation; guidance as two passes
+with two caches; LayerNorm in float32; PyTorch's AdamW. Everything else is written as fast as these
+choices allow: no work is repeated, nothing is copied needlessly, everything runs in PyTorch's own
+kernels, and inference keeps no graph.
 
 `from_exactflow` copies a model's weights, so that every benchmark first shows that both sides give
 the same numbers.
@@ -28,7 +28,7 @@ class Past:
     """Keys and values of every layer, grown by one token per step.
 
     The public code keeps one tensor per token and concatenates all of them at every step. With
-    `merged`, what was concatenated is kept instead: the same quadratic copies in fewer pieces.
+    `merged`, the concatenated tensor is kept instead: as many bytes are copied, in fewer pieces.
     """
 
     def __init__(self, layers: int, merged: bool) -> None:
@@ -133,11 +133,11 @@ class Block(nn.Module):
         self.project_out = nn.Linear(channels, dim if self.shift_only else 2 * dim)
 
     def permute(self, tokens: Tensor) -> Tensor:
-        """Between the image's order and that of the block, either way."""
+        """Change between the token order of the image and that of the block, either way."""
         return tokens[:, self.order] if self.reverse else tokens
 
     def embed(self, tokens: Tensor, place: Tensor, label: Tensor | None) -> Tensor:
-        """What the first layer reads."""
+        """Input of the first layer."""
         h = self.project_in(tokens) + place
         if self.classes is None:
             return h
@@ -208,7 +208,7 @@ class Baseline(nn.Module):
     """The model. Latents are token sequences in the order of the image.
 
     Args:
-        config: of the model to stand beside; STARFlow's variants are not part of the formulation.
+        config: of exactflow's model; STARFlow's variants are not part of the formulation.
 
     Raises:
         ValueError: for a configuration with such variants.
@@ -264,7 +264,7 @@ class Baseline(nn.Module):
         return F.fold(tokens.transpose(1, 2), (height, width), side, stride=side)
 
     def merge_caches(self) -> None:
-        """From now on, grow caches the gentler way: see `Past`."""
+        """From now on, keep concatenated caches (`merged`, see `Past`)."""
         for block in self.blocks:
             assert isinstance(block, Block)
             block.merged_cache = True
@@ -303,7 +303,7 @@ class Baseline(nn.Module):
         return -0.5 * (quadratic + constant) + log_abs_det - interval
 
     def make_optimizer(self) -> torch.optim.AdamW:
-        """AdamW as the reference recipe has it, the implementation left to PyTorch's default."""
+        """AdamW with the published settings, in PyTorch's default implementation."""
         return torch.optim.AdamW(self.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=1e-4)
 
 

@@ -1,6 +1,6 @@
-"""All families under an equal budget on Fashion-MNIST, or on digits where there is none.
+"""All families under an equal budget on Fashion-MNIST, or on digits if Fashion-MNIST is not found.
 
-`make compare`; words on the command line are handed on to `exactflow compare`.
+`make compare` runs it; words on the command line are passed on to `exactflow compare`.
 """
 
 import sys
@@ -9,8 +9,8 @@ from exactflow.cli import main
 from exactflow.data import DataConfig, load
 
 FAMILIES = ("whitening", "macow", "denseflow", "tarflow", "flow-matching", "iddpm", "hdit")
-# Of about a million parameters each, but for whitening, which is what it is. Where likelihood and
-# samples want other recipes, one model of each; and TarFlow's published conditional.
+# About a million parameters each, except whitening. Families that need different recipes for
+# likelihood and for samples have one model of each; TarFlow also has its published conditional.
 FASHION = (
     "whitening-full",
     "macow-fashion-mnist-1m",
@@ -23,7 +23,7 @@ FASHION = (
     "iddpm-fashion-mnist",
     "hdit-fashion-mnist",
 )
-PLACES = ("fashion-mnist", "hub:zalando-datasets/fashion_mnist")  # on this disk; or fetched
+PLACES = ("fashion-mnist", "hub:zalando-datasets/fashion_mnist")  # on this disk; downloaded
 PROTOCOL = (  # measuring takes no longer than training, on two cores
     "protocol.samples=512",
     "protocol.curve_samples=160",

@@ -4,9 +4,9 @@
 
 A JPEG folder and tar shards are made of smooth synthetic photographs, 500 pixels on the short side
 as ImageNet has them; the parquet file is DATA/cifar10-jpeg. Every line is the median of some rounds
-of the same work on a warm file cache; a set of its own, larger than a processor's caches, is read
-for training. Streamed shards are the tar shards again, by file:// into an empty or a warm cache
-folder, indexed before. Workers are threads; pin the process to one core to have numbers per core.
+of the same work on a warm file cache. The set that is read for training is larger than a
+processor's caches. Streamed shards are the same tar shards by file://, with an empty or a filled
+cache folder and an index. Workers are threads; pin the process to one core for numbers per core.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def prepared(config: DataConfig, folder: Path, workers: int) -> int:
 
 
 def grow(folder: Path, count: int) -> None:
-    """Repeat the training images of a prepared set, so that they are more than a cache holds."""
+    """Repeat the training images of a prepared set until they exceed a processor's caches."""
     file, facts = folder / "train.bin", json.loads((folder / "prepared.json").read_text())
     train = facts["splits"]["train"]
     pixels, labels = file.read_bytes(), (folder / "train.labels").read_bytes()
@@ -108,7 +108,7 @@ def grow(folder: Path, count: int) -> None:
 
 
 def trained_on(source: Path, batch_size: int, images: int, augmentation: Augmentation) -> int:
-    """Read training batches of so many images in all; their number."""
+    """Read training batches of about `images` images; the number of images read."""
     dataset = load(DataConfig(str(source)), "train")
     found = training_batches(dataset, batch_size, seed=0, augmentation=augmentation)
     batches = images // batch_size
@@ -134,7 +134,7 @@ def line(job: str, images: int, found: list[float]) -> dict[str, Any]:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """All lines; what has no data is left out."""
+    """All lines except those whose data are missing."""
     rounds, workers, lines = arguments.rounds, arguments.workers, []
     jobs: dict[str, tuple[DataConfig, int]] = {}
     sources = write_sources(folder, photographs(arguments.images))
@@ -205,7 +205,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure, print, and write what is asked for."""
+    """Measure, print the table, and write the file of --out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with cifar10-jpeg/")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")

@@ -243,14 +243,14 @@ class Watch:
 
 
 def point(images: int, seconds: float, bits_per_dim: float) -> dict[str, float]:
-    """Of a curve."""
+    """One point of a curve."""
     return {"images": images, "seconds": seconds, "bits_per_dim": bits_per_dim}
 
 
 @final
 @dataclass(frozen=True)
 class Case:
-    """A recipe on a set: its data, and where it is carried out."""
+    """A recipe on a data set, with the device that trains it."""
 
     recipe: Recipe
     name: str
@@ -269,7 +269,7 @@ class Case:
 
 
 def train(case: Case, plan: Plan) -> tuple[Flow, Result]:
-    """As many steps as the time allows, at the speed of a calibration that is not counted."""
+    """Train for as many steps as the time allows; a calibration, not counted, gives the speed."""
     batch = override(TrainConfig(), case.recipe.training(case.name)).batch_size
     if plan.first % batch:
         raise ValueError(f"expected a batch size that divides {plan.first}, got {batch}")
@@ -286,7 +286,7 @@ def train(case: Case, plan: Plan) -> tuple[Flow, Result]:
 
 
 def take_steps(case: Case, steps: int, watch: Watch, every: int, progress: bool) -> Flow:
-    """A fresh model trained for so many steps; nothing of the run is kept on disk."""
+    """Train a fresh model for a number of steps; no file of the run is kept."""
     model = case.build()
     fields = {"warmup_steps": steps // 10, "checkpoint_every": steps, "log_every": 50}
     with tempfile.TemporaryDirectory() as folder:
@@ -303,7 +303,7 @@ def take_steps(case: Case, steps: int, watch: Watch, every: int, progress: bool)
 
 
 def fit_at_once(case: Case, model: FittedFlow) -> Result:
-    """Fit the model in closed form; what that took."""
+    """Fit the model in closed form; its images and seconds."""
     config = override(TrainConfig(), case.recipe.training(case.name))
     augmentation = SETS[case.name].augmentation
     with tempfile.TemporaryDirectory() as folder:
@@ -338,7 +338,7 @@ def measure(case: Case, plan: Plan) -> Result:
 
 
 def sampling(model: Flow, device: torch.device) -> Result:
-    """Seconds of drawing samples by the default solver, and what it reports of itself."""
+    """Seconds of sampling with the default solver, and the solver's own report."""
 
     def draw() -> exactflow.Samples:
         return exactflow.sample(
@@ -358,7 +358,7 @@ def sampling(model: Flow, device: torch.device) -> Result:
 
 
 def identity(recipe: Recipe, name: str, plan: Plan) -> Result:
-    """What a result depends on besides its run, as JSON gives it back."""
+    """What a result depends on besides its run, in the form that JSON returns."""
     fields = {
         "kind": recipe.kind,
         "config": recipe.configs[name],
@@ -368,7 +368,7 @@ def identity(recipe: Recipe, name: str, plan: Plan) -> Result:
 
 
 def attempt(case: Case, plan: Plan) -> Result:
-    """`measure`, or what went wrong: the other models go on."""
+    """The result of `measure`, or its error, so that the other models are still measured."""
     try:
         return measure(case, plan)
     except Interrupted:
@@ -389,7 +389,7 @@ def read(path: Path | None) -> list[Result]:
 
 
 def run_of(result: Result) -> tuple[Any, ...]:
-    """What a result has in common with those that it may be compared with."""
+    """The fields that results must share to be compared."""
     return tuple(result[name] for name in RUN)
 
 
@@ -405,7 +405,7 @@ HEADER = (
 
 
 def table(results: Sequence[Result]) -> str:
-    """Markdown of one run, by kind: what stands in one column and kind may be compared."""
+    """Markdown of one run, grouped by kind; numbers compare within a column and kind."""
     done = [result for result in results if "failed" not in result]
     done.sort(key=lambda r: (r["score"]["kind"], r["score"]["k"], r["score"]["bits_per_dim"]))
     equal = equal_images(done)
@@ -456,7 +456,7 @@ def kind_of(result: Result) -> str:
 
 
 def remarks(done: Sequence[Result]) -> list[str]:
-    """What stands under a table: protocol, data, machines."""
+    """The lines under a table: protocol, data, machines."""
     if not done:
         return []
     first = done[0]
@@ -501,7 +501,7 @@ def runs(results: Sequence[Result]) -> list[list[Result]]:
 
 
 def title(results: Sequence[Result]) -> str:
-    """Of a run."""
+    """Heading of a run."""
     run = results[0]
     threads = f", {run['threads']} threads" if run["device"] == "cpu" else ""
     return f"{run['set']}, {run['size']}, {run['minutes']:.2g} min, {run['device']}{threads}"
@@ -542,13 +542,13 @@ def show(results: Sequence[Result], plot: Path | None) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Into a folder that need not exist."""
+    """Write a file and its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
 
 
 def say(text: str) -> None:
-    """To people."""
+    """Print progress to stderr."""
     print(f"# {text}", file=sys.stderr, flush=True)
 
 
@@ -569,7 +569,7 @@ def run_all(
     out: Path | None,
     again: bool,
 ) -> list[Result]:
-    """Measure what `out` lacks, set by set; each result is put there as soon as it is known."""
+    """Measure what is missing in `out`, set by set; each result is written at once."""
     results = read(out)
     for name in names:
         images = None

@@ -2,8 +2,8 @@
 
 And solvers on trained weights, of this model and of [2-768-8-8]: see gpu_solvers.py.
 
-`benchmarks/gpu.sh [FOLDER]` runs it. Every section is a process of its own with its own limit, so
-that one that fails or takes too long costs the others nothing; what is done is written at once.
+`benchmarks/gpu.sh [FOLDER]` runs it. Every section is a process with its own time limit, so that a
+section that fails or takes too long does not affect the others. Results are written at once.
 """
 
 import argparse
@@ -57,7 +57,7 @@ FORMULA = (
 @final
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is."""
+    """Sizes of models, batches and measurements."""
 
     config: TarFlowConfig
     small_patches: TarFlowConfig  # trained too
@@ -140,7 +140,7 @@ def trainer(model: TarFlow | Baseline, images: Tensor, device: torch.device) -> 
 
 
 def repeated(action: Callable[[], Any], times: int) -> Callable[[], None]:
-    """The action so many times."""
+    """The action, repeated."""
 
     def run() -> None:
         for _ in range(times):
@@ -150,7 +150,7 @@ def repeated(action: Callable[[], Any], times: int) -> Callable[[], None]:
 
 
 def own_memory(action: Callable[[], Any], model: torch.nn.Module, device: torch.device) -> float:
-    """Peak MiB of a side alone: its weights and what the first run of `action` adds."""
+    """Peak MiB of one side: its weights and what the first run of `action` adds."""
     weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     return weights / 2**20 + peak_megabytes(action, device)["added"]
 
@@ -308,7 +308,7 @@ def section_sampling(scale: Scale, device: torch.device) -> dict[str, Any]:
 
 
 def section_smoke(scale: Scale, device: torch.device) -> dict[str, Any]:
-    """Whether the device computes what it should, on a small model in float32."""
+    """Check the device's results on a small model in float32."""
     config = TarFlowConfig((3, 16, 16), patch_size=4, width=128, blocks=3, layers_per_block=2)
     on_cpu = perturbed_model(config, torch.device("cpu"))
     model = copy.deepcopy(on_cpu).to(device)
@@ -447,7 +447,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def run_all(names: Sequence[str], folder: Path, device: str, tiny: bool) -> dict[str, Any]:
-    """These sections, the results written after each; what one does not need, the next may take."""
+    """Run the sections and write results after each; unused time of one goes to the next."""
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {

@@ -40,7 +40,7 @@ Row = dict[str, Any]
 @final
 @dataclass(frozen=True)
 class Trained:
-    """A model, how it is trained and what is measured of it."""
+    """A model, its training and its measurements."""
 
     config: TarFlowConfig
     train_batch: int
@@ -97,7 +97,7 @@ def title(config: TarFlowConfig) -> str:
 
 
 def section(scale: Trained, device: torch.device, limit: float) -> dict[str, Any]:
-    """Train, then time every side, the most telling ones first; all of it within the limit."""
+    """Train, then time every side within the limit, the most informative ones first."""
     end = time.monotonic() + limit - RESERVE
     torch.manual_seed(0)
     with device:
@@ -138,7 +138,7 @@ def device_limits(device: torch.device) -> Limits:
 
 
 def convergence(model: TarFlow) -> dict[str, Any]:
-    """Passes that each block takes, in generation order: how far these weights are from random."""
+    """Passes of each block in generation order, which show how far the weights are from random."""
     z, found = latents(model.config, OBSERVED, model.device), {}
     for name in ("jacobi", "adaptive"):
         side = solver_side(model, per_block(SOLVERS[name](), model), z)
@@ -215,7 +215,7 @@ def planned(scale: Trained, model: TarFlow, batch: int, limits: Limits, end: flo
 def completed(
     rows: list[Row], batch: int, relative_to: str = "", floor: float = 0.0, what: str = ""
 ) -> list[Row]:
-    """Rows with what all of a group have in common, and how far above the floor they are."""
+    """Rows with the fields of their group and the ratio to the floor."""
     common = {"batch": batch, "relative_to": relative_to, "tokens_of_each_block": what}
     for row in rows:
         if "failed" not in row:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What a number was measured on and with."""
+    """The machine and versions that a number was measured with."""
     commit = ""
     with suppress(OSError, subprocess.SubprocessError):
         command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
@@ -74,14 +74,14 @@ def interleaved(
     at_least: float = 0.0,
     at_most: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of every action, A B A B, so that drift of the machine meets both alike.
+    """Seconds of every action, in turn (A B A B), so that drift of the machine affects both.
 
     Args:
         actions: what to time; called once before by the caller, to warm up.
         pairs: rounds, one at least.
         device: where the work is done.
-        at_least: seconds that are spent, on up to ten times as many rounds, where one is short.
-        at_most: no round starts after so many seconds.
+        at_least: seconds to spend, on at most ten times as many rounds.
+        at_most: seconds after which no round starts.
     """
     took: dict[str, list[float]] = {name: [] for name in actions}
     began = time.perf_counter()
@@ -95,7 +95,7 @@ def interleaved(
 
 
 def ratios(slow: list[float], fast: list[float]) -> dict[str, float]:
-    """Median, least and greatest of the pairs' slow / fast; "best" is that of the least times."""
+    """Median, least and greatest ratio slow / fast of the pairs; "best": ratio of least times."""
     each = [a / b for a, b in zip(slow, fast, strict=True)]
     return {
         "median": statistics.median(each),
@@ -113,7 +113,7 @@ def relative_error(first: Tensor, second: Tensor) -> float:
 
 
 def resident_megabytes(field: str) -> float:
-    """VmRSS or VmHWM, the peak, of this process; NaN where the system does not tell."""
+    """VmRSS or VmHWM (the peak) of this process in MiB; NaN on systems without /proc."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(field + ":"):
@@ -122,10 +122,10 @@ def resident_megabytes(field: str) -> float:
 
 
 def peak_megabytes(action: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Peak memory while `action` runs once, in all and beyond what was there before.
+    """Peak MiB while `action` runs once, in all and beyond what was allocated before ("added").
 
-    On the CPU, of the whole process: to be called in a fresh one. On a GPU, what PyTorch's
-    allocator handed out; "added" leaves out models that were already there.
+    On the CPU it is that of the whole process, so call it in a new one. On a GPU it is what
+    PyTorch's allocator gave out.
     """
     gc.collect()
     if device.type == "cuda":

@@ -3,11 +3,11 @@
     .venv/bin/python benchmarks/memory.py
     .venv/bin/python benchmarks/memory.py --device cuda
 
-Every row is a fresh process that takes steps of the trainer itself on random images. On a CPU the
-peak is that of its resident set beyond what Python and PyTorch take without a model; on a GPU what
-the allocator handed out. A CPU is measured twice: with every larger tensor in pages of its own,
-which go back when it is freed, and with malloc as it is, which may keep them. `--out FILE` also
-writes the rows as JSON.
+Every row is a new process that takes steps of the trainer on random images. On a CPU the peak is
+that of the resident set beyond what Python and PyTorch need without a model; on a GPU it is what
+the allocator gave out. On a CPU there are two measurements: with larger tensors in memory of their
+own, which is returned when they are freed, and with malloc as it is, which may keep freed memory.
+`--out FILE` also writes the rows as JSON.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from exactflow.training.cost import random_images
 from exactflow.training.step_memory import step_memory
 
 MIB = 2**20
-GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # of glibc; a fixed one, which else grows
+GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # of glibc; unless it is set, it grows
 RUNS = (  # preset, images of a step
     ("tarflow-cifar10", 48),
     ("macow-cifar10-1m", 128),
@@ -67,9 +67,9 @@ def predicted(preset: str, batch_size: int, checkpointing: bool, device: str) ->
 
 
 def measured(preset: str, batch_size: int, checkpointing: bool, device: str) -> float:
-    """MiB at the peak of the second step, of a model built, trained and averaged in this process.
+    """MiB at the peak of the second step of a model that is built and trained in this process.
 
-    Before it, a small model is trained, so that what libraries load for themselves is there.
+    A small model is trained first, so that the memory of loaded libraries is not counted.
     """
     config = config_of(preset, batch_size, checkpointing)
     take_steps("iddpm-tiny", config_of("iddpm-tiny", 4, False), device)
@@ -78,7 +78,7 @@ def measured(preset: str, batch_size: int, checkpointing: bool, device: str) -> 
 
 
 def take_steps(preset: str, config: TrainConfig, device: str) -> float:
-    """The peak in MiB when the second step is done: the last one writes files."""
+    """The peak in MiB after the second step; the last step also writes files."""
     peak = PeakMemory(torch.device(device))
     model = registry.build(preset).to(device)
     reached: list[int] = []

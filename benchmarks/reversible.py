@@ -68,7 +68,7 @@ QUICK = (Job("tarflow-tiny", 4), Job("macow-tiny", 4), Job("denseflow-tiny", 4))
 
 @contextmanager
 def trained(model: GenerativeModel, way: str) -> Iterator[None]:
-    """Within, gradients are had in this way."""
+    """Compute gradients in this way inside the block."""
     with recomputed(model.stages, way == "checkpointed"), reversible(model, way == "reversible"):
         yield
 
@@ -84,7 +84,7 @@ def pictures(model: GenerativeModel, count: int) -> Tensor:
 
 
 def build(job: Job, device: torch.device) -> GenerativeModel:
-    """The model, initialised where it wants that."""
+    """The model, with parameters that are read off images initialised."""
     torch.manual_seed(0)
     model = registry.build(job.preset, **job.overrides).to(device)
     if isinstance(model, DataInitialized):
@@ -94,7 +94,7 @@ def build(job: Job, device: torch.device) -> GenerativeModel:
 
 
 def backward(model: GenerativeModel, images: Tensor) -> Tensor:
-    """The loss of the images, with its gradients left in the parameters."""
+    """Loss of the images; its gradients are left in the parameters."""
     noise = generator(0, "noise", device=model.device)
     loss = model.loss(images, generator=noise).mean()
     loss.backward()
@@ -123,7 +123,7 @@ def memory(job: Job, way: str, device: torch.device) -> dict[str, float]:
 
 
 def memory_in_fresh_process(job: Job, way: str, device: torch.device) -> dict[str, float]:
-    """`memory`, of a process that has done nothing else."""
+    """`memory`, measured in a new process."""
     asked = {"job": dataclasses.asdict(job), "way": way, "device": str(device)}
     asked["threads"] = torch.get_num_threads()
     command = [sys.executable, __file__, "--child", json.dumps(asked)]
@@ -164,7 +164,7 @@ def check(model: GenerativeModel, images: Tensor) -> dict[str, float]:
 
 
 def run_job(job: Job, pairs: int, device: torch.device, weigh: bool) -> dict[str, Any]:
-    """Check, time, weigh."""
+    """Check gradients, then measure time and memory."""
     model = build(job, device)
     images = pictures(model, job.batch)
     errors = check(model, images)

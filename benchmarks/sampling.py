@@ -1,8 +1,8 @@
 """Every way to invert a trained TarFlow, against its public formulation, in one run.
 
 `python benchmarks/sampling.py --data DATA [--models MODELS] [--out FILE.json] [--plot FILE.png]`.
-Trained weights, since how soon parallel solvers converge depends on them: models are taken from
-MODELS, or trained for some minutes and kept there. `--quick` needs no data.
+Weights are trained, because the convergence of parallel solvers depends on them: models are read
+from MODELS, or trained for some minutes and kept there. `--quick` needs no data.
 """
 
 import argparse
@@ -78,12 +78,12 @@ class InTurn:
 @final
 @dataclass
 class Side:
-    """One way from latents to images, which may fail without harm to the others.
+    """One way from latents to images, which may fail without stopping the others.
 
     Attributes:
         run: what is timed.
-        check: done once before, which also warms up: the images, and what else is known of them.
-        failed: what went wrong; from then on nothing is done.
+        check: called once before, which also warms up; returns the images and facts about them.
+        failed: the error, after which nothing is run.
     """
 
     run: Callable[[], Tensor]
@@ -102,7 +102,7 @@ class Side:
 
 
 def plain_side(run: Callable[[], Tensor]) -> Side:
-    """A side of which nothing is known but its images."""
+    """A side without facts about its images."""
     return Side(run, lambda: (run(), {}))
 
 
@@ -122,7 +122,7 @@ def solver_side(
 
 
 def examined(model: TarFlow, solvers: Sequence[Solver], z: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """Images, and what `Inversion` says of them; nothing is repaired."""
+    """Images and the records of `Inversion`; nothing is repaired."""
     inversion = Inversion(solvers, range(len(z)), tolerance=math.inf)
     x = model.decode(z, solver=inversion)
     return x, {
@@ -137,7 +137,7 @@ def plan_side(
     solvers: list[Solver],
     z: Tensor,
 ) -> Side:
-    """The model inverted as planned; the plan is made by the check, and put into `solvers`."""
+    """The model inverted by its plan, which the check makes and puts into `solvers`."""
 
     def check() -> tuple[Tensor, dict[str, Any]]:
         began = time.perf_counter()
@@ -212,13 +212,13 @@ def matrix_elements(model: TarFlow) -> int:
 
 
 def least_seconds(action: Callable[[], Any], device: torch.device, times: int) -> float:
-    """Of so many calls, after one that does not count."""
+    """The least seconds of several calls, after one that is not counted."""
     action()
     return min(seconds(action, device) for _ in range(times))
 
 
 def cpu_limits(model: TarFlow) -> Limits:
-    """Measured: the sum of a buffer, which reads faster than a product with it; and a product."""
+    """Bandwidth of summing a buffer (faster than a product with it) and speed of a product."""
     buffer = torch.ones(matrix_elements(model) // len(model.blocks), dtype=model.dtype)
     square = torch.randn(1024, 1024, dtype=model.dtype)
     read = least_seconds(buffer.sum, CPU, 300)
@@ -233,7 +233,7 @@ def train(
     seconds: float,
     steps: int | None = None,
 ) -> dict[str, Any]:
-    """Train for so many seconds, or steps; what it took and came to.
+    """Train for a number of seconds or steps; the steps, seconds and loss.
 
     AdamW under bfloat16 autocast; the learning rate rises for a tenth of the run and falls
     linearly to its end.
@@ -275,7 +275,7 @@ def drawn(images: Tensor, batch: int) -> Iterator[Tensor]:
 def trained(
     name: str, config: TarFlowConfig, models: Path, data: Path | None, minutes: float
 ) -> tuple[TarFlow, dict[str, Any]]:
-    """The model of that name, from its folder or trained and put there; and what it came from."""
+    """The model of that name, read from its folder or trained and saved there, and its origin."""
     folder = models / name
     if (folder / "model" / CONFIG_FILE).is_file():
         model = exactflow.from_pretrained(folder)
@@ -352,7 +352,7 @@ def row(result: dict[str, Any], side: dict[str, Any]) -> str:
 
 
 def remarks(report: dict[str, Any]) -> str:
-    """What stands under the table: floors and plans, the machine and its limits."""
+    """The lines under the table: floors and plans, the machine and its limits."""
     lines = [""]
     for result in report["results"]:
         told = (
@@ -403,7 +403,7 @@ def bars(report: dict[str, Any]) -> bytes:
 
 
 def profile(model: TarFlow) -> bytes:
-    """PNG: what the adaptive solver does."""
+    """PNG: the passes of the adaptive solver."""
     solvers = [Adaptive()] * len(model.blocks)
     inversion = Inversion(solvers, range(PROFILED), observe=True)
     model.decode(latents(model.config, PROFILED, CPU), solver=inversion)
@@ -411,7 +411,7 @@ def profile(model: TarFlow) -> bytes:
 
 
 def write(path: Path | None, content: bytes) -> None:
-    """Into a folder that need not exist; nowhere for None."""
+    """Write a file and its folder; None writes nothing."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)

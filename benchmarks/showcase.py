@@ -1,7 +1,7 @@
 """Samples of two compared models side by side, class by class, with what a sample costs.
 
 `python benchmarks/showcase.py FOLDER OUT.png MODEL MODEL`: FOLDER is what `exactflow compare`
-wrote, the models are two of its names. No sample is chosen: the first of each class.
+wrote, the models are two of its names. The samples are the first ones of each class.
 """
 
 import json

@@ -33,7 +33,7 @@ from exactflow.training.optim import TrainConfig, make_optimizer
 
 Kind = Literal[
     "sampling",
-    "sampling, merged cache",  # against a baseline that grows its cache more gently
+    "sampling, merged cache",  # against a baseline that keeps the concatenated cache
     "guided sampling",
     "training",
     "training, compiled",  # of exactflow; the public formulation is not compiled
@@ -94,7 +94,7 @@ def jobs(configs: dict[str, TarFlowConfig], batches: Sequence[int], compiled: bo
 
 
 def perturbed_model(config: TarFlowConfig, device: torch.device) -> TarFlow:
-    """A model whose weights are random throughout: a fresh one would be nearly the identity."""
+    """A model with random weights everywhere; a fresh model is nearly the identity."""
     torch.manual_seed(0)
     with device:
         model = TarFlow(config)
@@ -235,7 +235,7 @@ def measure_memory(job: Job, side: str, device: torch.device) -> dict[str, float
 
 
 def memory_in_fresh_process(job: Job, side: str, device: torch.device) -> dict[str, float]:
-    """`measure_memory`, of a process that has done nothing else."""
+    """`measure_memory` in a new process."""
     request = json.dumps({"job": dataclasses.asdict(job), "side": side, "device": str(device)})
     command = [sys.executable, __file__, "--child", request]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
@@ -254,7 +254,7 @@ def child(request: str) -> None:
 def run_job(
     job: Job, pairs: int, device: torch.device, memory: bool, at_least: float
 ) -> dict[str, Any]:
-    """Check, time, weigh. Raises AssertionError where the sides disagree."""
+    """Check, then measure time and memory. Raises AssertionError if the sides disagree."""
     model = perturbed_model(job.config, device)
     baseline = from_exactflow(model)
     ours, theirs = our_action(job, model), their_action(job, baseline)

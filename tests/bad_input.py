@@ -1,4 +1,4 @@
-"""What users see for bad input, without the checker of annotations: prints JSON, case by case."""
+"""Errors for bad input without the checker of annotations, as JSON, one for each case."""
 
 import json
 import sys

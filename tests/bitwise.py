@@ -1,6 +1,6 @@
-"""What a refactoring must leave alone, bit for bit: `python tests/bitwise.py record|compare FILE`.
+"""Outputs that a refactoring may not change by a bit: `tests/bitwise.py record|compare FILE`.
 
-Record before the first move, compare after every one. Recorded are hashes of what every family's
+Record before the first change, compare after every one. Recorded are hashes of what every family's
 tiny preset computes: loss, gradients, latents, samples of every solver, likelihoods of its kind, 20
 training steps in one session and in two. Beside FILE a folder keeps models and runs as they were
 written, which must still load and score the same. A few minutes of one core.
@@ -33,7 +33,7 @@ CLASSES = {"tarflow", "flow-matching", "hdit", "diffusion"}
 
 
 def digest(*tensors: Tensor) -> str:
-    """Of the bytes, their types and shapes."""
+    """Hash of bytes, types and shapes."""
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -68,7 +68,7 @@ def models() -> Iterator[tuple[str, GenerativeModel]]:
 
 
 def attempt(work: Callable[[], str]) -> str:
-    """The result, or what the refusal says: a refactoring keeps these too."""
+    """The result or the error message, which a refactoring keeps too."""
     try:
         return work()
     except (ValueError, ArithmeticError, RuntimeError) as error:
@@ -76,7 +76,7 @@ def attempt(work: Callable[[], str]) -> str:
 
 
 def measured(model: GenerativeModel) -> Iterator[tuple[str, str]]:
-    """Names and hashes of what a model computes."""
+    """Hashes of all that a model computes, by name."""
     generator = torch.Generator().manual_seed(1)
     shape = (COUNT, *model.event_shape)
     images = torch.randint(0, model.levels, shape, generator=generator, dtype=torch.uint8)
@@ -113,7 +113,7 @@ def samples(model: GenerativeModel, label: Tensor | None, solver: str, scale: fl
 
 
 def trained(preset: str, folder: Path) -> str:
-    """Weights after 20 steps in one session, and after two of ten; the runs stay."""
+    """Weights after 20 steps in one session and after two sessions of ten; runs are kept."""
     found = []
     for name, pauses in (("whole", (20,)), ("resumed", (10, 20))):
         out = folder / f"{preset}-{name}"
@@ -163,7 +163,7 @@ def everything(folder: Path, fresh: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    """Record, or compare and say what differs."""
+    """Record, or compare and print the differences."""
     what, file = sys.argv[1], Path(sys.argv[2]).resolve()
     torch.set_num_threads(1)
     folder = file.with_suffix(".models")

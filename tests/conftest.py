@@ -1,4 +1,4 @@
-"""One thread, checked annotations, reproducible examples; and where the golden numbers lie."""
+"""Setup of all tests: one thread, checked annotations, reproducible examples, fixtures."""
 
 import os
 import sys
@@ -8,7 +8,6 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for spawned ranks
 
 TESTS = Path(__file__).resolve().parent
-ROOT = TESTS.parent
 sys.path.insert(0, str(TESTS))  # the import hook below looks up `typechecker` by name
 
 if "exactflow" in sys.modules:
@@ -62,14 +61,5 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of reference numbers that the repository carries."""
+    """The folder of reference numbers in the repository."""
     return TESTS / "golden"
-
-
-@pytest.fixture(scope="session")
-def shared_golden() -> Path:
-    """A larger folder of reference numbers beside the repository, where there is one."""
-    folder = ROOT.parent / "shared" / "golden"
-    if not folder.is_dir():
-        pytest.skip("no shared golden numbers beside the repository")
-    return folder

@@ -1,4 +1,4 @@
-"""What the tests cost, in seconds of a processor, and why some were skipped: said at the end.
+"""Processor seconds of the tests and reasons of skipped ones, printed at the end.
 
 Processor time is that of a test with its fixtures and the processes that it started. It hardly
 depends on what else a machine does, as wall-clock time does.
@@ -17,7 +17,7 @@ SLOW = 1.0  # seconds from which a test is to be marked as slow: `make quick` le
 
 
 def seconds() -> float:
-    """Processor time of this process and of those that it waited for or that a server forked."""
+    """Processor time of this process, its finished children and all forked by a server."""
     processes = sys.modules.get("processes")
     return sum(os.times()[:4]) + (processes.spent if processes else 0.0)
 

@@ -1,4 +1,4 @@
-"""Real faults, brought about by the process that they strike, in the midst of its training."""
+"""Real faults that a process inflicts on itself during its training."""
 
 import errno
 import multiprocessing
@@ -13,7 +13,7 @@ Undo = Callable[[], None]
 
 
 def fill(folder: str) -> Undo:
-    """Leave the file system of `folder` no room."""
+    """Fill the file system of `folder`."""
     file = Path(folder) / "filler"
     with file.open("wb", buffering=0) as stream:
         try:
@@ -26,14 +26,14 @@ def fill(folder: str) -> Undo:
 
 
 def limit(size: int) -> Undo:
-    """Let no file grow beyond `size` bytes: what is possible where one may not mount."""
+    """Let no file grow beyond `size` bytes, for machines where mounting is not allowed."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def protect(folder: str) -> Undo:
-    """Take the right away to write in the folder and those in it."""
+    """Remove the permission to write in the folder and its subfolders."""
     folders = [Path(folder), *(path for path in Path(folder).rglob("*") if path.is_dir())]
     for path in folders:
         path.chmod(0o555)
@@ -46,13 +46,13 @@ def protect(folder: str) -> Undo:
 
 
 def kill_loader(signum: int) -> Undo:
-    """End one of the processes that load images."""
+    """Send a signal to one of the processes that load images."""
     os.kill(int(multiprocessing.active_children()[0].pid or 0), signum)
     return lambda: None
 
 
 def order_loaders(signum: int) -> Undo:
-    """What a scheduler does to all processes of a job, before it comes to the one that trains."""
+    """Send a signal to all loaders, as a scheduler may before it reaches the training process."""
     pids = [str(child.pid) for child in multiprocessing.active_children()]
     subprocess.run(["kill", f"-{int(signum)}", *pids], check=True)  # not from their parent
     return lambda: None

@@ -3,8 +3,10 @@
 from functools import cache
 
 import torch
+from torch import nn
 
 from exactflow.core.model import Flow, GenerativeModel
+from exactflow.core.transform import AutoregressiveTransform
 from exactflow.models import registry
 from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 
@@ -74,8 +76,18 @@ def blueprint(preset: str) -> GenerativeModel:
         return registry.build(preset)
 
 
+def count(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def blocks(model: Flow) -> list[AutoregressiveTransform]:
+    """The autoregressive stages in order."""
+    return [stage for stage in model.stages if isinstance(stage, AutoregressiveTransform)]
+
+
 def perturb(model: Flow, scale: float = 0.2, seed: int = 0) -> Flow:
-    """Output maps away from zero, so that every part of the model is felt."""
+    """Add noise to all weights, so that every part of the model has an effect."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""A flow whose answers are known: images of class c are N(mean_c, L L^T)."""
+"""A flow with known results: images of class c are N(mean_c, L L^T)."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
-"""Processes that have torch and exactflow imported from their first line on.
+"""Start commands in processes that have torch and exactflow imported already.
 
-Importing takes seconds of a processor, so that it is done once: by a server (tests/ranks.py) that
-each process of the tests starts when it is first asked for, and that forks all the others.
+Importing takes seconds of a processor, so it is done once, by a server (tests/ranks.py) from which
+all other processes are forked. Each process of the tests starts a server when it needs the first.
 """
 
 import atexit
@@ -28,13 +28,13 @@ import ranks
 from exactflow.cli import main
 
 _running: set[int] = set()
-PATIENCE = 600.0  # seconds: no test is about time, this only ends what hangs
+PATIENCE = 600.0  # seconds, after which a process counts as hanging
 spent = 0.0  # seconds of a processor that the servers and what they forked have taken
 
 
 @dataclass(frozen=True)
 class Said:
-    """What became of a command."""
+    """Exit status and output of a command."""
 
     returncode: int
     stdout: str
@@ -42,7 +42,7 @@ class Said:
 
 
 def call(*words: object, cwd: Path, fails: bool | None = False) -> Said:
-    """`exactflow` with these words, in this process; `fails` None: either way."""
+    """Run `exactflow WORDS` in this process; `fails` is what it must do, None: anything."""
     out, errors, status = io.StringIO(), io.StringIO(), 0
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -61,14 +61,14 @@ def call(*words: object, cwd: Path, fails: bool | None = False) -> Said:
 
 
 def environment() -> dict[str, str]:
-    """Of processes that import exactflow from where this one does."""
+    """Environment in which exactflow is imported from the same folder as here."""
     path = [str(Path(str(exactflow.__file__)).parents[1]), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
 
 
 @cache
 def _server(under: tuple[str, ...]) -> tuple[subprocess.Popen[str], IO[bytes]]:
-    """A server, and what it and its processes say on stderr."""
+    """A server and the stderr of it and its processes."""
     said = tempfile.TemporaryFile()  # noqa: SIM115 - until the end of all tests
     process = subprocess.Popen(
         [*under, sys.executable, str(Path(ranks.__file__))],
@@ -83,7 +83,7 @@ def _server(under: tuple[str, ...]) -> tuple[subprocess.Popen[str], IO[bytes]]:
 
 
 def ask(request: Any, under: Sequence[str] = ()) -> Any:
-    """The answer of the server that the command `under`, if any, has started."""
+    """The answer of the server, which the command `under` starts if it is given."""
     global spent
     process, said = _server(tuple(under))
     assert process.stdin is not None
@@ -101,14 +101,14 @@ def ask(request: Any, under: Sequence[str] = ()) -> Any:
 
 
 def carry_out(*rounds: dict[str, Any], under: Sequence[str] = ()) -> list[list[dict[str, Any]]]:
-    """Each round's processes, see tests/ranks.py."""
+    """Run rounds of processes (see tests/ranks.py); the results of each process, by round."""
     return ask(list(rounds), under)
 
 
 class Command:
-    """A forked process that does what `python WORDS` does; `torchrun` says with how many ranks.
+    """A forked process that runs `python WORDS`, under torchrun with that many ranks unless 0.
 
-    It leads a session of its own, so that a signal can be sent to all that it has started.
+    It leads a session of its own, so that a signal can be sent to it and all its children.
     """
 
     def __init__(self, *words: str | Path | float, cwd: Path, torchrun: int = 0) -> None:
@@ -138,14 +138,14 @@ class Command:
         return self.returncode
 
     def wait_until(self, reached: Callable[[], bool]) -> None:
-        """Wait for something that it brings about before its end."""
+        """Wait for a condition that must become true before the process ends."""
         deadline = time.monotonic() + PATIENCE
         while not reached():
             assert self.poll() is None, f"{shlex.join(self.words)} has ended: {self.end()}"
             self._be_patient(deadline)
 
     def end(self) -> Said:
-        """Wait for its end; what it said."""
+        """Wait for its end; exit status and output."""
         deadline = time.monotonic() + PATIENCE
         while (status := self.poll()) is None:
             self._be_patient(deadline)
@@ -164,12 +164,12 @@ class Command:
 
 @atexit.register
 def _leave_nothing_running() -> None:
-    """End what a test that failed has left."""
+    """Kill the processes that a failed test has left."""
     for pid in _running:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
 
 
 def run(*words: str | Path | float, cwd: Path, torchrun: int = 0) -> Said:
-    """`python WORDS` in a forked process, until its end."""
+    """Run `python WORDS` in a forked process to its end."""
     return Command(*words, cwd=cwd, torchrun=torchrun).end()

@@ -56,7 +56,7 @@ def free_port() -> int:
 
 
 def work(job: Callable[..., Any], options: Mapping[str, Any], told: int) -> None:
-    """One process: its result or its error, as JSON, into the pipe, or where it crashed."""
+    """Run one process's job; write its result or error to the pipe, as JSON."""
     faulthandler.enable(told)
     try:
         result: dict[str, Any] = {"value": job(**options)}
@@ -70,7 +70,7 @@ def work(job: Callable[..., Any], options: Mapping[str, Any], told: int) -> None
 def carry_out(
     job: str, count: int, options: Mapping[str, Any], node: int | None = None
 ) -> list[dict[str, Any]]:
-    """What each process says, or the signal that ended it."""
+    """Results of each process, or the signal that ended it."""
     port, children = free_port(), []
     for rank in range(count):
         heard, told = os.pipe()
@@ -92,7 +92,7 @@ def carry_out(
 
 
 def collect(children: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    """Wait for all. Those that outlive the first by the deadline are killed: that is a failure."""
+    """Wait for all processes; kill, as a failure, those that outlive the first by a deadline."""
     status: dict[int, int] = {}
     first = None
     while left := [child for child, _ in children if child not in status]:
@@ -115,7 +115,7 @@ def collect(children: list[tuple[int, int]]) -> list[dict[str, Any]]:
 
 
 def ending(status: int, stacks: str) -> str:
-    """How a process ended that did not come to its result or error."""
+    """How a process ended that wrote neither a result nor an error."""
     name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
     return f"{name}\n{stacks}" if stacks else name
 
@@ -167,7 +167,7 @@ def train(
 
 
 def beset(folder: str, config: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
-    """Train the toy; at step 15 and at the end, another process begins the same training."""
+    """Train the toy; at step 15 and at the end another process tries the same training."""
     said = []
 
     def begin(told: Progress) -> dict[str, float]:
@@ -197,7 +197,7 @@ def family(folder: str, preset: str, changes: Mapping[str, Any]) -> list[float]:
 
 
 def verbs(preset: str) -> dict[str, Any]:
-    """What a model's samples and likelihoods are, and what they cost."""
+    """Samples and likelihoods of a model, with their costs."""
     torch.manual_seed(0)
     model = registry.build(preset).eval()
     classes = model.num_classes
@@ -263,7 +263,7 @@ JOBS: dict[str, Callable[..., Any]] = {
 
 
 def python(words: Sequence[str]) -> None:
-    """Be `python WORDS` for the rest of this process's life."""
+    """Run `python WORDS` in this process."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     first, *rest = words
     if first == "-c":
@@ -278,7 +278,7 @@ def python(words: Sequence[str]) -> None:
 
 
 def launch(count: int, words: Sequence[str]) -> None:
-    """The same in `count` processes: what `torchrun` does, but for importing."""
+    """Run it in `count` processes, as `torchrun` does, without importing anything again."""
     options = ["--nproc-per-node", str(count), "--master-port", str(free_port())]
     config, _, _ = torchrun.config_from_args(torchrun.parse_args([*options, "-m", "exactflow"]))
     config.start_method = "fork"
@@ -287,13 +287,13 @@ def launch(count: int, words: Sequence[str]) -> None:
 
 @cache
 def import_digits() -> None:
-    """What the built-in images need, before those who read them are forked: two seconds."""
+    """Import what the built-in images need (two seconds) before processes are forked."""
     with contextlib.suppress(ImportError):
         import sklearn.datasets  # noqa: F401
 
 
 def start(words: Sequence[str], cwd: str, torchrun: int, out: str, errors: str) -> int:
-    """Fork a process that does this. In it, this function ends with SystemExit, as Python does."""
+    """Fork a process that runs the words; in it, this function ends with SystemExit."""
     import_digits()
     child = os.fork()
     if child:

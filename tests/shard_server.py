@@ -1,4 +1,4 @@
-"""Shards over HTTP from memory, by a server that can be told to fail.
+"""An HTTP server of shards in memory that can be made to fail.
 
     python shard_server.py CACHE_DIR URL LIMIT BATCHES [FIRST]
 
@@ -23,7 +23,7 @@ BEGINNING = 0  # a request without a range
 
 
 class Shards:
-    """What is served, and how badly.
+    """The files that are served, and the faults of serving them.
 
     Attributes:
         files: contents by name.
@@ -96,12 +96,12 @@ def served(files: dict[str, bytes]) -> Iterator[Shards]:
 
 
 def few_mixed() -> None:
-    """Two shards at a time, in place of as many as hold thousands of images."""
+    """Shuffle groups of two shards instead of thousands of images."""
     order.MIXED_SHARDS, order.MIXED_IMAGES = 2, 0
 
 
 def digest(dataset: ImageDataset, batches: int, **options: Any) -> str:
-    """Of training batches."""
+    """Hash of training batches."""
     found = hashlib.sha256()
     for batch in islice(training_batches(dataset, 7, seed=3, **options), batches):
         assert batch.labels is not None

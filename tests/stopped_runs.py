@@ -1,4 +1,4 @@
-"""Runs of the toy that were stopped, whole or split, and files that were changed meanwhile."""
+"""Stopped runs of the toy, whole or split, for tests that change their files."""
 
 import json
 import warnings
@@ -24,7 +24,7 @@ class Stopped(Exception):
 def go_on(
     folder: Path, model: Toy | None = None, stop: int | None = None, keep: int = 9
 ) -> FitResult | None:
-    """Train the toy, or go on with its training; None where it ended at step `stop`."""
+    """Train the toy, or resume its training; None if it was stopped at step `stop`."""
 
     def end(told: Progress) -> dict[str, float]:
         if told.step == stop:
@@ -50,7 +50,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 def stopped_split(folder: Path) -> Path:
-    """The same, as processes that have the parameters together would have written it."""
+    """The same as processes with split parameters write it."""
     checkpoint = stopped(folder)
     names = [name for name, _ in make_toy().named_parameters()]
     tensors = {f"model.{k}": v for k, v in load_file(checkpoint / "model.safetensors").items()}
@@ -68,7 +68,7 @@ def stopped_split(folder: Path) -> Path:
 
 
 def sign(checkpoint: Path) -> None:
-    """Make the hashes in state.json those of the files, as somebody with bad intent would."""
+    """Put the hashes of changed files into state.json, as an attacker would."""
     path = checkpoint / "state.json"
     unsigned = json.loads(path.read_text()) | {"sha256": {}, "format_version": 0}
     path.write_text(json.dumps(unsigned))

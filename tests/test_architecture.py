@@ -1,4 +1,4 @@
-"""The laws of the code itself, read from its syntax trees. Each is shown to fail on bad code."""
+"""Laws of the code, checked on its syntax trees. Each is shown to fail on bad code."""
 
 import ast
 import os
@@ -92,7 +92,7 @@ def every_class_is_abstract_or_final(tree: Tree) -> Iterator[str]:
 
 
 def nothing_concrete_is_overridden(tree: Tree) -> Iterator[str]:
-    """Constructors apart: theirs call the one above and add to it."""
+    """Except constructors, which call the inherited one and add to it."""
     known = {node.name: node for _, node in classes(tree)}
     for path, node in classes(tree):
         for parent in ancestors(node, known):
@@ -156,7 +156,7 @@ def no_mutable_default(tree: Tree) -> Iterator[str]:
 
 
 def public_things_are_documented(tree: Tree) -> Iterator[str]:
-    """Modules, classes, functions; and abstract methods, where a method's contract is declared."""
+    """Modules, classes, functions, and abstract methods, which declare a contract."""
     for path, module in tree.items():
         if module.body and ast.get_docstring(module) is None:
             yield f"{path} has no docstring"
@@ -172,7 +172,7 @@ def public_things_are_documented(tree: Tree) -> Iterator[str]:
 
 
 def sizes(module: ast.Module) -> Iterator[ast.AST]:
-    """The values given to arguments, keywords and fields whose name says that they are a size."""
+    """Values of arguments, keywords and fields that are sizes by their name."""
     for node in ast.walk(module):
         match node:
             case ast.keyword(arg=str(name), value=value) if name in SIZE_NAMES:
@@ -301,7 +301,7 @@ def test_there_is_code_to_judge() -> None:
 
 
 def loose_folders(paths: Iterable[str]) -> set[str]:
-    """Folders that hold code and no __init__.py, which import-linter would not look into."""
+    """Folders with code but without __init__.py, which import-linter does not check."""
     present = set(paths)
     folders = {str(parent) for path in present for parent in list(Path(path).parents)[:-1]}
     return {folder for folder in folders if f"{folder}/__init__.py" not in present}
@@ -316,7 +316,7 @@ def test_a_loose_folder_is_found() -> None:
 
 
 def test_class_names_are_unique() -> None:
-    """The laws above look up base classes by their plain names."""
+    """The laws above find base classes by their names alone."""
     seen: dict[str, str] = {}
     for path, node in classes(parse(sources())):
         if not node.name.startswith("_"):
@@ -339,7 +339,7 @@ def test_a_long_file_is_found() -> None:
 
 
 def heavy_after(statement: str) -> list[str]:
-    """The heavy packages that a fresh interpreter has loaded after `statement`."""
+    """The heavy packages that a new interpreter has loaded after `statement`."""
     code = f"{statement}\nimport sys\nprint('LOADED', *sorted(set({HEAVY}) & set(sys.modules)))"
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     run = subprocess.run(
@@ -370,7 +370,7 @@ def test_a_public_name_that_is_not_there_is_found() -> None:
 
 
 def test_public_names_are_those_with_a_home() -> None:
-    """What type checkers read, what `import *` gives and what is found on first use are one."""
+    """Type checkers, `import *` and first use know the same public names."""
     import exactflow
 
     module = ast.parse((PACKAGE / "__init__.py").read_text())

@@ -1,4 +1,4 @@
-"""Batch files that would grow: what they say is counted before it is made."""
+"""Pickles that would grow in memory are measured before anything is made."""
 
 from __future__ import annotations
 

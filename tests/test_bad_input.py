@@ -1,4 +1,4 @@
-"""Bad input ends in one clear error that names what was expected and what came."""
+"""Bad input ends in one clear error that names what was expected and what was given."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Laws of image-net.org's batch files: every way they were written, and nothing else is run."""
+"""Laws of image-net.org's batch files: every published form is read, and no code is run."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LABELS = [3, 1, 2, 3, 1, 1, 2]
 
 
 def rows(count: int, seed: int = 0) -> np.ndarray:
-    """Images as the files have them: the planes of red, green and blue one after the other."""
+    """Images as rows of the files: the red plane, then the green, then the blue."""
     return pixels(count, 3 * SIDE * SIDE, seed=seed)
 
 
 def python2(data: np.ndarray, labels: list[int]) -> bytes:
-    """What Python 2 writes of such a dict: strings are bytes."""
+    """The pickle that Python 2 writes of such a dict, in which strings are bytes."""
 
     def text(value: bytes) -> bytes:
         return b"U" + bytes([len(value)]) + value
@@ -115,7 +115,7 @@ def test_they_are_the_new_imagenet_and_not_the_old(
 
 
 class Malice:
-    """What a pickle can be made to do."""
+    """An object whose pickle runs code when it is read."""
 
     def __init__(self, call: Any, *arguments: Any) -> None:
         self.call, self.arguments = call, arguments

@@ -76,7 +76,7 @@ def test_sums_to_one_and_depends_on_no_batch() -> None:
 
 
 def test_all_classes_are_scored_under_the_same_noise() -> None:
-    """Classes with the same density are equally likely, exactly, whatever the draw."""
+    """Classes with the same density have exactly the same score, whatever the draw."""
     means = torch.full((4, 1, 2, 2), 0.2, dtype=torch.float64)
     found = posterior(GaussianFlow(means), some_grey_levels(GaussianFlow(means), 3), k=2)
     assert torch.equal(found, found[:, :1].expand(3, 4))

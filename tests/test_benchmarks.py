@@ -1,5 +1,5 @@
-"""The benchmarks' baseline is the same model, and their machinery runs. No wall-clock is asserted:
-what is measured depends on the machine, that both sides agree does not.
+"""The benchmarks' baseline is the same model, and the programs run. No time is asserted: it depends
+on the machine, while the agreement of both sides does not.
 """
 
 import json
@@ -31,7 +31,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def path() -> Iterator[None]:
-    """The benchmarks import each other as scripts do; their names go again afterwards."""
+    """Let benchmarks import each other as scripts do, and forget these modules afterwards."""
     sys.path.insert(0, str(BENCHMARKS))
     yield
     sys.path.remove(str(BENCHMARKS))

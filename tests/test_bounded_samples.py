@@ -1,4 +1,4 @@
-"""No preset of our own overflows: its samples are finite at any weights that training may leave."""
+"""No preset of our own overflows: samples are finite at any weights training may reach."""
 
 import math
 
@@ -22,7 +22,7 @@ PATHS = [n for n in SMALL if n.endswith("-tiny") and n not in FLOWS]
 
 
 def some_data(model: GenerativeModel, count: int) -> torch.Tensor:
-    """Grey levels: blots on an empty ground, as digits are."""
+    """Grey levels like digits: blots on an empty ground."""
     channels, height, width = model.event_shape
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -33,7 +33,7 @@ def some_data(model: GenerativeModel, count: int) -> torch.Tensor:
 
 
 def train(model: GenerativeModel, images: torch.Tensor, steps: int, rate: float) -> None:
-    """A few hurried steps, at a higher rate than the preset's."""
+    """Take a few steps at a higher learning rate than the preset's."""
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     for _ in range(steps):
@@ -46,7 +46,7 @@ def train(model: GenerativeModel, images: torch.Tensor, steps: int, rate: float)
 
 
 def largest(model: GenerativeModel) -> float:
-    """Over many seeds, of samples that must all be finite; the solver is the reference inverse."""
+    """Largest value of finite samples of many seeds; of flows, by the reference inverse."""
     solver = solver_for(model, "sequential") if isinstance(model, Flow) else "auto"
     if not isinstance(model, Flow | ChainModel):
         solver = solver_for(model, steps=6)
@@ -57,7 +57,7 @@ def largest(model: GenerativeModel) -> float:
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_every_sample_of_a_small_flow_is_finite(name: str) -> None:
-    """At initial weights, after a hurried training, and where conditional scales could be any."""
+    """At initial weights, after a rough training, and with arbitrary conditional scales."""
     torch.manual_seed(0)
     model = registry.build(name)
     images = some_data(model, 128)
@@ -93,7 +93,7 @@ def test_every_sample_of_a_small_model_on_a_path_is_finite(name: str) -> None:
 def test_scales_are_bounded_in_our_own_presets_and_published_ones_are_as_published(
     name: str,
 ) -> None:
-    """Also in those that are too large to be sampled here."""
+    """Also in presets that are too large to be sampled here."""
     config, own = registry.preset(name).config, name in OWN
     if isinstance(config, TarFlowConfig):
         bounded = config.scale, config.soft_clip, config.final_norm

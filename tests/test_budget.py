@@ -77,7 +77,7 @@ def test_work_is_divided_by_that_of_a_step() -> None:
 
 @pytest.mark.slow
 def test_time_is_divided_by_that_of_a_step_and_nothing_moves() -> None:
-    model = exactflow.build("macow-digits")  # its first parameters are read off data
+    model = exactflow.build("macow-digits")  # its first parameters are computed from data
     before = {key: value.clone() for key, value in model.state_dict().items()}
     short, long = (steps_within(Budget(seconds=s), *digits(model)) for s in (1.0, 1e9))
     assert 1 <= short < long

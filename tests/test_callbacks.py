@@ -1,4 +1,4 @@
-"""What a training asks of its callbacks, and what its grids say of samples that fail."""
+"""Callbacks of a training, and its sample grids when samples fail."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a certificate claims is what float64 finds, whatever model, scales and solver are."""
+"""Certificates equal errors measured in float64, for any model, scales and solver."""
 
 import copy
 
@@ -30,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 def exploding(log_scale: float, seed: int, dtype: torch.dtype) -> TarFlow:
-    """Three blocks whose log-scales are about so large, and random."""
+    """Three blocks with random log-scales of about that size."""
     torch.manual_seed(seed)
     config = TarFlowConfig((1, 2, 6), 1, 64, blocks=3, layers_per_block=1, final_norm=True)
     model = perturb(TarFlow(config), 0.5)
@@ -42,7 +42,7 @@ def exploding(log_scale: float, seed: int, dtype: torch.dtype) -> TarFlow:
 
 
 def found_in_float64(model: Flow, drawn: Samples, guidance: Guidance | None = None) -> Tensor:
-    """max |encode(x) - z|, block by block, by nothing that sampling uses."""
+    """max |encode(x) - z|, computed block by block without the code of sampling."""
     seeds = [generator(seed, "sample") for seed in drawn.seeds]
     noise = normal_rows(model.prior.shape, seeds).to(drawn.x.dtype)
     z = model.prior.from_noise(noise).double()
@@ -62,7 +62,7 @@ def found_in_float64(model: Flow, drawn: Samples, guidance: Guidance | None = No
 
 
 def claims_hold(model: Flow, drawn: Samples, guidance: Guidance | None = None) -> bool:
-    """No sample's claim is below half of what float64 finds, and none is left unnamed."""
+    """No certificate is below half of the float64 error, and all beyond it are listed."""
     truth = found_in_float64(model, drawn, guidance)
     unnamed = [s for s in drawn.seeds if s not in drawn.beyond_tolerance]
     named = all(
@@ -78,7 +78,7 @@ def tolerance(dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("title", SOLVERS)
 def test_the_claim_is_never_below_half_of_what_float64_finds(title: str, dtype: str) -> None:
-    """At scales that explode, that shrink, and at ordinary ones."""
+    """At very large, very small and ordinary scales."""
     if title == "compiled" and dtype == "bfloat16":
         pytest.skip("there is no compiled step in bfloat16")
     if title == "compiled":
@@ -106,7 +106,7 @@ def test_guided_samples_are_encoded_by_guided_blocks(dtype: str) -> None:
 
 
 def test_rounding_of_a_reduced_network_counts() -> None:
-    """In its own arithmetic a bfloat16 network agrees with itself; float64 tells the truth."""
+    """A bfloat16 network agrees with itself; only float64 shows its rounding."""
     model = exploding(-2.0, 3, torch.bfloat16)
     drawn = sample(model, 4, options=SamplingOptions(on_nonfinite="omit"))
     assert float(drawn.certificate.max()) > 0.1

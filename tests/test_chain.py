@@ -42,7 +42,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def wavy(x_t: Tensor, timestep: Tensor, label: Tensor | None) -> tuple[Tensor, None]:
-    """Some network or other, without a learned variance."""
+    """An arbitrary network without a learned variance."""
     shift = 0 if label is None else 0.1 * label[:, None, None, None]
     return torch.sin(2 * x_t + 0.1 * timestep[:, None, None, None] + shift), None
 
@@ -56,7 +56,7 @@ def posterior_of_gaussian(chain: MarkovChain, mean: float, std: float) -> tuple[
 
 
 def marginal_variance(chain: MarkovChain, std: float) -> Tensor:
-    """Var(x_{t-1} | x_t) by step, for such data."""
+    """Var(x_{t-1} | x_t) by step, for data N(mean, std^2)."""
     (*_, variance), before = posterior_of_gaussian(chain, 0.0, std), chain.previous_alpha_bar
     posterior = chain.betas * (1 - before) / (1 - chain.alpha_bar)
     share = before.sqrt() * chain.betas / (1 - chain.alpha_bar)
@@ -64,7 +64,7 @@ def marginal_variance(chain: MarkovChain, std: float) -> Tensor:
 
 
 def ideal_network(chain: MarkovChain, mean: float, std: float) -> Network:
-    """The network that knows the data: every reverse kernel is the true one."""
+    """The ideal network: every reverse kernel is the true one."""
     offset, slope, _ = posterior_of_gaussian(chain, mean, std)
     small, large = chain.posterior_log_variance, chain.largest_log_variance
     place = 2 * (marginal_variance(chain, std).log() - small) / (large - small) - 1
@@ -352,7 +352,7 @@ def gaussian_images(count: int, levels: int, mean: float, std: float) -> Tensor:
 
 @pytest.mark.parametrize("respacing", ["", "10"])
 def test_bound_of_an_ideal_model_is_the_likelihood(respacing: str) -> None:
-    """All kernels true: the bound is tight, but for what q(x_T) differs from the prior."""
+    """With true kernels the bound is tight, except for the difference of q(x_T) and the prior."""
     levels, mean, std, count = 1025, 0.1, 0.2, 1600
     whole = chain(25, "linear")
     c = whole.respaced(respacing)
@@ -423,7 +423,7 @@ def test_strata_make_up_the_chain(steps: int) -> None:
 
 
 def test_bound_takes_its_terms_at_the_steps_they_belong_to() -> None:
-    """A network that says zero at every step but one changes that step's term alone."""
+    """A network that is nonzero at one step changes the term of that step alone."""
 
     def one(x_t: Tensor, timestep: Tensor, label: Tensor | None) -> tuple[Tensor, None]:
         return torch.where(timestep[:, None, None, None] == 4, x_t, 0 * x_t), None
@@ -552,7 +552,7 @@ def test_guidance_of_scale_zero_changes_nothing(solver: ChainSolver) -> None:
 
 
 def gradient_of(x: Tensor, timestep: int, label: int) -> Tensor:
-    """Of ln softmax(logistic), by hand."""
+    """Gradient of ln softmax(logistic), by hand."""
     certainty = 1 + 0.01 * timestep
     p = torch.sigmoid(certainty * x.flatten(1).sum(1))[:, None, None, None]
     return (certainty * (label - p)).expand_as(x)

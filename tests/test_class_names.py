@@ -1,4 +1,4 @@
-"""A label keeps its class, wherever it is read, recorded, or asked for."""
+"""A label means the same class wherever it is read, recorded or given."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_parquet(
 
 
 def write_hub(file: Path, labels: Sequence[Any], names: Sequence[str] = ()) -> None:
-    """The same as a table that `datasets` saved, a split of it."""
+    """The same as one split of a table that `datasets` saved."""
     kind = datasets.ClassLabel(names=list(names)) if names else None
     images = [Image.new("L", (4, 4), row) for row in range(len(labels))]
     table = datasets.Dataset.from_dict({"image": images, "label": list(labels)})

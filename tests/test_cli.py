@@ -1,4 +1,4 @@
-"""The command line as a user meets it: every verb, resume, and errors in one line."""
+"""The command line as users see it: every verb, resuming, and errors in one line."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Where commands write: nothing of another call, model or set is mixed in; whole records."""
+"""Folders of commands: no files of another call, model or set, and complete records."""
 
 import json
 from collections.abc import Callable

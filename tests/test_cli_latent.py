@@ -1,4 +1,4 @@
-"""The verbs that need a density and a latent, as a user meets them."""
+"""The commands that need a density or a latent, as users see them."""
 
 import json
 import subprocess
@@ -52,7 +52,7 @@ def cli(home: Path):
 
 
 def left(home: Path, out: str, name: str) -> dict:
-    """The numbers a command left; its pictures must be pictures."""
+    """The JSON that a command wrote, after a check of its pictures."""
     for picture in (home / out).glob("*.png"):
         assert min(Image.open(picture).size) > 100, picture
     return json.loads((home / out / name).read_text())

@@ -1,4 +1,4 @@
-"""How commands begin and end: no traceback, one message, the right status, names as they are."""
+"""Start and end of commands: no traceback, one message, the right exit status."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ SOURCES = str(Path(__file__).parents[1] / "src")
 
 @pytest.fixture
 def ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
-    """Carries out a command whose verb is a function: its status, stdout and stderr."""
+    """Run a command whose verb is replaced by a function: status, stdout and stderr."""
 
     def run(verb: Callable[[], None], *words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -54,7 +54,7 @@ def raising(error: BaseException) -> Callable[[], None]:
 
 
 def python(code: str, *words: str, **options) -> subprocess.Popen:
-    """A fresh interpreter; nothing that is run here imports torch."""
+    """Run a new interpreter; nothing that is run here imports torch."""
     environment = {**os.environ, "PYTHONPATH": SOURCES, **options.pop("env", {})}
     return subprocess.Popen([sys.executable, "-c", code, *words], env=environment, **options)
 
@@ -262,7 +262,7 @@ def test_home_is_found_in_options(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_verb_prints_by_one_door() -> None:
-    """A console of rich's own reads names as markup, and ends the process where nobody reads."""
+    """A default console of rich reads names as markup, and fails on a closed pipe."""
     for verb in VERBS:
         text = (Path(SOURCES) / "exactflow" / "cli" / f"{verb}.py").read_text()
         assert "Console().print" not in text, verb

@@ -1,4 +1,4 @@
-"""Comparisons: kinds apart, costs, what is kept, what is refused, and a killed one that goes on."""
+"""Comparisons: separate kinds, costs, kept results, refusals, resuming after a kill."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def by_name(report: Report) -> dict[str, dict[str, Any]]:
 
 
 def without_costs(report: dict[str, Any]) -> dict[str, Any]:
-    """Of a report's JSON: what must be the same in every run."""
+    """The part of a report's JSON that must be the same in every run."""
     kept = json.loads(json.dumps(report))
     kept.pop("setting")
     for result in kept["results"]:
@@ -259,7 +259,7 @@ def test_a_conditional_model_is_marked(
 def test_samples_of_a_contender_are_guided_as_it_says(
     splits: tuple[ImageDataset, ImageDataset], tmp_path: Path
 ) -> None:
-    """And a model of noisy images has a row of samples without a likelihood to rank it by."""
+    """A model of noisy images has a row of samples, without a likelihood."""
     model = model_of("tarflow", splits[0], num_classes=10, noise_std=0.1)
     perturb(model)
     entries = [Contender("plain", model), Contender("guided", model, guidance=2.0)]
@@ -312,7 +312,7 @@ CONTENDERS = ["whitening-tiny", "tarflow-digits", "flow-matching-digits"]
 
 
 def compare(*words: str | Path, cwd: Path, fails: bool = False) -> Said:
-    """What `exactflow compare` says."""
+    """Run `exactflow compare`; its output."""
     return call("compare", *words, cwd=cwd, fails=fails)
 
 

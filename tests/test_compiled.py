@@ -1,4 +1,4 @@
-"""The compiled token step, captured passes and cached windows are `causal_network`, any shape."""
+"""The compiled token step, captured passes and cached windows equal `causal_network`."""
 
 import ctypes
 import sys
@@ -61,7 +61,7 @@ def network(
 
 
 def new_caches(weights: NetworkWeights, batch: int, head_dim: int) -> list[Tensor]:
-    """Full of NaN, so that reading what nobody wrote shows."""
+    """Caches full of NaN, so that reading an unwritten value is noticed."""
     channels = len(weights.input)
     shape = (2, batch, channels // head_dim, LENGTH, head_dim)
     return [weights.input.new_full(shape, torch.nan) for _ in weights.layers]
@@ -134,7 +134,7 @@ def test_ends_of_any_width(dtype: torch.dtype, dim: int, out: int, norm: bool) -
 def test_every_evaluation_is_that_of_training(
     dtype: torch.dtype, norm: bool, warm: bool, batch: int, step: str
 ) -> None:
-    """Behind a prefix of any length: a token, several, or all that are left."""
+    """After a prefix of any length: one token, several, or all that are left."""
     w = network(32, 3, 6, norm=norm, dtype=dtype)
     tokens, condition = random(batch, LENGTH, 3, seed=1, dtype=dtype), random(1, LENGTH, 32, seed=2)
     temperature = (0.5 + random(batch, seed=3, dtype=dtype).abs()) if warm else None

@@ -45,7 +45,7 @@ def some(conditional: Conditional, dim: int, spread: float) -> tuple[Tensor, Ten
 
 @pytest.mark.parametrize("title", CONDITIONALS)
 def test_the_log_determinant_is_the_jacobians(title: str) -> None:
-    """And the map is triangular in the numbers of a token, increasing in each."""
+    """The map is also triangular in the numbers of a token, and increasing in each."""
     conditional = CONDITIONALS[title]
     dim = 1 if "one number" in title else DIM
     x, theta = some(conditional, dim, 1.5)
@@ -185,7 +185,7 @@ def test_a_network_in_bfloat16_keeps_its_arithmetic_in_float32(name: str) -> Non
 
 
 def test_numbers_of_a_token_are_mixed_before_each_block() -> None:
-    """By a triangular matrix of each block's own, which the inverse undoes."""
+    """By a triangular matrix for each block, which the inverse undoes."""
     model = make("mixing, channels")
     mixing = model.mixings[1]
     x = torch.randn(2, *model.prior.shape, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What every family must do alike, over the registry: one tiny preset of each."""
+"""Laws of every family, over one tiny preset of each in the registry."""
 
 from pathlib import Path
 

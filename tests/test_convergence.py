@@ -32,7 +32,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def golden_jacobi() -> tuple[TarFlow, dict[str, torch.Tensor]]:
-    """A small model, and what the GS-Jacobi program (commit f28319b) says of it.
+    """A small model, and the numbers of the GS-Jacobi program (commit f28319b) for it.
 
     Its clamp to [-3, 3] and its early stop are off. Block k counts from the data; `block.*` and
     `chain.*` are tokens in the image's order: `arrange` turns them into the block's own.
@@ -214,7 +214,7 @@ def test_overflow() -> None:
 
 
 class Projection(nn.Module):
-    """An output map that is no `nn.Linear`."""
+    """An output map that is not an `nn.Linear`."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The front door of published files: the original's numbers through it, presets, hints, errors."""
+"""`convert` and published files: the original's numbers, presets, hints, errors."""
 
 import dataclasses
 import json
@@ -20,25 +20,22 @@ from exactflow.models.diffusion.openai import to_published
 from exactflow.models.hdit.model import HDiT
 from exactflow.paths.ode import Euler
 from exactflow.sampling.path_solvers import Ancestral
+from originals import close, golden_folder, recorded
 from processes import call
 
-TOLERANCE = 1e-5  # of the largest output
 UNETS = ["iddpm_uncond", "iddpm_cond", "adm_uncond", "adm_cond_new_attention_order"]
 HDITS = ["hdit_neighborhood_global", "hdit_shifted_window_cond"]
 
 
-def case(name: str, golden: Path, request: pytest.FixtureRequest) -> tuple[Path, dict, dict]:
-    """A published file, what its authors know of it, and what came out of it."""
-    folder = golden / ("hdit" if name in HDITS else "openai")
-    if not (folder / f"{name}.json").exists():  # the repository carries one of each family
-        folder = request.getfixturevalue("shared_golden") / folder.name
-    told = json.loads((folder / f"{name}.json").read_text())
-    expected = torch.load(folder / f"{name}.expected.pt", weights_only=True)
-    return folder / f"{name}.{'pth' if name in HDITS else 'pt'}", told, expected
+def case(name: str) -> tuple[Path, dict, dict]:
+    """A published file, its authors' settings, and the outputs of the original."""
+    family, suffix = ("hdit", "pth") if name in HDITS else ("openai", "pt")
+    told, _, expected = recorded(family, name, suffix)
+    return golden_folder(family, name) / f"{name}.{suffix}", told, expected
 
 
 def chain_hints(told: dict[str, Any]) -> dict[str, Any]:
-    """What OpenAI's file does not tell."""
+    """The hints that OpenAI's file does not contain."""
     heads = "num_head_channels" not in told
     return {
         "height": told["image_size"],
@@ -53,7 +50,7 @@ def chain_hints(told: dict[str, Any]) -> dict[str, Any]:
 
 
 def hourglass_hints(told: dict[str, Any]) -> dict[str, Any]:
-    """What bare weights of k-diffusion do not tell."""
+    """The hints that bare weights of k-diffusion do not contain."""
     attention = [level["self_attn"] for level in told["levels"]]
     sizes = {k: v for kind in attention for k, v in kind.items() if k.endswith("_size")}
     names = [kind["type"] for kind in attention]
@@ -75,11 +72,6 @@ def run_config(told: dict[str, Any]) -> dict[str, Any]:
         "loss_weighting": told["weighting"],
     }
     return {"model": model}
-
-
-def close(got: Tensor, expected: Tensor) -> None:
-    assert got.shape == expected.shape
-    assert float((got - expected).detach().abs().max()) <= TOLERANCE * float(expected.abs().max())
 
 
 def is_the_original_unet(model: Any, told: dict[str, Any], e: dict[str, Tensor]) -> None:
@@ -109,9 +101,9 @@ def is_the_original_hdit(model: Any, told: dict[str, Any], e: dict[str, Tensor])
 
 @pytest.mark.parametrize("name", [*UNETS, *HDITS])
 def test_original_numbers_through_the_front_door_and_back_from_disk(
-    name: str, golden: Path, request: pytest.FixtureRequest, tmp_path: Path
+    name: str, tmp_path: Path
 ) -> None:
-    file, told, expected = case(name, golden, request)
+    file, told, expected = case(name)
     check = is_the_original_hdit if name in HDITS else is_the_original_unet
     hints = (hourglass_hints if name in HDITS else chain_hints)(told)
     model = exactflow.convert(file, **hints)
@@ -128,10 +120,8 @@ def test_original_numbers_through_the_front_door_and_back_from_disk(
 
 
 @pytest.mark.parametrize("name", HDITS)
-def test_a_configuration_in_the_file_needs_no_hints(
-    name: str, golden: Path, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    file, told, expected = case(name, golden, request)
+def test_a_configuration_in_the_file_needs_no_hints(name: str, tmp_path: Path) -> None:
+    file, told, expected = case(name)
     weights, config = torch.load(file, weights_only=True), run_config(told)
     raw = {name: torch.zeros_like(value) for name, value in weights.items()}
     whole = {"config": config, "model": raw, "model_ema": weights, "step": 7}
@@ -158,7 +148,7 @@ def test_a_configuration_in_the_file_needs_no_hints(
 
 
 def saved(name: str, folder: Path) -> Path:
-    """A preset with random weights, in the form of its authors."""
+    """A preset with random weights, saved in its authors' format."""
     torch.manual_seed(0)
     model: Any = registry.build(name)
     with torch.no_grad():
@@ -230,21 +220,17 @@ def test_an_upsampler_and_steps_drawn_by_importance(tmp_path: Path) -> None:
         "rescale_timesteps",
     ],
 )
-def test_every_missing_hint_is_named_with_what_is_published(
-    missing: str, golden: Path, request: pytest.FixtureRequest
-) -> None:
-    file, told, _ = case("iddpm_uncond", golden, request)
+def test_every_missing_hint_is_named_with_what_is_published(missing: str) -> None:
+    file, told, _ = case("iddpm_uncond")
     hints = {**chain_hints(told), missing: None}
     with pytest.raises(ValueError, match=rf"do not tell {missing}.*--height.*model.*\n  {missing}"):
         exactflow.convert(file, **hints)
 
 
 @pytest.mark.parametrize("rescaled", [True, False])
-def test_the_weight_of_the_bound_follows_the_time(
-    rescaled: bool, golden: Path, request: pytest.FixtureRequest
-) -> None:
-    """As in all published models: both flags, or neither."""
-    file, told, _ = case("iddpm_uncond", golden, request)
+def test_the_weight_of_the_bound_follows_the_time(rescaled: bool) -> None:
+    """Published models have both flags or neither."""
+    file, told, _ = case("iddpm_uncond")
     model = exactflow.convert(file, **{**chain_hints(told), "rescale_timesteps": rescaled})
     assert model.config.rescale_timesteps is rescaled
     assert model.config.rescale_learned_sigmas is rescaled
@@ -295,9 +281,9 @@ def test_hints_and_presets_that_do_not_fit(
     assert str(golden / file) in str(caught.value)
 
 
-def test_a_classifier_is_no_generative_model(shared_golden: Path) -> None:
+def test_a_classifier_is_no_generative_model() -> None:
     with pytest.raises(ValueError, match=r"classifier_of reads it"):
-        exactflow.convert(shared_golden / "openai" / "adm_classifier.pt")
+        exactflow.convert(golden_folder("openai", "adm_classifier") / "adm_classifier.pt")
 
 
 def test_incomplete_and_corrupt_files(golden: Path, tmp_path: Path) -> None:
@@ -336,8 +322,8 @@ def command(file: Path, out: Path, *words: str, **options: Any) -> None:
     run_convert(Convert(checkpoint=file, out=out, settings=words, **options))
 
 
-def test_command_line(golden: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    file, told, expected = case("iddpm_uncond", golden, request)
+def test_command_line(tmp_path: Path) -> None:
+    file, told, expected = case("iddpm_uncond")
     hints = {k: v for k, v in chain_hints(told).items() if v is not None and k != "height"}
     words = [f"model.{name}={value}" for name, value in hints.items()]
     said = call("convert", file, "net", "--height", 16, *words, cwd=tmp_path)

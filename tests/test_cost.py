@@ -1,4 +1,4 @@
-"""Costs predicted without memory, held against those of real steps."""
+"""Costs predicted without memory, compared with those of real steps."""
 
 import math
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
 
 @contextmanager
 def counting_saved(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Bytes by storage of what is saved for the backward pass; weights are there anyhow."""
+    """Bytes of each storage that is saved for the backward pass, weights excluded."""
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     saved: dict[int, int] = {}
 
@@ -66,7 +66,7 @@ def counting_saved(model: nn.Module) -> Iterator[dict[int, int]]:
 
 
 def real_step(name: str, config: TrainConfig) -> tuple[int, int, int, int]:
-    """Saved activations, peak beyond weights, optimizer and average, as a real step has them."""
+    """Saved activations, and peak beyond weights, optimizer and average, of a real step."""
     model = exactflow.build(name).train()
     images = torch.randint(model.levels, (config.batch_size, *model.event_shape)).to(torch.uint8)
     if isinstance(model, DataInitialized):
@@ -152,7 +152,7 @@ def test_devices_and_micro_batches_share_the_batch() -> None:
 
 @pytest.fixture
 def four_processes() -> Iterator[None]:
-    """This is the first of four that only it knows of: nothing that is sent is received."""
+    """Pretend to be the first of four processes; nothing that is sent is received."""
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     yield
     torch.distributed.destroy_process_group()
@@ -161,7 +161,7 @@ def four_processes() -> Iterator[None]:
 @pytest.mark.usefixtures("four_processes")
 @pytest.mark.parametrize("name", ["tarflow-digits", "hdit-tiny", "iddpm-tiny"])
 def test_shards_are_those_of_pytorch(name: str) -> None:
-    """Sizes that four does not divide among them: every part is rounded up."""
+    """Parts of sizes that four does not divide are rounded up."""
     config = recipe(name, ema_decay=0.99, batch_size=64, optimizer="adamw")
     predicted = step_memory(on_meta(name), config, devices=4, shards=4)
     model = exactflow.build(name)

@@ -1,4 +1,4 @@
-"""Laws of what tells where images lie and what they show: read once, by its schema, or refused."""
+"""Laws of indexes of images and labels: read once, by a schema, or refused."""
 
 import json
 import tarfile
@@ -18,7 +18,7 @@ END = bytes(1024)
 
 
 def header(name: bytes, size: int, kind: bytes = b"0") -> bytes:
-    """A tar header whose size need not fit to what follows."""
+    """A tar header whose size may differ from what follows."""
     info = tarfile.TarInfo(name.decode("latin-1"))
     info.size, info.type = size, kind
     return info.tobuf(tarfile.GNU_FORMAT, "latin-1")
@@ -26,7 +26,7 @@ def header(name: bytes, size: int, kind: bytes = b"0") -> bytes:
 
 def indexed(content: bytes, tmp_path: Path) -> tar_index.TarIndex:
     (tmp_path / "0.tar").write_bytes(content)
-    with (tmp_path / "0.tar").open("rb") as stream:  # a real file reserves what it is asked for
+    with (tmp_path / "0.tar").open("rb") as stream:  # a file allocates all bytes asked for
         return index_tar(stream, "0.tar", len(content), None, "0.tar")
 
 

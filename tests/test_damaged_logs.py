@@ -1,4 +1,4 @@
-"""The log and state.json of a stopped run, damaged: told or refused, never used in silence."""
+"""A damaged log or state.json of a stopped run is reported or refused."""
 
 import json
 import random
@@ -29,7 +29,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes | None], str]] = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was stopped after a checkpoint, whose line was never written."""
+    """A run that was stopped after a checkpoint and before its line of the log."""
     return stopped(tmp_path_factory.mktemp("run")).parents[1]
 
 

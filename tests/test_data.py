@@ -1,4 +1,4 @@
-"""Laws of the data: what is read is what is stored, says what it is, and comes in a fixed order."""
+"""Laws of the data: stored images are read, with their identity, in a fixed order."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def write_idx(folder: Path, prefix: str, images: np.ndarray, labels: np.ndarray)
 
 
 def write_classes(folder: Path, images: np.ndarray, classes: str = "ab") -> np.ndarray:
-    """Image i becomes a file of class i % len(classes); returns the images in reading order."""
+    """Write image i as a file of class i % len(classes); the images in reading order."""
     for i, image in enumerate(images):
         write(folder / classes[i % len(classes)] / f"{i:03}.png", png(image))
     return np.concatenate([images[c :: len(classes)] for c in range(len(classes))])
@@ -618,7 +618,7 @@ def test_an_epoch_shows_each_image_once_in_a_new_order() -> None:
 
 
 def flipped(dataset: ImageDataset, batches: list[Batch]) -> dict[int, bool]:
-    """Which image was mirrored; each must be as stored, or mirrored."""
+    """Whether each image was mirrored; each must be as stored, or mirrored."""
     found: dict[int, bool] = {}
     for batch in batches:
         for image, index in zip(batch.images.numpy(), batch.indices.tolist(), strict=True):

@@ -1,10 +1,8 @@
-"""DenseFlow: the numbers of the original, its counts, and the laws of a flow with noise inside."""
+"""DenseFlow: the numbers of the original, its counts, and the laws of an augmented flow."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -33,12 +31,11 @@ from exactflow.models.denseflow.published import MARK, from_published, renamed
 from exactflow.models.registry import FAMILIES
 from exactflow.nn.data_dependent import initializing
 from exactflow.training.optim import TrainConfig, recomputed
-from flows import blueprint
+from flows import blueprint, count, some_grey_levels
+from originals import recorded
 
 PRESETS = FAMILIES["denseflow"].presets
 
-HERE = Path(__file__).parent
-SHARED = HERE.parents[1] / "shared" / "golden" / "flows"
 LATENT, NATS = 1e-4, 2e-3  # the tolerances that the reference numbers name
 PUBLISHED = [name for name in PRESETS if "74-10" in name]
 
@@ -53,7 +50,7 @@ CONFIGS = {
 
 
 def perturb(model: DenseFlow, scale: float = 0.1) -> DenseFlow:
-    """Every weight and running statistic away from where it starts, in evaluation mode."""
+    """Change every weight and running statistic; evaluation mode."""
     source = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -72,12 +69,6 @@ def perturb(model: DenseFlow, scale: float = 0.1) -> DenseFlow:
 def make(name: str = "tiny", dtype: torch.dtype = torch.float64, scale: float = 0.1) -> DenseFlow:
     torch.manual_seed(0)
     return perturb(DenseFlow(CONFIGS[name]), scale).to(dtype)
-
-
-def grey_levels(model: DenseFlow, count: int = 3, seed: int = 1) -> Tensor:
-    source = torch.Generator().manual_seed(seed)
-    size = (count, *model.event_shape)
-    return torch.randint(0, model.levels, size, generator=source, dtype=torch.uint8)
 
 
 def some_noise(model: DenseFlow, count: int = 3, seed: int = 2) -> Tensor:
@@ -121,15 +112,7 @@ def jacobian_of(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def case(name: str) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
-    folder = HERE / "golden" / "flows"
-    if not (folder / f"denseflow_{name}.json").exists():
-        folder = SHARED
-        if not folder.exists():
-            pytest.skip("the larger golden files are not here")
-    settings = json.loads((folder / f"denseflow_{name}.json").read_text())
-    weights = folder / f"denseflow_{name}.pt"
-    state = torch.load(weights, weights_only=True) if weights.exists() else {}
-    return settings, state, torch.load(folder / f"denseflow_{name}.expected.pt", weights_only=True)
+    return recorded("flows", f"denseflow_{name}")
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float = LATENT) -> None:
@@ -214,7 +197,7 @@ def test_golden_inverse() -> None:
 
 @torch.no_grad()
 def test_golden_start_from_data() -> None:
-    """The published program starts the norms on the way through its first training batch."""
+    """The published program initialises the norms in its first training pass."""
     model, expected = whole()
     norms = [part for part in model.modules() if isinstance(part, ChannelNorm)]
     assert all(float(part.initialized) == 1 for part in norms)
@@ -271,7 +254,7 @@ def test_golden_dequantiser() -> None:
 
 
 def test_golden_squeeze() -> None:
-    """The whole model squeezes so, too: `test_golden_parts_of_the_blocks`."""
+    """The same squeeze as in the whole model, see `test_golden_parts_of_the_blocks`."""
     _, _, expected = case("squeeze")
     assert torch.equal(F.pixel_unshuffle(expected["x"], 2), expected["z"])
     assert torch.equal(F.pixel_shuffle(expected["inverse.z"], 2), expected["inverse.x"])
@@ -286,10 +269,6 @@ def test_an_incomplete_state_dict_is_refused(tmp_path: Path) -> None:
 
 
 # Counts
-
-
-def count(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
@@ -360,7 +339,7 @@ def test_in_training_the_log_det_of_the_whole_batch_is_exact(name: str) -> None:
 
 def test_log_q_is_the_density_of_the_dequantisation_noise() -> None:
     model = make("odd channels")
-    images, noise = grey_levels(model), some_noise(model)[:, : model.dims]
+    images, noise = some_grey_levels(model), some_noise(model)[:, : model.dims]
     _, log_q = model.dequantize(images, noise)
     for row in range(len(images)):
 
@@ -383,7 +362,7 @@ def test_decode_inverts_encode(name: str, dtype: torch.dtype, tolerance: float) 
     close(last, x, tolerance)
     assert len(states) == len(model.blocks) + 1
     assert {s.shape for s in states} == {x.shape}
-    images = grey_levels(model)
+    images = some_grey_levels(model)
     drawn, _ = model.dequantize(images, some_noise(model).to(dtype)[:, : model.dims])
     assert torch.equal(model.to_grey_levels(drawn), images)
 
@@ -407,7 +386,7 @@ def test_a_new_model_only_normalises_and_mixes() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_sample_is_alone_in_its_batch_in_evaluation(name: str) -> None:
     model = make(name)
-    images, noise = grey_levels(model), some_noise(model)
+    images, noise = some_grey_levels(model), some_noise(model)
     together = model.draw(images, None, noise=noise)
     for row in range(len(images)):
         alone = model.draw(images[row : row + 1], None, noise=noise[row : row + 1])
@@ -421,7 +400,7 @@ def test_a_sample_is_alone_in_its_batch_in_evaluation(name: str) -> None:
 def test_bounds_rise_with_the_number_of_draws() -> None:
     """Independent draws for each k: ELBO < IWBO_8 < IWBO_64 by more than the noise."""
     model = make(scale=0.15)
-    images = grey_levels(model, 2)
+    images = some_grey_levels(model, 2)
     bounds, errors = [], []
     with torch.no_grad():
         for k, calls in ((1, 8), (8, 16), (64, 32)):
@@ -471,8 +450,8 @@ def test_noise_has_at_least_eight_bits_per_dimension() -> None:
     """Fitted to uniform bytes, scored on others, with the importance-weighted bound."""
     torch.manual_seed(0)
     model = DenseFlow(CONFIGS["tiny"])
-    train(model, lambda step: grey_levels(model, 64, seed=step), 10)
-    images = grey_levels(model, 64, seed=99)
+    train(model, lambda step: some_grey_levels(model, 64, seed=step), 10)
+    images = some_grey_levels(model, 64, seed=99)
     source = torch.Generator().manual_seed(0)
     with torch.no_grad():
         draws = [model.eval().draw(images, None, noise=draw(model, 64, source)) for _ in range(8)]
@@ -493,7 +472,7 @@ def test_it_is_a_bound_and_no_density() -> None:
 
 def test_loss_is_minus_the_bound_per_dimension() -> None:
     model = make()
-    images = grey_levels(model)
+    images = some_grey_levels(model)
     seed = torch.Generator().manual_seed
     bound = model.draw(images, None, noise=draw(model, 3, seed(7)))
     close(model.loss(images, generator=seed(7)), -bound / model.dims, 0)
@@ -503,7 +482,8 @@ def test_loss_is_minus_the_bound_per_dimension() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     model = make(name).train()
-    model.loss(grey_levels(model, 8), generator=torch.Generator().manual_seed(0)).mean().backward()
+    images = some_grey_levels(model, 8)
+    model.loss(images, generator=torch.Generator().manual_seed(0)).mean().backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert bool(parameter.grad.abs().max() > 0), parameter_name
@@ -514,7 +494,7 @@ def test_initialisation_starts_the_norms_once_and_nothing_else() -> None:
     model = DenseFlow(CONFIGS["tiny"]).double()
     assert model.initial_images == model.config.initial_images
     first = model.blocks[0].units[0].parts[0].norm
-    images = grey_levels(model, model.initial_images)
+    images = some_grey_levels(model, model.initial_images)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.initialize(images, generator=torch.Generator().manual_seed(0))
     assert model.training
@@ -531,13 +511,13 @@ def test_initialisation_starts_the_norms_once_and_nothing_else() -> None:
     close(z.std((0, 2, 3)), torch.ones(12, dtype=torch.float64), 1e-4)
     z, _ = model.encode(x, None, noise[:, model.dims :])
     assert 0.5 < float(z.detach().std()) < 1.5
-    model.initialize(grey_levels(model, 8, seed=5))
+    model.initialize(some_grey_levels(model, 8, seed=5))
     for name, value in model.state_dict().items():
         assert torch.equal(value, after[name]), "a second time it does nothing"
 
 
 def test_initialisation_gives_the_numbers_of_the_first_training_pass() -> None:
-    """As the published program does it, on the way: `test_golden_start_from_data`."""
+    """As in the published program, see `test_golden_start_from_data`."""
     states = []
     for published in (True, False):
         torch.manual_seed(0)
@@ -545,7 +525,7 @@ def test_initialisation_gives_the_numbers_of_the_first_training_pass() -> None:
         for part in model.modules():
             if isinstance(part, ChannelNorm):
                 part.initialized.zero_()
-        images = grey_levels(model, 8)
+        images = some_grey_levels(model, 8)
         source = torch.Generator().manual_seed(0)
         if published:
             with initializing(model):
@@ -566,9 +546,9 @@ def test_recomputed_activations_move_no_statistics_twice(initialized: bool) -> N
         gradients = []
         with recomputed(model.stages, active):
             if initialized:
-                model.initialize(grey_levels(model, 16), generator=generator(0))
+                model.initialize(some_grey_levels(model, 16), generator=generator(0))
             for step in range(2):
-                images = grey_levels(model, 8, seed=step)
+                images = some_grey_levels(model, 8, seed=step)
                 model.loss(images, generator=torch.Generator().manual_seed(step)).mean().backward()
                 gradients += [p.grad.clone() for p in model.parameters() if p.grad is not None]
         results.append((model.state_dict(), gradients))
@@ -583,7 +563,7 @@ def test_recomputed_activations_move_no_statistics_twice(initialized: bool) -> N
 
 
 def test_stages_are_everything_that_costs_memory() -> None:
-    """Recomputed, they leave a few small maps of the dequantiser and the prior alone."""
+    """If stages are recomputed, only a few small maps of dequantiser and prior are kept."""
     model = make("three blocks")
     assert len(model.stages) == len(set(model.stages))
     inside = {id(p) for stage in model.stages for p in stage.parameters()}
@@ -594,7 +574,7 @@ def test_stages_are_everything_that_costs_memory() -> None:
     heard: list[int] = []
     for index, stage in enumerate(model.stages):
         stage.register_forward_hook(lambda *_, index=index: heard.append(index))
-    model.loss(grey_levels(model))
+    model.loss(some_grey_levels(model))
     assert heard == list(range(len(model.stages))), "in order"
 
 
@@ -615,7 +595,7 @@ def test_statistics_are_those_of_torch() -> None:
 @pytest.mark.parametrize("preset", ["denseflow-tiny", "denseflow-digits"])
 @pytest.mark.parametrize("initialized", [True, False])
 def test_small_presets_learn_within_seconds(preset: str, initialized: bool) -> None:
-    """Images of one grey level each: what a pixel tells of the others is there to be learned."""
+    """Each image has one grey level, so there is a dependence to be learned."""
     torch.manual_seed(0)
     model = DenseFlow(PRESETS[preset].config)
     assert model.num_parameters < 500_000
@@ -634,7 +614,7 @@ def test_small_presets_learn_within_seconds(preset: str, initialized: bool) -> N
 
 def test_bfloat16_keeps_state_and_log_determinants_in_float32() -> None:
     model = make(dtype=torch.float32, scale=0.05)
-    images, noise = grey_levels(model), some_noise(model).float()
+    images, noise = some_grey_levels(model), some_noise(model).float()
     expected = model.draw(images, None, noise=noise)
     x, e = inputs(model)
     for weights in (model, make(scale=0.05).bfloat16()):
@@ -731,7 +711,7 @@ def test_an_unknown_attention_is_refused() -> None:
 def test_errors() -> None:
     model = make()
     x, e = inputs(model)
-    images = grey_levels(model)
+    images = some_grey_levels(model)
     with pytest.raises(ValueError, match="unconditional"):
         model.encode(x, torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="floating-point images"):

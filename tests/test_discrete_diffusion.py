@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from exactflow.core.config import checked, override
 from exactflow.likelihood.bound import chain_bound
 from exactflow.likelihood.draws import Draws
 from exactflow.models.diffusion.model import DiscreteDiffusion, DiscreteDiffusionConfig
-from exactflow.models.diffusion.openai import unet_of
 from exactflow.models.diffusion.step_importance import HISTORY, UNIFORM_SHARE, StepImportance
 from exactflow.models.registry import FAMILIES
 from exactflow.paths.chain import MarkovChain
@@ -26,13 +24,12 @@ from exactflow.sampling.path_solvers import DDIM
 from exactflow.sampling.request import SamplingOptions
 from exactflow.sampling.sample import sample
 from flows import blueprint
+from originals import TOLERANCE, close, recorded
+from test_unet import published_unet
 
 PRESETS = FAMILIES["diffusion"].presets
 
-HERE = Path(__file__).parent
-SHARED = HERE.parents[1] / "shared" / "golden" / "openai"
 CASES = ["iddpm_uncond", "iddpm_cond", "adm_uncond", "adm_cond_new_attention_order"]
-TOLERANCE = 1e-5  # of the largest output
 COUNTS = {
     "iddpm-imagenet64-hybrid": 121_063_942,
     "iddpm-imagenet64-vlb": 121_063_942,
@@ -67,7 +64,7 @@ TINY = DiscreteDiffusionConfig(
 
 
 def tiny(seed: int = 0, **changes: Any) -> DiscreteDiffusion:
-    """A small model with weights everywhere."""
+    """A small model with all weights nonzero."""
     torch.manual_seed(seed)
     model = DiscreteDiffusion(override(TINY, changes))
     with torch.no_grad():
@@ -85,23 +82,9 @@ def some_images(count: int, channels: int = 1, side: int = 4) -> Tensor:
 
 
 def case(name: str) -> tuple[DiscreteDiffusion, MarkovChain, dict[str, Tensor]]:
-    """A published model with random weights, its respaced chain, and what came out of it."""
-    folder = HERE / "golden" / "openai"
-    if not (folder / f"{name}.json").exists():
-        folder = SHARED
-        if not folder.exists():
-            pytest.skip("the larger golden files are not here")
-    told = json.loads((folder / f"{name}.json").read_text())
-    expected = torch.load(folder / f"{name}.expected.pt", weights_only=True)
-    state = torch.load(folder / f"{name}.pt", weights_only=True)
-    new = told.get("use_new_attention_order", False)
-    network = unet_of(
-        state,
-        num_heads=None if "num_head_channels" in told else told["num_heads"],
-        head_channels=told.get("num_head_channels"),
-        attention_order="new" if new else "legacy",
-        dropout=0.0,
-    )
+    """A published model with random weights, its respaced chain, and the original's outputs."""
+    told, state, expected = recorded("openai", name)
+    network = published_unet(told, state)
     size, unet = told["image_size"], dataclasses.asdict(network.config)
     del unet["in_channels"], unet["out_channels"]
     config = DiscreteDiffusionConfig(
@@ -120,12 +103,6 @@ def case(name: str) -> tuple[DiscreteDiffusion, MarkovChain, dict[str, Tensor]]:
         if key.startswith("diffusion.")
     }
     return model, model.chain.respaced(told["timestep_respacing"]), diffusion
-
-
-def close(got: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    assert got.shape == expected.shape
-    error = (got - expected).detach().abs().max()
-    assert float(error) <= tolerance * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("name", CASES)

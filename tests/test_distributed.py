@@ -1,4 +1,4 @@
-"""The laws of training on several processes: their number changes nothing, and a death is survived.
+"""Laws of training on several processes: their number changes nothing, and a run survives a kill.
 
 Processes are real (tests/ranks.py forks them) and talk over gloo.
 """
@@ -46,14 +46,14 @@ def round_of(way: dict[str, Any], folder: Path, **options: Any) -> dict[str, Any
 
 
 def values(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """What all processes of a round agree on."""
+    """The values of a round, which must be the same in all its processes."""
     assert all("value" in each for each in found), found
     assert all(each == found[0] for each in found), found
     return found[0]["value"]
 
 
 def assert_same_log(ours: Path, theirs: Path) -> None:
-    """The same lines, with the same numbers but for rounding."""
+    """Assert the same lines, with the same numbers up to rounding."""
     for mine, other in zip(read_log(ours), read_log(theirs), strict=True):
         assert mine == pytest.approx(other, rel=1e-12, abs=1e-12)
 
@@ -93,7 +93,7 @@ def test_every_family_learns_the_same_from_a_shared_batch(preset: str, tmp_path:
 
 
 def test_reversible_training_is_shared_too(tmp_path: Path) -> None:
-    """Its backward pass has one node for many parameters, and statistics of all rows."""
+    """Its backward pass has one node for many parameters, and uses statistics of all rows."""
     rounds = []
     for count in (1, 2):
         changes = {"reversible": True, "activation_checkpointing": False}
@@ -105,7 +105,7 @@ def test_reversible_training_is_shared_too(tmp_path: Path) -> None:
 
 
 def test_stages_are_recomputed_and_averaged_in_parts(tmp_path: Path) -> None:
-    """Activation checkpointing and the moving average, of whole and of split parameters."""
+    """Activation checkpointing and the moving average, with whole and with split parameters."""
     rounds = []
     for name, count, way in (("alone", 1, "auto"), ("ddp", 2, "ddp"), ("fsdp", 2, "fsdp")):
         changes = {"parallel": way, "activation_checkpointing": True, "ema_decay": 0.5}
@@ -132,7 +132,7 @@ def test_reduced_precision_rounds_weights_that_are_gathered_and_no_more(
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_any_number_of_processes_goes_on_where_others_stopped(way: str, tmp_path: Path) -> None:
-    """2 then 1 then 4 then 2, whole or split, against one that was never stopped."""
+    """2, 1, 4 and 2 processes, whole or split, against one that was never stopped."""
     others = {"ddp": "fsdp", "fsdp": "ddp"}
     plan = [(2, way, 5), (1, "auto", 5), (4, others[way], 5), (2, way, None)]
     rounds, folder = [round_of(ALONE, tmp_path / "alone", toy=NO_DROPOUT)], tmp_path / "parts"
@@ -150,7 +150,7 @@ def test_any_number_of_processes_goes_on_where_others_stopped(way: str, tmp_path
 
 @pytest.mark.parametrize("name", ["ddp of 4", "fsdp"])
 def test_killing_any_process_at_any_time_is_survived_bitwise(name: str, tmp_path: Path) -> None:
-    """Each time a random process dies at a random micro-batch; the same command goes on."""
+    """Each time a random process is killed at a random micro-batch, and the run is resumed."""
     way, chosen = WAYS[name], random.Random(7)
     options = {"toy": {"dropout": 0.2}, "config": {"steps": 40, "checkpoint_every": 2}}
     kills = [[chosen.randrange(way["count"]), chosen.randrange(1, 8)] for _ in range(8)]
@@ -215,7 +215,7 @@ def test_a_nan_in_one_process_stops_all_before_any_weight_moves(name: str, tmp_p
 
 
 def test_a_split_checkpoint_holds_its_step_and_not_a_later_one(tmp_path: Path) -> None:
-    """It is written while training goes on, from copies."""
+    """It is written from copies while training continues."""
     config = {"checkpoint_every": 1, "keep_checkpoints": 20}
     way = {"job": "train", "count": 2, "parallel": "fsdp"}
     alone = round_of(ALONE, tmp_path / "alone", config=config, toy=NO_DROPOUT)
@@ -262,7 +262,7 @@ def test_what_cannot_be_shared_is_refused_by_all(
     way = {"job": "train", "count": count, "node": node}
     (found,) = carry_out(round_of(way, tmp_path, config=config))
     if message is None:
-        assert values(found)["step"] == 4  # one node: nothing to repeat, all is split
+        assert values(found)["step"] == 4  # one node: everything is split, nothing repeated
         return
     for each in found:
         assert "ValueError" in each["error"]

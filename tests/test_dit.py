@@ -1,4 +1,4 @@
-"""The plain diffusion transformer: published counts, the identity at first, laws of its inputs."""
+"""The diffusion transformer: published counts, identity at the start, laws of its inputs."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_initial_network() -> None:
 
 
 def test_patches_are_put_back_where_they_were() -> None:
-    """With the identity for a network, what goes in comes out."""
+    """With the identity as the network, the output is the input."""
     network = DiT(override(SMALL, {"out_channels": 2, "width": 8}))
     x = torch.randn(2, 2, 4, 6)
     with torch.no_grad():

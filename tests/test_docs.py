@@ -1,7 +1,7 @@
-"""Every command and example of the README and of docs/ is executed, shortened to some steps.
+"""Run every command and example of the README and of docs/, shortened to a few steps.
 
-Pages share one folder, where a demo has been run, and a command that was run is not run again.
-```bash parse-only: the command line is parsed as `exactflow` does, and nothing is done.
+Pages share one folder, in which `exactflow demo` has been run; no command is run twice. Commands in
+blocks marked ```bash parse-only are parsed and not run.
 """
 
 import os
@@ -48,13 +48,13 @@ ELSEWHERE = {("info",)}  # builds all presets: tests/test_cli.py
 
 @dataclass
 class Newcomer:
-    """Somebody who types what the pages say, in a folder with photographs of their own."""
+    """A user who types the commands of the pages, in a folder with photographs."""
 
     folder: Path
     typed: set[tuple[str, ...]] = field(default_factory=set)
 
     def types(self, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        """Run a command of exactflow, or nothing if that was done before."""
+        """Run a command of exactflow unless it was run before."""
         command = tuple(words)
         if command in self.typed | ELSEWHERE:
             return
@@ -114,7 +114,7 @@ def test_the_demo_leaves_a_report(newcomer: Newcomer) -> None:
 
 @pytest.mark.slow
 def test_examples_run(newcomer: Newcomer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Page after page, since a later one may use what an earlier one has made."""
+    """In the order of the pages, since a page may use files of an earlier one."""
     monkeypatch.chdir(newcomer.folder)
     monkeypatch.setenv("PWD", str(newcomer.folder))
     monkeypatch.setattr(planner, "ENOUGH", 0.01)  # seconds of timing: the choice is not tested
@@ -152,7 +152,7 @@ def follow(page: Path, newcomer: Newcomer, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `exactflow` does with these words, but for carrying them out."""
+    """Parse a command as `exactflow` does, without running it."""
     taken = []
     with monkeypatch.context() as patch:
         verb = SimpleNamespace(run=taken.append)

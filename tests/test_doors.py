@@ -1,4 +1,4 @@
-"""What people have in their hands: numpy and PIL images are taken, the rest is named."""
+"""Arguments of public functions: numpy and PIL images are taken, others are refused by name."""
 
 from pathlib import Path
 from typing import Any

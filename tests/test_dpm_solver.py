@@ -3,11 +3,11 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import ClassVar, final
+from typing import final
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from exactflow.core.model import GenerativeModel
 from exactflow.paths.ode import edm_times
@@ -19,9 +19,10 @@ from exactflow.paths.path import (
     Straight,
     VariancePreserving,
 )
-from exactflow.paths.path_model import PathModel, Prediction
+from exactflow.paths.path_model import PathModel
 from exactflow.sampling.denoiser import Denoiser
 from exactflow.sampling.path_solvers import DPMSolver
+from oracles import PathOracle
 
 MEAN, STD = 0.3, torch.tensor([0.05, 0.5, 1.5], dtype=torch.float64).view(3, 1, 1)
 PATHS: dict[str, Path] = {
@@ -34,39 +35,12 @@ PATHS: dict[str, Path] = {
 
 
 @final
-class Oracle(PathModel):
+class Oracle(PathOracle):
     """Data N(MEAN, STD^2), whose posterior mean and flow are known."""
 
-    kind: ClassVar[str] = "oracle"
-
     def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path = path
+        super().__init__(path, "x0", (3, 1, 1))
         self.batches: list[int] = []
-
-    @property
-    def event_shape(self) -> tuple[int, int, int]:
-        return (3, 1, 1)
-
-    @property
-    def levels(self) -> int:
-        return 256
-
-    @property
-    def num_classes(self) -> int:
-        return 0
-
-    @property
-    def stages(self) -> Sequence[nn.Module]:
-        return []
-
-    @property
-    def path(self) -> Path:
-        return self._path
-
-    @property
-    def prediction(self) -> Prediction:
-        return "x0"
 
     def predict(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         self.batches.append(len(x_t))
@@ -74,9 +48,6 @@ class Oracle(PathModel):
         alpha, sigma = point.alpha.view(-1, 1, 1, 1), point.sigma.view(-1, 1, 1, 1)
         gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
         return MEAN + gain * (x_t - alpha * MEAN)
-
-    def loss(self, images, label=None, *, generator=None) -> Tensor:
-        raise NotImplementedError
 
     def flow(self, x: Tensor, first: float, last: float) -> Tensor:
         """Where the probability flow takes x: Gaussians keep their standardised value."""
@@ -89,7 +60,7 @@ class Oracle(PathModel):
 
 
 def follow(model: PathModel, x: Tensor, times: Sequence[float]) -> Tensor:
-    """Along these times."""
+    """Solve along these times."""
     return DPMSolver(len(times) - 1).solve(Denoiser(model), x, times)
 
 
@@ -105,7 +76,7 @@ def start(samples: int) -> Tensor:
 
 
 def test_the_oracle_is_one() -> None:
-    """Its flow's rate is its velocity."""
+    """The derivative of its flow is its velocity."""
     assert issubclass(Oracle, GenerativeModel)
     model, x, t, dt = Oracle(Cosine()), start(4), 0.4, 1e-5
     rate = (model.flow(x, t, t + dt) - model.flow(x, t, t - dt)) / (2 * dt)
@@ -136,7 +107,7 @@ def test_evaluations_are_counted() -> None:
 
 @pytest.mark.parametrize("name", ["straight", "interpolated"])
 def test_from_noise_to_data(name: str) -> None:
-    """To the path's very end, where the straight path has no noise and infinite log-SNR."""
+    """To the end of the path, where the straight path has no noise and infinite log-SNR."""
     model, x = Oracle(PATHS[name]), start(16)
     first, last = model.path.span
     solved = follow(model, x, [first, *edm_times(model.path, 200, 80.0, 0.002)])

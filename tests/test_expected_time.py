@@ -1,4 +1,4 @@
-"""A comparison says what it will do, and how long it takes, before it begins."""
+"""A comparison first prints what it will do and how long that takes."""
 
 import sys
 from pathlib import Path

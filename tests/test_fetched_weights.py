@@ -1,4 +1,4 @@
-"""Laws of weights that are fetched: over https alone, and only what somebody has vouched for."""
+"""Laws of downloaded weights: over https only, and only with the expected hash."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ from exactflow.metrics.inception import PUBLIC_FILE, read_inception
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The addresses that are read; each holds b"weights"."""
+    """Addresses that were read; each returns b"weights"."""
     urls: list[str] = []
 
     def read(url: str, limit: int) -> bytes:

@@ -8,15 +8,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exactflow.core.model import Flow, log_density
-from exactflow.core.transform import AutoregressiveTransform
+from exactflow.core.model import log_density
 from exactflow.models import registry
 from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
-from flows import CONFIGS, NAMES, TINY, make, perturb, some_grey_levels, some_images, some_labels
-
-
-def blocks(model: Flow) -> list[AutoregressiveTransform]:
-    return [stage for stage in model.stages if isinstance(stage, AutoregressiveTransform)]
+from flows import (
+    CONFIGS,
+    NAMES,
+    TINY,
+    blocks,
+    make,
+    perturb,
+    some_grey_levels,
+    some_images,
+    some_labels,
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,7 +96,7 @@ def test_cached_parameters_equal_uncached_ones(name: str, window: int) -> None:
 
 
 def test_a_cache_window_may_be_evaluated_again() -> None:
-    """What a parallel inverse does: iterate a window, then move on from its last values."""
+    """As in a parallel inverse: iterate a window, then continue from its last values."""
     model = make("rgb")
     block = blocks(model)[0]
     x = torch.randn(2, *model.prior.shape, dtype=torch.float64)
@@ -278,7 +283,7 @@ def test_weights_in_bfloat16_work() -> None:
 
 
 def test_training_attention_takes_no_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dense mask would shut the flash kernels out: training says "causal" and nothing else."""
+    """A dense mask would exclude flash kernels, so training only says "causal"."""
     seen = []
     original = torch.nn.functional.scaled_dot_product_attention
 

@@ -48,7 +48,7 @@ LIBRARY_COUNTS = {
 
 
 def make(**changes: Any) -> FlowMatching:
-    """A small model with weights that are all felt."""
+    """A small model in which every weight has an effect."""
     torch.manual_seed(0)
     model = FlowMatching(dataclasses.replace(SMALL, **changes)).double().eval()
     with torch.no_grad():
@@ -64,7 +64,7 @@ def some_images(model: FlowMatching, count: int = 4) -> Tensor:
 
 @pytest.mark.parametrize(("name", "counts"), PAPER_COUNTS.items())
 def test_parameter_counts_of_the_paper(name: str, counts: tuple[int, int]) -> None:
-    """The paper does not say how it resamples: both counts, told apart."""
+    """The paper does not say how it resamples, so both counts are given."""
     preset = PRESETS[f"flow-matching-paper-{name}"]
     for resample, count in zip(("resblock", "conv"), counts, strict=True):
         with torch.device("meta"):
@@ -96,7 +96,7 @@ def test_presets_for_a_cpu_are_small() -> None:
 def test_velocity_loss_is_the_velocity_s_square_error(
     name: PathName, prediction: Prediction
 ) -> None:
-    """Whatever is predicted: equal to regressing `velocity` on d_alpha x0 + d_sigma eps."""
+    """For every prediction: equal to regressing `velocity` on d_alpha x0 + d_sigma eps."""
     model = make(path=name, prediction=prediction)
     images = some_images(model)
     loss = model.loss(images, generator=generator(0, "loss"))
@@ -164,7 +164,7 @@ def test_training_on_a_gaussian_finds_its_velocity() -> None:
 
 @pytest.mark.parametrize("law", get_args(TimeLaw))
 def test_laws_of_t(law: TimeLaw) -> None:
-    """Against their distribution functions (Kolmogorov-Smirnov, one in a thousand)."""
+    """Against their distribution functions (Kolmogorov-Smirnov, at a level of 0.001)."""
     count = 4000
     t = draw_times(law, Straight(), torch.zeros(count, 1, dtype=torch.float64), generator(0, law))
     normal = torch.distributions.Normal(0.0, 1.0)

@@ -1,4 +1,4 @@
-"""What is in a folder of images: each file once, nothing left out, errors that name the cause."""
+"""Folders of images: each file is read once, none is left out, errors name the cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan of another machine or dtype: named, not used; sampling measures and writes nothing."""
+"""A plan of another machine or dtype is reported and not used; sampling writes no plan."""
 
 import warnings
 from dataclasses import replace
@@ -16,7 +16,7 @@ from flows import make
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """That of a small model."""
+    """The folder of a small model."""
     make("rgb").float().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 

@@ -1,4 +1,4 @@
-"""Laws of decoded images in files: one bit that changed is found where it is first read."""
+"""Laws of decoded images in files: a changed bit is found when it is first read."""
 
 import json
 import logging
@@ -51,7 +51,7 @@ def flip(file: Path, byte: int, bit: int = 0) -> None:
 
 
 def of_format_1(folder: Path) -> None:
-    """Make of a prepared set what an earlier version wrote."""
+    """Turn a prepared set into one that an earlier version wrote."""
     file = folder / "prepared.json"
     facts = json.loads(file.read_text())
     del facts["sha256"]

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,11 +23,11 @@ from exactflow.models.hdit.model import HDiT, HDiTConfig
 from exactflow.models.hdit.published import from_published
 from exactflow.models.registry import FAMILIES
 from flows import blueprint
+from originals import close, recorded
 
 PRESETS = FAMILIES["hdit"].presets
 
 CASES = ["hdit_neighborhood_global", "hdit_shifted_window_cond"]
-TOLERANCE = 1e-5  # of the largest output
 COUNTS = {
     "hdit-imagenet128-ablation": 117_003_805,
     "hdit-ffhq1024": 85_079_300,
@@ -50,7 +49,7 @@ SMALL = HDiTConfig(
 
 
 def hints(settings: dict[str, Any]) -> dict[str, Any]:
-    """What the golden weights do not tell."""
+    """What the golden weights do not contain."""
     attention = [level["self_attn"] for level in settings["levels"]]
     sizes = {k: v for kind in attention for k, v in kind.items() if k.endswith("_size")}
     side = settings["image_size"]
@@ -64,30 +63,16 @@ def hints(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    settings = json.loads((folder / f"{name}.json").read_text())
-    state = torch.load(folder / f"{name}.pth", weights_only=True)
-    return settings, state, torch.load(folder / f"{name}.expected.pt", weights_only=True)
-
-
 @pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest, golden: Path) -> tuple[HDiT, dict[str, Tensor]]:
-    folder = golden / "hdit"
-    if not (folder / f"{request.param}.json").exists():  # the repository carries one of them
-        folder = request.getfixturevalue("shared_golden") / "hdit"
-    settings, state, expected = read(folder, request.param)
+def case(request: pytest.FixtureRequest) -> tuple[HDiT, dict[str, Tensor]]:
+    settings, state, expected = recorded("hdit", request.param, "pth")
     model = from_published(state, hints=hints(settings))
     assert model.num_parameters == settings["parameters"]
     return model, expected
 
 
-def close(got: Tensor, expected: Tensor) -> None:
-    assert got.shape == expected.shape
-    assert float((got - expected).detach().abs().max()) <= TOLERANCE * float(expected.abs().max())
-
-
 def randomized(config: HDiTConfig) -> HDiT:
-    """A model without the zeros of its initialisation."""
+    """A model whose zero-initialised weights are nonzero."""
     torch.manual_seed(0)
     model = HDiT(config)
     with torch.no_grad():
@@ -196,7 +181,7 @@ def test_neighborhood_attention_needs_room() -> None:
 
 
 def test_shifted_windows_do_not_look_across_the_border() -> None:
-    """A token's keys: same window of the shifted grid, same side of the border."""
+    """The keys of a token are in its window of the shifted grid, on its side of the border."""
     height, width, window, shift = 8, 12, 4, 2
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, height, width, 8, dtype=torch.float64)
@@ -326,9 +311,9 @@ def test_stages_are_all_layers() -> None:
     assert len(HDiT(config).stages) == 2 + 3 + 2
 
 
-def test_published_training_checkpoint(golden: Path) -> None:
-    """Weights and the run's configuration, without hints; Fourier buffers are loaded."""
-    settings, state, _ = read(golden / "hdit", CASES[0])
+def test_published_training_checkpoint() -> None:
+    """The averaged weights and the run's configuration, without hints; Fourier buffers loaded."""
+    settings, state, _ = recorded("hdit", CASES[0], "pth")
     model = {
         "type": "image_transformer_v2",
         "input_channels": 3,
@@ -353,8 +338,8 @@ def test_published_training_checkpoint(golden: Path) -> None:
     assert torch.equal(slim.network.time_emb.weight, half["time_emb.weight"].float())
 
 
-def test_published_files_that_cannot_be_read(golden: Path) -> None:
-    settings, state, _ = read(golden / "hdit", CASES[0])
+def test_published_files_that_cannot_be_read() -> None:
+    settings, state, _ = recorded("hdit", CASES[0], "pth")
     told = hints(settings)
     with pytest.raises(ValueError, match="does not tell attention"):
         from_published(state, hints={"image_shape": [3, 16, 16]})

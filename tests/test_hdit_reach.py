@@ -1,4 +1,4 @@
-"""How far HDiT's attention reaches is read level by level, and never assumed in silence."""
+"""Sizes of HDiT's attention are read level by level; assumed ones are reported."""
 
 import warnings
 from typing import Any

@@ -1,4 +1,4 @@
-"""A shared run folder is read, never run: whatever its files ask for."""
+"""Loading a shared run folder never runs code from its files."""
 
 import io
 import os
@@ -19,7 +19,7 @@ from training_worker import make_toy
 
 
 class Program:
-    """Pickled, it creates a file when it is read."""
+    """An object whose pickle creates a file when it is read."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -30,7 +30,7 @@ class Program:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two stopped runs, not to be changed."""
+    """Two stopped runs, which tests copy and do not change."""
     folder = tmp_path_factory.mktemp("runs")
     stopped(folder / "whole")
     stopped_split(folder / "split")
@@ -81,7 +81,7 @@ def test_a_layout_that_is_a_program_is_not_run(place: str, split: Path, tmp_path
 
 
 def test_a_part_that_is_a_program_is_not_run(split: Path, tmp_path: Path) -> None:
-    """PyTorch runs entries that its layout calls bytes in place of tensors."""
+    """PyTorch unpickles entries that the layout declares as bytes instead of tensors."""
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
     checkpoint, trace = split, tmp_path / "trace"
@@ -162,7 +162,7 @@ def test_an_optimizer_of_something_else_is_refused(state: Any, whole: Path, tmp_
 
 
 def test_views_that_stand_for_more_than_the_file_are_refused(tmp_path: Path) -> None:
-    """200 GB of one number, once as one tensor and once as many."""
+    """200 GB of a single number, as one tensor and as many."""
     path, number = tmp_path / "x.pt", torch.ones(1)
     torch.save({"a": number.expand(50 * 10**9)}, path)
     assert path.stat().st_size < 30_000

@@ -1,6 +1,6 @@
-"""Laws of servers that mean ill: each ends in one message, soon, and in little memory.
+"""Laws of hostile servers: each ends in one message, soon, and in little memory.
 
-Nothing here measures time: a slow machine waits longer and sees the same.
+Nothing here measures time: on a slow machine the results are the same.
 """
 
 import socket
@@ -27,13 +27,13 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For servers that never satisfy anybody; others have all the time."""
+    """Short limits, for servers that never answer properly."""
     monkeypatch.setattr(remote, "TIMEOUT", 0.1)
 
 
 @contextmanager
 def answering(pieces: Callable[[], Iterator[bytes]], pause: float = 0.0) -> Iterator[str]:
-    """A server that answers everything with the same pieces, a pause before each."""
+    """A server that answers every request with the same pieces, with a pause before each."""
     ended = threading.Event()
 
     def answer(connection: socket.socket) -> None:

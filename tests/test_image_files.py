@@ -1,4 +1,4 @@
-"""What an image file says of itself (format, depth, frames, size) is asked before it is read."""
+"""Format, depth, frames and size of an image file are checked before it is decoded."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_pages_of_a_tiff_are_refused_and_smaller_copies_are_not() -> None:
     first = int.from_bytes(copy[4:8], "little")
     entries = int.from_bytes(copy[first : first + 2], "little")
     second = int.from_bytes(copy[first + 2 + 12 * entries :][:4], "little")
-    # The second directory becomes the last, and says that it is smaller in place of how compressed.
+    # The second directory becomes the last, tagged as a smaller copy instead of by its compression.
     entries = int.from_bytes(copy[second : second + 2], "little")
     places = range(second + 2, second + 2 + 12 * entries, 12)
     (place,) = (place for place in places if copy[place : place + 2] == struct.pack("<H", 259))

@@ -1,4 +1,4 @@
-"""Arithmetic with latents: exact where the flow is linear, certified everywhere."""
+"""Arithmetic with latents: exact for linear flows, with a certificate for all."""
 
 import math
 
@@ -102,7 +102,7 @@ def test_reconstruction_error_is_that_of_the_round_trip(name: str) -> None:
 
 
 def test_an_inverse_that_misses_is_seen() -> None:
-    """A flow whose decoder is off by a grey level has an error of one, and every pixel wrong."""
+    """A decoder that is off by a grey level has an error of one and every pixel wrong."""
     model = GaussianFlow(torch.zeros(1, 1, 2, 2, dtype=torch.float64), some_factor(4), levels=4)
     images = torch.zeros(2, 1, 2, 2, dtype=torch.uint8)
     exact = model._mean

@@ -1,4 +1,4 @@
-"""Likelihoods that say what they are."""
+"""Likelihoods and their kinds, against closed forms."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What is loaded is checked once where it is read: types, sizes, nesting; in one sentence each."""
+"""Loaded files are checked once, where they are read, with one-sentence errors."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def test_a_card_may_say_more_or_nothing(saved: Path) -> None:
 
 
 def peak() -> int:
-    """Bytes this process had at most."""
+    """Peak memory of this process in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -138,7 +138,7 @@ def hdit_fields() -> dict[str, Any]:
 
 
 def test_weights_are_those_of_the_configuration_before_they_are_read(saved: Path) -> None:
-    """A file of 200 GB that is not on disk: its header is compared, and nothing else is read."""
+    """A sparse file of 200 GB: its header is compared, and nothing else is read."""
     path = saved / "model.safetensors"
     shape = [5 * 10**4, 10**6]
     header = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 2 * 10**11]}})

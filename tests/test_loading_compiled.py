@@ -1,4 +1,4 @@
-"""Loading machine code is told apart from its use, and only done where it is earned."""
+"""Loading of compiled steps is timed separately, and only done if it saves time."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ COMPILED = Candidate(step="compiled")
 
 
 def plan_of(model: Flow, reference: float, seconds: float, chosen: Candidate) -> InversionPlan:
-    """Two blocks that take so long."""
+    """A plan of two blocks with these seconds."""
     block = BlockPlan(chosen, reference / 2, seconds / 2, {}, (), {})
     return InversionPlan(machine(model.device), "float32", 4, 1.0, (block, block))
 

@@ -1,10 +1,8 @@
 """MaCow: the published program's numbers, and the laws of its parts."""
 
-import json
 import math
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,14 +41,13 @@ from exactflow.sampling.inversion import Inversion
 from exactflow.sampling.request import SamplingOptions
 from exactflow.sampling.sample import sample
 from exactflow.training.optim import TrainConfig
-from flows import blueprint
+from flows import blueprint, count, some_grey_levels, some_images
 from macow_export import published_name, to_published
+from originals import recorded
 
 PRESETS = FAMILIES["macow"].presets
 
-HERE = Path(__file__).parent / "golden" / "flows"
-SHARED = Path(__file__).parents[2] / "shared" / "golden" / "flows"
-IMAGES, LOG_DETS, BITS = 1e-4, 2e-3, 1e-5  # tolerances that the numbers' README calls sensible
+IMAGES, LOG_DETS, BITS = 1e-4, 2e-3, 1e-5  # tolerances that come with the recorded numbers
 CASES = ["uniform", "additive", "variational"]
 ORIENTATIONS = ["A", "B", "C", "D"]
 CONFIGS = {
@@ -76,17 +73,11 @@ CONFIGS = {
 
 def case(name: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Settings, weights and numbers of one run of the published program."""
-    folder = HERE if (HERE / f"macow_{name}.json").exists() else SHARED
-    if not (folder / f"macow_{name}.json").exists():
-        pytest.skip("the larger golden files are not here")
-    found = json.loads((folder / f"macow_{name}.json").read_text())
-    weights = folder / f"macow_{name}.pt"
-    state = torch.load(weights, weights_only=True) if weights.exists() else {}
-    return found, state, torch.load(folder / f"macow_{name}.expected.pt", weights_only=True)
+    return recorded("flows", f"macow_{name}")
 
 
 def published(name: str) -> tuple[MaCow, dict[str, torch.Tensor], int]:
-    """The model of a case, its numbers, and the draws per image."""
+    """The model of a case, the recorded numbers, and the draws per image."""
     settings, state, expected = case(name)
     shape = (3, settings["height"], settings["width"])
     model = from_published(state, shape[1:], 2 ** settings["n_bits"])
@@ -95,7 +86,7 @@ def published(name: str) -> tuple[MaCow, dict[str, torch.Tensor], int]:
 
 
 def grey_levels(model: MaCow, expected: dict[str, torch.Tensor], draws: int = 1) -> torch.Tensor:
-    """The case's 8-bit images at the model's bits, once for every draw."""
+    """The 8-bit images of a case at the model's bits, repeated for every draw."""
     bits = 8 - round(math.log2(model.levels))
     return (expected["image"] >> bits).repeat_interleave(draws, 0)
 
@@ -105,7 +96,7 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
 
 
 def make(config: MaCowConfig, scale: float = 0.1, seed: int = 0) -> MaCow:
-    """An initialised model in float64 with all weights disturbed."""
+    """An initialised model in float64 with all weights changed."""
     torch.manual_seed(seed)
     model = MaCow(config)
     model.initialize(some_grey_levels(model, 32))
@@ -115,22 +106,10 @@ def make(config: MaCowConfig, scale: float = 0.1, seed: int = 0) -> MaCow:
     return model.double().eval()
 
 
-def some_grey_levels(model: MaCow, count: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    size = (count, *model.event_shape)
-    return torch.randint(0, model.levels, size, generator=generator, dtype=torch.uint8)
-
-
-def some_images(model: MaCow, count: int = 3) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(2)
-    x = torch.rand(count, *model.event_shape, generator=generator, dtype=torch.float64)
-    return (2 * x - 1).to(model.dtype)
-
-
 def masked_convolution(
     orientation: Orientation, size: tuple[int, int] = (5, 5)
 ) -> MaskedConvolution:
-    """One with disturbed weights, in float64."""
+    """A masked convolution with changed weights, in float64."""
     torch.manual_seed(3)
     conv = MaskedConvolution(2, size, (2, 3), orientation)
     with torch.no_grad():
@@ -347,10 +326,6 @@ def test_published_parameter_counts(preset: str, total: int, flow: int, encoder:
     assert encoder == (0 if model.dequantizer is None else count(model.dequantizer.encoder))
 
 
-def count(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 def test_parameter_counts_of_parts() -> None:
     model = blueprint("macow-cifar10-uniform")
     assert isinstance(model, MaCow)
@@ -384,7 +359,7 @@ def test_parameter_counts_of_parts() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_log_abs_det_is_the_jacobians(name: str) -> None:
     model = make(CONFIGS[name])
-    for image in some_images(model, 2):
+    for image in some_images(model, 2, seed=2):
         _, log_abs_det = model.encode(image[None])
 
         def flat(x: torch.Tensor) -> torch.Tensor:
@@ -414,7 +389,7 @@ def test_dequantisers_density_is_the_jacobians() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_round_trip_is_exact_in_float64(name: str) -> None:
     model = make(CONFIGS[name])
-    x = some_images(model)
+    x = some_images(model, seed=2)
     z, _ = model.encode(x)
     kept = z.clone()
     steps = list(model.trajectory(z))
@@ -427,11 +402,11 @@ def test_round_trip_is_exact_in_float64(name: str) -> None:
 
 @pytest.mark.slow
 def test_round_trip_of_a_deep_model() -> None:
-    """No constant is added to any scale, so that nothing compounds over a hundred ActNorms."""
+    """No constant is added to a scale, so no error compounds over a hundred ActNorms."""
     config = MaCowConfig((3, 16, 16), ((4,), (6, 6), (6,)), (8, 16, 16))
     model = make(config, 0.02)
     assert sum(isinstance(m, ActNorm) for m in model.modules()) > 100
-    x = some_images(model)
+    x = some_images(model, seed=2)
     close(model.decode(model.encode(x)[0]), x, 1e-10)
     model = model.float()
     x = x.float()
@@ -441,7 +416,7 @@ def test_round_trip_of_a_deep_model() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_parameters_see_the_lines_before_and_nothing_else(orientation: Orientation) -> None:
-    """Output (2, 2) on 5 x 5 with kernel 2 x 3: what it may see is seen, and nothing else."""
+    """Output (2, 2) on 5 x 5 with kernel 2 x 3 depends on exactly what it may."""
     conv = masked_convolution(orientation)
     allowed = torch.zeros(5, 5, dtype=torch.bool)
     allowed[2, 2] = True
@@ -515,7 +490,7 @@ SOLVERS = [Sequential(), Jacobi(), Jacobi(start="zeros"), GaussSeidelJacobi(2), 
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
 def test_solvers_invert_a_model(solver: Solver) -> None:
     model = make(CONFIGS["three levels"])
-    x = some_images(model)
+    x = some_images(model, seed=2)
     z, _ = model.encode(x)
     inversion = Inversion(solver, range(len(x)))
     close(model.decode(z, solver=inversion), x, 1e-9)
@@ -691,7 +666,7 @@ def test_loss_is_minus_the_bound_per_dimension(name: str) -> None:
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     model = make(CONFIGS[name]).train()
     model.loss(some_grey_levels(model, 8)).mean().backward()
-    unseen = {  # a line that is alone sees no other
+    unseen = {  # a single line depends on no other
         f"{name}.network.conv.{weight}"
         for name, part in model.named_modules()
         if isinstance(part, MaskedConvolution) and part.num_tokens == 1
@@ -705,7 +680,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
 
 @torch.no_grad()
 def test_importance_weights_have_the_right_mean() -> None:
-    """Variational dequantisation changes the variance of the estimate, not what it estimates."""
+    """Variational dequantisation changes the variance of the estimate, not its mean."""
     config = replace(
         CONFIGS["variational"],
         image_shape=(1, 2, 2),
@@ -744,7 +719,7 @@ def test_density_has_mass_one() -> None:
 
 def test_reduced_precision_keeps_log_determinants_in_float32() -> None:
     model = make(CONFIGS["three levels"], 0.02).float()
-    x = some_images(model)
+    x = some_images(model, seed=2)
     _, log_abs_det = model.encode(x)
     with torch.autocast("cpu", torch.bfloat16):
         z16, log16 = model.encode(x)
@@ -784,7 +759,7 @@ def test_a_tiny_preset_learns() -> None:
 
 
 def test_published_recipes() -> None:
-    """Adam; 0.999997 a step from 1e-3 down to 1e-5, unless the last epoch comes first."""
+    """Adam; times 0.999997 a step from 1e-3 to 1e-5, or to the last epoch if that is earlier."""
     published = {name: p for name, p in PRESETS.items() if p.published}
     assert len(published) == 10
     for name, preset in published.items():
@@ -831,7 +806,7 @@ def test_wrong_inputs_are_errors() -> None:
     with pytest.raises(ValueError, match="floating-point latents"):
         model.decode(torch.zeros(1, 3, 8, 9))
     with pytest.raises(ValueError, match="unconditional"):
-        model.encode(some_images(model), torch.tensor([0, 1, 2]))
+        model.encode(some_images(model, seed=2), torch.tensor([0, 1, 2]))
 
 
 def test_a_dequantiser_is_not_asked_to_be_inverted() -> None:

@@ -1,4 +1,4 @@
-"""Laws of scripts that helpers import: one without a guard ends with what it lacks."""
+"""Laws of scripts that loader processes import: without a main guard they end with an error."""
 
 import multiprocessing
 import os

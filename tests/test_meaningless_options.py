@@ -1,4 +1,4 @@
-"""An option that this model and solver do not have is refused, on paths as for flows."""
+"""Options that a model or solver does not have are refused, for paths and flows."""
 
 import math
 import re
@@ -91,7 +91,7 @@ def test_what_has_no_meaning_is_refused(
 
 
 def test_what_has_one_meaning_may_be_said_in_both_ways(models: dict[str, GenerativeModel]) -> None:
-    """A scale, or a rule that is nothing but its scale."""
+    """A guidance scale, or a rule that has only a scale."""
     plain = exactflow.sample(models["path"], 1, 0, guidance=1.5, solver=Euler(2))
     ruled = exactflow.sample(models["path"], 1, 0, guidance=Guidance(1.5), solver=Euler(2))
     assert torch.equal(plain.x, ruled.x)
@@ -125,7 +125,7 @@ def test_an_estimate_refuses_them_too(
 def test_a_sample_that_fails_is_left_out_where_that_is_asked_for(
     kind: str, solver: str, models: dict[str, GenerativeModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`on_nonfinite` was without effect on paths: a training's grid of samples ended the run."""
+    """`on_nonfinite` had no effect on paths: a sample grid ended the training run."""
     model = models[kind]
     owned: dict[str, Any] = {"tolerance": 1e-2} if solver == "dopri5" else {"steps": 3}
     settings: dict[str, Any] = {"seed": 5, "batch_size": 2}

@@ -1,4 +1,4 @@
-"""Laws of what processes tell each other: errors arrive as they were, tensors on the CPU."""
+"""Laws of messages between processes: errors keep their type, tensors arrive on the CPU."""
 
 import os
 import pickle
@@ -20,7 +20,7 @@ from exactflow.training import Interrupted
 
 
 class Stubborn(ValueError):
-    """As exceptions of other packages are: the constructor takes no message."""
+    """An exception whose constructor takes no message, as some packages have."""
 
     def __init__(self, number: int, name: str) -> None:
         super().__init__(f"{name} has {number}")
@@ -32,7 +32,7 @@ class Silent(Exception):
 
 
 def failed(error: Exception) -> Exception:
-    """What others raise for it."""
+    """The error that other processes raise for it."""
     try:
         raise error
     except type(error) as raised:
@@ -120,7 +120,7 @@ def carry_out(job: Callable[..., Any], count: int) -> list[dict[str, Any]]:
 
 
 def fail_everywhere() -> list[str]:
-    """How each process hears of what happened in one."""
+    """The errors that this process gets when another one fails, in several ways."""
     told = []
     with joined() as group:
 
@@ -160,7 +160,7 @@ def test_all_processes_raise_what_one_did() -> None:
 
 
 def wait_for_beats() -> int:
-    """Work that ends only once all have told each other several times that they live."""
+    """Work that ends only after several signs of life from all processes."""
     processes.BEAT, heard, enough = 0.01, [0], threading.Event()
     plain = processes._any_works
 

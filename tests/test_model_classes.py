@@ -104,7 +104,7 @@ def test_labels_find_their_class_by_name(run: Path, tmp_path: Path) -> None:
         (model_of("cat", "dog", "emu"), ("0", "1"), [0, 1]),  # no names: numbers of the classes
         (model_of("0", "1", "2"), ("0", "1"), [0, 1]),
         (model_of("1", "2"), ("2", "1"), [1, 0]),
-        (model_of(count=3), ("0", "1"), [0, 1]),  # a model of before, or of elsewhere
+        (model_of(count=3), ("0", "1"), [0, 1]),  # a model of an earlier version, or converted
         (model_of(count=2), ("cat", "dog"), [0, 1]),
         (model_of("cat", "dog"), ("0", "1", "2"), "2 classes, set has 3: 0, 1, 2"),
         (model_of("1", "2"), ("0", "1"), "set also has 0"),
@@ -213,7 +213,7 @@ def test_names_that_do_not_fit_the_model_are_refused(run: Path, tmp_path: Path) 
         file.write_text(json.dumps(found))
         with pytest.raises(ValueError, match="expected 2 class names, one for each class"):
             exactflow.from_pretrained(tmp_path)
-    del found["card"]["class names"]  # of before
+    del found["card"]["class names"]  # of an earlier version
     file.write_text(json.dumps(found))
     model = exactflow.from_pretrained(tmp_path)
     assert (model.class_names, model.num_classes) == ((), 2)

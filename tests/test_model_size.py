@@ -1,4 +1,4 @@
-"""What no machine can hold is refused in one sentence, before its memory is asked for."""
+"""Models that are too large are refused in one sentence, before memory is allocated."""
 
 from pathlib import Path
 

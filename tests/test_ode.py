@@ -4,9 +4,9 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path as File
-from typing import ClassVar, final
+from typing import final
 
 import pytest
 import torch
@@ -38,43 +38,21 @@ from exactflow.paths.ode import (
     edm_times,
     uniform_times,
 )
-from exactflow.paths.path import Path, Polynomial, Straight, VariancePreserving
+from exactflow.paths.path import Polynomial, Straight, VariancePreserving
 from exactflow.paths.path_model import PathModel, Prediction
+from oracles import PathOracle
 from test_paths import DIMS, PATHS, SHAPE, GaussianModel, covariance
 
 FIXED: dict[OdeMethod, int] = {"euler": 1, "midpoint": 2, "heun": 2}  # their orders
 
 
 @final
-@dataclass(frozen=True)
-class LinearConfig:
-    image_shape: tuple[int, int, int]
-    levels: int = 16
-    num_classes: int = 0
-
-
-@final
-class LinearField(PathModel):
+class LinearField(PathOracle):
     """v(x, t) = (cos(2 t) M + t M M) x, the golden field; with one_rate, v = M x."""
 
-    kind: ClassVar[str] = "linear-field"
-
     def __init__(self, matrix: Tensor, shape: tuple[int, int, int], one_rate: bool = False) -> None:
-        super().__init__()
-        self.config = LinearConfig(shape)
+        super().__init__(Straight(), "velocity", shape)
         self.matrix, self.one_rate = nn.Parameter(matrix), one_rate
-
-    @property
-    def stages(self) -> Sequence[nn.Module]:
-        return []
-
-    @property
-    def path(self) -> Path:
-        return Straight()
-
-    @property
-    def prediction(self) -> Prediction:
-        return "velocity"
 
     def predict(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         m, flat = self.matrix, x_t.flatten(1)
@@ -83,15 +61,6 @@ class LinearField(PathModel):
         t = t[:, None]
         moved = torch.cos(2 * t) * (flat @ m.T) + t * (flat @ (m @ m).T)
         return moved.view_as(x_t)
-
-    def loss(
-        self,
-        images: Tensor,
-        label: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        raise NotImplementedError("a given field is not trained")
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +81,7 @@ def velocity(model: PathModel) -> ode_estimate.Field:
 
 
 def solve(field: Field, state: State, times: Sequence[float], solver: OdeMethod) -> Solution:
-    """By a solver of fixed steps, between these times."""
+    """Solve with fixed steps between these times."""
     return ODE_SOLVERS[solver](len(times) - 1).solve(field, state, times)
 
 
@@ -168,7 +137,7 @@ def test_golden_hutchinson(published: dict[str, Tensor], golden: File) -> None:
 
 @pytest.mark.parametrize("tolerance", [1e-5, 1e-10])
 def test_golden_dopri5(tolerance: float, published: dict[str, Tensor]) -> None:
-    """Against the closed form: an adaptive solver's digits are its own."""
+    """Against the closed form, since adaptive solvers differ in their digits."""
     model = LinearField(published["M"], (3, 2, 2))
     start = (published["x_0"],)
     got = Dopri5(tolerance).solve(velocity(model), start, [0.0, 1.0]).state[0]
@@ -185,7 +154,7 @@ def test_golden_dopri5(tolerance: float, published: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("solver", FIXED)
 def test_solver_order(solver: OdeMethod, published: dict[str, Tensor]) -> None:
-    """The slope of log error over log step is the order, of point and of log-density alike."""
+    """The slope of log error over log step is the order, for point and log-density."""
     model = LinearField(published["M"], (3, 2, 2))
     steps = [20, 40, 80, 160]
     errors: list[list[float]] = []
@@ -286,7 +255,7 @@ def test_sampler_reproduces_the_gaussian(name: str, prediction: Prediction) -> N
 
 @pytest.mark.parametrize("name", ["straight", "ot", "polynomial", "cosine", "vp", "linear-vp"])
 def test_estimate_meets_the_density(name: str) -> None:
-    """With exact trace: the closed form, less what the prior is off at the noise end."""
+    """With the exact trace: the closed form, less the prior's error at the noise end."""
     model = GaussianModel(PATHS[name])
     images = torch.randint(16, (6, *SHAPE), generator=torch.Generator().manual_seed(0))
     result = ode_log_likelihood(
@@ -348,7 +317,7 @@ def test_hutchinson_is_unbiased_and_knows_its_error(probe: ode_estimate.Probe) -
     exact = ode_log_likelihood(model, images, solver=grid, trace=ExactTrace())
 
     def errors(probes: int) -> tuple[Tensor, Tensor]:
-        """What the probes are off for each image, and their standard error."""
+        """Error of the probes for each image, and their standard error."""
         nats, known = [], []
         for index in range(len(images)):
             draws, trace = Draws(first=index), Hutchinson(probe, probes)
@@ -413,7 +382,7 @@ def test_estimate_names_its_ends() -> None:
 
 
 def test_estimate_of_a_uniform_model_is_what_the_prior_says() -> None:
-    """The velocity 0: the density is the prior's, and a grey level's volume enters once."""
+    """Velocity 0: the density is that of the prior, and a grey level's volume enters once."""
     model = LinearField(torch.zeros(4, 4, dtype=torch.float64), SHAPE, one_rate=True)
     images = torch.randint(16, (2, *SHAPE), generator=torch.Generator().manual_seed(0))
     result = ode_log_likelihood(model, images, None, Draws(k=200), solver=Euler(1))

@@ -1,4 +1,4 @@
-"""Scores of outliers, and the area under the curve that says how good they are."""
+"""Outlier scores, and the area under the ROC curve."""
 
 import math
 

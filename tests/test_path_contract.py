@@ -1,4 +1,4 @@
-"""What every model on a path must do alike, over the registry: one tiny preset of each family."""
+"""Laws of every model on a path, over one tiny preset of each family in the registry."""
 
 from pathlib import Path
 from typing import Any

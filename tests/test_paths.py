@@ -3,10 +3,8 @@
 import itertools
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path as File
-from typing import ClassVar, final, get_args
+from typing import final, get_args
 
 import pytest
 import torch
@@ -23,13 +21,13 @@ from exactflow.paths.path import (
     VariancePreserving,
 )
 from exactflow.paths.path_model import (
-    PathModel,
     Prediction,
     combine,
     convert,
     spread,
     velocity_gain,
 )
+from oracles import PathOracle
 
 LINEAR_BETAS = tuple((1e-4 + (0.02 - 1e-4) * i / 999) for i in range(1000))
 PATHS: dict[str, Path] = {
@@ -58,46 +56,22 @@ MEAN = torch.tensor([0.3, -0.2, 0.1, 0.5], dtype=torch.float64)
 
 
 def covariance() -> Tensor:
-    """Far from a multiple of the identity."""
+    """A covariance far from a multiple of the identity."""
     generator = torch.Generator().manual_seed(3)
     mix = torch.randn(DIMS, DIMS, generator=generator, dtype=torch.float64)
     return 0.05 * mix @ mix.T + 0.02 * torch.eye(DIMS, dtype=torch.float64)
 
 
 @final
-@dataclass(frozen=True)
-class GaussianConfig:
-    image_shape: tuple[int, int, int] = SHAPE
-    levels: int = 16
-    num_classes: int = 0
-
-
-@final
-class GaussianModel(PathModel):
-    """x0 ~ N(MEAN, covariance()): predicts what the best network would."""
-
-    kind: ClassVar[str] = "gaussian-oracle"
+class GaussianModel(PathOracle):
+    """The ideal network for data N(MEAN, covariance())."""
 
     def __init__(
         self, path: Path, prediction: Prediction = "velocity", cov: Tensor | None = None
     ) -> None:
-        super().__init__()
-        self.config = GaussianConfig()
-        self._path, self._prediction = path, prediction
+        super().__init__(path, prediction, SHAPE)
         self.mean = nn.Parameter(MEAN.clone())
         self.cov = nn.Parameter(covariance() if cov is None else cov)
-
-    @property
-    def stages(self) -> Sequence[nn.Module]:
-        return []
-
-    @property
-    def path(self) -> Path:
-        return self._path
-
-    @property
-    def prediction(self) -> Prediction:
-        return self._prediction
 
     def predict(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """With y = (alpha^2 S + sigma^2 I)^-1 (x - alpha m): x0 = m + alpha S y, eps = sigma y."""
@@ -109,17 +83,8 @@ class GaussianModel(PathModel):
         x0 = (mean + alpha * (y @ cov.T)).view_as(x_t)
         return combine(x0, (sigma * y).view_as(x_t), point, self.prediction)
 
-    def loss(
-        self,
-        images: Tensor,
-        label: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        raise NotImplementedError("an oracle is not trained")
-
     def law(self, t: float) -> torch.distributions.MultivariateNormal:
-        """Of x_t."""
+        """Distribution of x_t."""
         point = self.path.at(torch.tensor(t, dtype=torch.float64))
         cov = point.alpha**2 * self.cov + point.sigma**2 * torch.eye(DIMS, dtype=torch.float64)
         return torch.distributions.MultivariateNormal(point.alpha * self.mean, cov)

@@ -1,4 +1,4 @@
-"""Plans: what is measured decides, nothing slower than the reference is chosen, files are kept."""
+"""Plans: measurements decide, nothing slower than the reference is chosen, files are kept."""
 
 import json
 from dataclasses import replace
@@ -22,7 +22,7 @@ from flows import CONFIGS, make, perturb
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """That of a small conditional model."""
+    """The folder of a small conditional model."""
     make("conditional", torch.float32).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -40,7 +40,7 @@ def saved(folder: Path) -> Flow:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, sequential: float, adaptive: float) -> None:
-    """Clocks that show so many seconds."""
+    """Replace the measured seconds by given ones."""
 
     def shown(self: object, solver: Solver) -> float:
         return adaptive if isinstance(solver, Adaptive) else sequential
@@ -86,7 +86,7 @@ def test_nothing_slower_than_sequential_is_chosen(
 
 
 def test_what_is_not_exact_is_not_chosen(saved: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However fast: bfloat16 is measured where the tolerance might admit it, and dropped."""
+    """However fast: bfloat16 is measured if the tolerance might allow it, and dropped."""
     pretend(monkeypatch, sequential=1.0, adaptive=1.0)
     tried = []
     built = Candidate.build
@@ -121,7 +121,7 @@ def test_a_plan_survives_its_file_and_is_used_by_default(
     assert saved.plans == read_plans(folder) == [plan]
     assert all(isinstance(solver, Adaptive) for solver in Planned().of_blocks(saved, 2, 1))
     assert all(isinstance(solver, Adaptive) for solver in Planned().of_blocks(saved, 1, 1))
-    # more samples than were measured, or less error than was allowed: no
+    # not for more samples than were measured, nor for a smaller tolerance
     assert all(isinstance(solver, Sequential) for solver in Planned().of_blocks(saved, 3, 1))
     assert all(isinstance(solver, Sequential) for solver in Planned(1e-6).of_blocks(saved, 2, 1))
     drawn = sample(saved, 2, 1)

@@ -1,4 +1,4 @@
-"""Laws of prepared sets and tar shards: the source's numbers, whatever happened on the way."""
+"""Laws of prepared sets and tar shards: the source's images, after any interruption."""
 
 from __future__ import annotations
 

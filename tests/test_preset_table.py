@@ -1,4 +1,4 @@
-"""The list of presets that is read from a file is the one that building them gives."""
+"""The list of presets in the file is the one that building them gives."""
 
 from exactflow.cli.preset_table import counted, digest, listed
 from exactflow.models import registry
@@ -7,7 +7,7 @@ REMEDY = "python -m exactflow.cli.preset_table"
 
 
 def test_the_table_is_of_these_configurations() -> None:
-    """Building all takes half a minute: that the same configurations were counted will do."""
+    """Building all takes half a minute, so only the configurations are compared."""
     table = listed()
     assert list(table) == registry.names(), REMEDY
     for name, row in table.items():

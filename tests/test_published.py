@@ -1,4 +1,4 @@
-"""The published table says what it says, and compares nothing that differs."""
+"""The table of published results, and which of them are compared."""
 
 import json
 import re
@@ -182,7 +182,7 @@ def written(
     bits: float = 3.30,
     **likelihood: Any,
 ) -> Path:
-    """What `exactflow evaluate --out` writes for a model with so many bits/dim on such images."""
+    """Write a result as `exactflow evaluate --out` does, with given bits/dim and images."""
     shape = (channels, pixel, pixel)
     done = preprocessing or Preprocessing()
     images = np.broadcast_to(np.uint8(0), (count, *shape))

@@ -1,4 +1,4 @@
-"""Every recipe is taken as far as a machine without its data and devices can take it."""
+"""Every recipe is checked as far as possible without its data and devices."""
 
 import re
 import shlex
@@ -57,18 +57,18 @@ PUBLISHED_PARAMETERS = {
 }
 
 
-# Networks of thousands of small operations, of which each costs a fake tensor about 0.1 ms.
+# Networks of thousands of small operations; each takes about 0.1 ms on fake tensors.
 DEAR = ("denseflow", "macow")
 
 
 def a_step_of(recipe: Path) -> Any:
-    """The recipe, as an argument of a test; half a minute to a minute for the dear ones."""
+    """The recipe as an argument of a test, marked if a step takes half a minute or more."""
     dear = [pytest.mark.dear, pytest.mark.slow] if recipe.stem.startswith(DEAR) else []
     return pytest.param(recipe, marks=dear)
 
 
 def header(recipe: Path) -> dict[str, str]:
-    """`# Key: value` lines, with what `#   ` lines add to them."""
+    """The `# Key: value` lines, joined with the `#   ` lines that continue them."""
     found: dict[str, str] = {}
     for line in recipe.read_text().splitlines():
         if entry := re.match(r"# (\w+): (.+)", line):
@@ -81,7 +81,7 @@ def header(recipe: Path) -> dict[str, str]:
 
 
 def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What `exactflow` understands by these words."""
+    """The command that `exactflow` parses from these words."""
     taken: list[Any] = []
     with monkeypatch.context() as patch:
         patch.setattr(running, "import_module", lambda _: SimpleNamespace(run=taken.append))
@@ -92,7 +92,7 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def started(line: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Any]:
-    """Processes that a launch line starts, as torchrun reads it, and what each is to do."""
+    """Number of processes that a launch line starts with torchrun, and their command."""
     head, found, words = line.partition("torchrun ")
     assert found
     asked = get_args_parser().parse_args(shlex.split(re.sub(r"\$\(.*?\)", "HOST", words)))
@@ -110,14 +110,14 @@ def started(line: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Any]:
 
 @cache
 def cost_of_steps(preset: str, model: Any, training: TrainConfig, devices: int) -> TrainingCost:
-    """Recipes for different data may train the same network on the same number of images."""
+    """Cached, since recipes for different data may train the same network alike."""
     with torch.device("meta"):
         network = registry.family_of(preset).model(model)
     return training_cost(network, training, devices=devices)
 
 
 def predicted(settings: Settings, devices: int, epoch: int | None) -> TrainingCost:
-    """What `exactflow cost` counts."""
+    """The cost that `exactflow cost` predicts."""
     training = settings.training
     names = ("batch_size", "accumulate", "optimizer", "precision", "activation_checkpointing")
     of_steps = {name: getattr(training, name) for name in (*names, "ema_decay")}
@@ -128,7 +128,7 @@ def predicted(settings: Settings, devices: int, epoch: int | None) -> TrainingCo
 
 
 def told(cost: TrainingCost) -> str:
-    """The line of the header."""
+    """The cost as the header states it."""
     memory, devices = cost.memory.total / GIB, cost.devices
     where = "one device" if devices == 1 else f"each of {devices} devices"
     return (
@@ -167,8 +167,8 @@ def test_the_header_says_how_to_run_it(recipe: Path, monkeypatch: pytest.MonkeyP
 def test_a_step_can_be_taken_and_costs_what_the_header_says(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without memory: the model is built, and loss and gradient of a micro-batch run."""
-    # Shapes of the same layers are checked in small models: here it would take half of the time.
+    """On fake tensors: build the model, run loss and gradient of a micro-batch."""
+    # Shapes of these layers are checked in small models; here it would take half of the time.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     settings = resolve(None, (), recipe)
     asked = parsed(shlex.split(header(recipe)["Predict"])[1:], monkeypatch)

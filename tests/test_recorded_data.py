@@ -1,4 +1,4 @@
-"""What a run records of its data is what it was trained on, and is found again."""
+"""A run records the data that it was trained on, and they are found again."""
 
 import contextlib
 import json

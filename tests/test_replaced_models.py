@@ -1,4 +1,4 @@
-"""A model folder is replaced whole or not at all, whatever the card says and whenever killed."""
+"""A model folder is replaced whole or not at all, for any card and at any kill."""
 
 import json
 import math
@@ -57,11 +57,11 @@ def test_a_card_that_is_no_json_replaces_nothing(card: Any, place: str, tmp_path
 
 
 class Killed(BaseException):
-    """What a kill looks like to code that may not clean up; see `killing`."""
+    """Stands for a kill: code that runs after it must not change anything; see `killing`."""
 
 
 def killing(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    """From the call number `at` on, nothing changes the file system any more."""
+    """From call number `at` on, no call changes the file system."""
     calls = [0]
 
     def guarded(plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""The gradient of an exact density, what is drawn with it, and what it takes off."""
+"""The gradient of an exact density, inpainting and denoising with it."""
 
 import math
 

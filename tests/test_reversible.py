@@ -1,5 +1,5 @@
-"""The laws of reversible training: the plain loss to the bit, the plain gradients up to rounding,
-and memory that does not grow with the number of blocks.
+"""Laws of reversible training: the plain loss to the bit, the plain gradients up to rounding, and
+memory that does not grow with the number of blocks.
 """
 
 import json
@@ -80,7 +80,7 @@ CONFIG = TrainConfig(
 
 
 def make(name: str, dtype: torch.dtype = torch.float64) -> Flow:
-    """The model, away from where training starts, in training mode."""
+    """The model with changed weights, in training mode."""
     preset, overrides = MODELS[name]
     torch.manual_seed(0)
     model = registry.build(preset, **overrides)
@@ -126,7 +126,7 @@ def both(model: Flow, count: int = 3, dtype: torch.dtype | None = None) -> Itera
 
 
 def relative(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """The norm of the difference over that of what is expected."""
+    """Norm of the difference over the norm of the expected values."""
     assert found.keys() == expected.keys()
     total = sum(float(value.double().square().sum()) for value in expected.values())
     error = sum(float((found[k] - expected[k]).double().square().sum()) for k in expected)
@@ -161,7 +161,7 @@ def test_under_autocast_gradients_differ_by_less_than_its_rounding(name: str) ->
 
 
 def test_autocast_around_the_backward_pass_changes_nothing() -> None:
-    """Parts are evaluated again as they were, and no cast is left from the forward pass."""
+    """Parts are evaluated again in the same way, and no cast is kept from the forward pass."""
     model = make("denseflow", torch.float32)
     found = []
     for inside in (False, True):
@@ -205,7 +205,7 @@ def test_there_are_no_second_derivatives() -> None:
 
 
 def retraceable(model: Flow) -> list[tuple[ReversibleTransform, Tensor, Tensor | None]]:
-    """Every reversible transform of the model, with what it is given there."""
+    """Every reversible transform of the model, with its input and context."""
     heard: list[tuple[ReversibleTransform, Tensor, Tensor | None]] = []
 
     def hear(part: nn.Module, given: tuple, named: dict, _: object) -> None:
@@ -270,7 +270,7 @@ def test_the_model_is_left_as_it_was_and_nothing_happens_without_gradients(name:
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes of the tensors made inside that are alive, now and at most; not those of `there`."""
+    """Bytes of live tensors made inside, now and at most, without those of `there`."""
 
     def __init__(self, there: Iterable[Tensor]) -> None:
         super().__init__()

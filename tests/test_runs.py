@@ -78,7 +78,7 @@ def test_a_model_of_ones_own_is_trained_in_place(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_stopped_ends_where_one_that_was_not_does(tmp_path: Path) -> None:
-    """What ended a run early is read from its log, also by the process that resumes it."""
+    """A resumed run reads from its log why it should end early."""
     slow: Any = {**FAST, "learning_rate": 1e-12, "min_learning_rate": 0.0, "steps": 9}
     slow |= {"evaluate_every": 1, "patience": 3, "training.checkpoint_every": 1}
     whole = exactflow.train("tarflow-tiny", images(), tmp_path / "whole", **slow)

@@ -40,7 +40,7 @@ def test_kernel_distance_of_small_sets_by_hand() -> None:
 
 
 def test_kernel_distance_is_unbiased() -> None:
-    """Over many pairs of sets of one law its mean is 0; of two laws, that of the formula."""
+    """Its mean over many pairs is 0 for equal distributions, else that of the formula."""
     draws, size, shift = 400, 20, 0.5
     same, other = [], []
     for index in range(draws):
@@ -160,7 +160,7 @@ def images_of(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 def test_low_frequencies_are_orthonormal() -> None:
-    """All of them keep distances; a constant image has the first alone."""
+    """All of them together keep distances; a constant image has only the first."""
     images = images_of((2, 3, 4, 5))
     whole = pixels(60)
     found = extract(whole, images, 256)

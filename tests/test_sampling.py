@@ -1,4 +1,4 @@
-"""Laws of sampling: seeds, guidance, certificates, denoising, what is not finite."""
+"""Laws of sampling: seeds, guidance, certificates, denoising, non-finite samples."""
 
 import math
 from collections.abc import Sequence

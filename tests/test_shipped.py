@@ -1,4 +1,4 @@
-"""Models that ship with the package: the ones that are there, and what is done with any such."""
+"""Models that ship with the package, and the program that ships one."""
 
 import hashlib
 import json
@@ -63,7 +63,7 @@ def check_scores(name: str) -> None:
 
 
 def check_card(name: str) -> None:
-    """It says where it comes from and what it is worth, of these very weights."""
+    """The card names data, training and scores of exactly these weights."""
     model = exactflow.from_pretrained(name)
     card = model.card
     data, training, test = card["training data"], card["training"], card["test"]
@@ -87,7 +87,7 @@ def check_card(name: str) -> None:
 
 
 def check_offline(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It loads from the package alone, in float32, and samples."""
+    """The model loads from the package alone, in float32, and samples."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("asked the network")

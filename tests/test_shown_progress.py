@@ -1,4 +1,4 @@
-"""Long verbs say how far they are on stderr: a bar on a terminal, elsewhere a line now and then."""
+"""Long commands show progress on stderr: a bar on a terminal, otherwise occasional lines."""
 
 import re
 import sys
@@ -62,7 +62,7 @@ def test_items_pass_unchanged(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_no_bar_goes_to_stdout() -> None:
-    """Bars of rich's own go to stdout unless told otherwise: into the file that is written."""
+    """By default rich writes bars to stdout, which may be redirected to a file."""
     for path in SOURCES.rglob("*.py"):
         text = path.read_text()
         assert not re.search(r"from rich\.progress import .*\btrack\b", text), path

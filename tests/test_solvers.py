@@ -1,4 +1,4 @@
-"""Every solver is the reference inverse, on every autoregressive flow; and says what it did."""
+"""Every solver equals the reference inverse on every autoregressive flow; its records."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from exactflow.sampling.request import SamplingOptions
 from exactflow.sampling.sample import sample
 from exactflow.sampling.solvers import sampling_of, solver_for
 from exactflow.training.optim import TrainConfig, make_optimizer
-from flows import CONFIGS, NAMES, make, perturb, some_labels
+from flows import CONFIGS, NAMES, blocks, make, perturb, some_labels
 from test_convergence import golden_jacobi
 
 OMIT = SamplingOptions(on_nonfinite="omit")
@@ -45,10 +45,6 @@ SOLVERS: dict[str, Solver] = {
     "compiled steps": Sequential(Decoding(step="compiled")),
     "compiled steps and windows": Adaptive(2, decoding=Decoding(step="compiled")),
 }
-
-
-def transforms(model: Flow) -> list[AutoregressiveTransform]:
-    return [stage for stage in model.stages if isinstance(stage, AutoregressiveTransform)]
 
 
 def some_latents(model: Flow, count: int, seed: int = 5) -> Tensor:
@@ -91,7 +87,7 @@ def trained() -> TarFlow:
 def test_every_solver_is_the_reference_inverse(name: str, dtype: torch.dtype) -> None:
     model = make(name, dtype)
     label = some_labels(model)
-    for block in transforms(model):
+    for block in blocks(model):
         v = some_latents(model, 3)
         before = v.clone()
         expected = block.inverse(v, label)
@@ -116,7 +112,7 @@ def test_every_solver_inverts_trained_weights(
     model = trained.to(dtype)
     label = torch.tensor([3, 10, 7])  # 10: dropped
     tokens = some_latents(model, 3)
-    for block in reversed(transforms(model)):
+    for block in reversed(blocks(model)):
         system = block if guidance is None else GuidedTransform(block, guidance, 10)
         v = block.arrange(tokens)
         expected = system.inverse(v, label)
@@ -151,7 +147,7 @@ def test_any_shape(
 ) -> None:
     config = TarFlowConfig((dim, 1, tokens), 1, 64, blocks=1, layers_per_block=1)
     model = perturb(TarFlow(config)).double()
-    (block,) = transforms(model)
+    (block,) = blocks(model)
     v = 3 * some_latents(model, batch)
     expected = block.inverse(v)
     for solver in (
@@ -164,9 +160,9 @@ def test_any_shape(
 
 
 def test_jacobi_is_exact_for_one_more_token_at_every_iteration() -> None:
-    """And with as many iterations as tokens, whatever it starts from."""
+    """It is exact with as many iterations as tokens, from any start."""
     model = make("one channel, patch 1")
-    block = transforms(model)[1]
+    block = blocks(model)[1]
     v = 10 * some_latents(model, 2)  # far from contracting
     expected = block.inverse(v)
     for iterations in range(1, block.num_tokens + 1):
@@ -179,7 +175,7 @@ def test_jacobi_is_exact_for_one_more_token_at_every_iteration() -> None:
 @pytest.mark.parametrize("iterations", [1, 2, 3, 5])
 def test_jacobi_gives_the_published_iterates(iterations: int) -> None:
     model, expected = golden_jacobi()
-    for index, block in enumerate(transforms(model)):
+    for index, block in enumerate(blocks(model)):
         v = block.arrange(expected[f"block.{index}.output"])
         u = block.arrange(Jacobi(iterations, tolerance=0)(block, v, None))
         wanted = expected[f"block.{index}.jacobi_{iterations}"]
@@ -192,16 +188,16 @@ def test_chains_of_jacobi_give_the_published_results(start: str) -> None:
     tokens = expected["noise"]
     name = "chain.jacobi_3" if start == "latent" else "chain.jacobi_3_zero_start"
     for index in reversed(range(len(model.stages))):
-        block = transforms(model)[index]
+        block = blocks(model)[index]
         tokens = block.arrange(Jacobi(3, start, tolerance=0)(block, block.arrange(tokens), None))
         wanted = expected[f"{name}.after_block.{index}"]
         torch.testing.assert_close(tokens, wanted, rtol=0, atol=2e-5)
 
 
 def test_a_segment_sees_the_final_values_of_those_before_it() -> None:
-    """With a cap too low to converge, each segment still follows from what is really there."""
+    """Even without convergence, each segment is computed from the final values before it."""
     model = make("one channel, patch 1")
-    block = transforms(model)[1]
+    block = blocks(model)[1]
     v = 5 * some_latents(model, 2)
     lengths = (2, 3, 4)
     u = GaussSeidelJacobi(lengths, iterations=1, tolerance=0)(block, v, None)
@@ -214,7 +210,7 @@ def test_a_segment_sees_the_final_values_of_those_before_it() -> None:
 
 @pytest.mark.parametrize("title", ["jacobi", "gauss-seidel-jacobi", "adaptive", "window 7"])
 def test_a_sample_does_not_depend_on_its_batch_mates(trained: TarFlow, title: str) -> None:
-    block = transforms(trained.double())[0]
+    block = blocks(trained.double())[0]
     v = some_latents(trained, 5)
     v[3] *= 4  # the hardest by far
     together = SOLVERS[title](block, v, None)
@@ -228,7 +224,7 @@ def test_a_sample_does_not_depend_on_its_batch_mates(trained: TarFlow, title: st
 def test_a_sample_that_is_not_finite_does_not_disturb_the_others(
     trained: TarFlow, title: str
 ) -> None:
-    block = transforms(trained.double())[0]
+    block = blocks(trained.double())[0]
     v = some_latents(trained, 3)
     expected = block.inverse(v)
     v[1, 20] = float("nan")
@@ -240,7 +236,7 @@ def test_a_sample_that_is_not_finite_does_not_disturb_the_others(
 
 
 def with_scale(log_scale: float, tokens: int = 12) -> TarFlow:
-    """One block that multiplies by e^log_scale behind its first token, and shifts a little."""
+    """One block that multiplies all tokens but the first by e^log_scale, and shifts a little."""
     torch.manual_seed(0)
     config = TarFlowConfig((1, 1, tokens), 1, 64, blocks=1, layers_per_block=1)
     model = perturb(TarFlow(config)).double()
@@ -253,9 +249,9 @@ def with_scale(log_scale: float, tokens: int = 12) -> TarFlow:
 @pytest.mark.parametrize("title", SOLVERS)
 @pytest.mark.parametrize("log_scale", [3.0, 14.0])
 def test_true_values_are_never_clamped(title: str, log_scale: float) -> None:
-    """e^14 is 1e6: beyond what a guess may be, and still what the token is."""
+    """A token of e^14 = 1e6 is larger than guesses may be, and still returned."""
     model = with_scale(log_scale)
-    (block,) = transforms(model)
+    (block,) = blocks(model)
     v = some_latents(model, 3)
     expected = block.inverse(v)
     assert float(expected.abs().max()) > (3 if log_scale == 3 else 1e5)
@@ -277,7 +273,7 @@ def test_a_model_that_overflows_ends_in_the_diagnosis(name: str) -> None:
 
 @pytest.mark.slow
 def test_trained_scales_that_explode_are_diagnosed_or_honest() -> None:
-    """Uniform noise only, constant images, a large step: scales grow until something gives."""
+    """With uniform noise, constant images and large steps, scales grow without bound."""
     torch.manual_seed(0)
     model = TarFlow(TarFlowConfig((1, 4, 4), 1, 64, blocks=3, layers_per_block=1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
@@ -341,7 +337,7 @@ def test_repair_is_per_sample() -> None:
 def test_certificate_is_the_identity_of_backward_and_forward() -> None:
     """f(u) - v = (u - F(u)) exp(-a), for any u."""
     model = make("conditional")
-    block, label = transforms(model)[1], some_labels(model)
+    block, label = blocks(model)[1], some_labels(model)
     u, v = some_latents(model, 3), some_latents(model, 3, seed=9)
     log_scale, shift = block.conditioner(u, label).chunk(2, -1)
     image = v * log_scale.exp() + shift
@@ -384,7 +380,7 @@ def test_the_frontier_moves_at_every_pass_and_evaluations_are_counted(
 
 
 def test_convergence_saves_passes_on_trained_weights(trained: TarFlow) -> None:
-    """Not a promise, a fact about this model: else the solver would be pointless."""
+    """True of this model, not of all; otherwise the solver would be useless."""
     model = trained.float()
     inversion, _ = observed(Adaptive(), model)
     assert sum(record.evaluations for record in inversion.records) < 0.7 * 2 * 63
@@ -413,7 +409,7 @@ def test_autocast_is_decoded_with_its_own_tolerance(trained: TarFlow) -> None:
 
 @pytest.mark.slow
 def test_large_batches_and_reused_memory(trained: TarFlow) -> None:
-    block = transforms(trained.double())[1]
+    block = blocks(trained.double())[1]
     decoding = Decoding()
     for count in (130, 1, 130):
         v = some_latents(trained, count, seed=count)
@@ -461,7 +457,7 @@ def test_bad_input(make_it, message: str) -> None:
 
 def one_block() -> tuple[AutoregressiveTransform, Tensor]:
     model = make("rgb")
-    return transforms(model)[0], some_latents(model, 1)
+    return blocks(model)[0], some_latents(model, 1)
 
 
 def test_samples_that_are_done_leave_the_jacobi_iteration(trained: TarFlow) -> None:

@@ -1,4 +1,4 @@
-"""Names that say which split images are of: they are read as such or refused, never guessed."""
+"""Names that say a split are read by one rule or refused, never guessed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from test_prepare import samples, tar
 IMAGES = pixels(9, 4, 4)
 PARTS = {"train": IMAGES[:5], "validation": IMAGES[5:7], "test": IMAGES[7:]}
 
-# How people call their splits: training, validation, test.
+# Names of splits in use: training, validation, test.
 NAMES = {
     "first": ("train-0", "val-0", "test-0"),
     "last": ("photos-train-0000", "photos-validation-00", "photos-eval-0"),
@@ -132,7 +132,7 @@ def test_hub_splits_are_named_by_the_same_words(tmp_path: Path) -> None:
     near = save("near", "train_0", "dev_0", "test_0")
     for split in SPLITS:
         np.testing.assert_array_equal(load(DataConfig(near), split).images[:, 0], PARTS[split])
-    # A split that is called train is the one, whatever else there is.
+    # A split called train is the training split, whatever other splits there are.
     plain = save("plain", "train", "train_small")
     np.testing.assert_array_equal(whole(plain).images[:, 0], PARTS["train"])
     with pytest.raises(DataError, match="expected one train split, found train_a and train_b"):

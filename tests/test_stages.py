@@ -1,4 +1,4 @@
-"""Measurements that are kept: read where they are the same, taken again where they are not."""
+"""Kept measurements are read if their settings are the same, otherwise taken again."""
 
 from collections.abc import Callable
 from pathlib import Path

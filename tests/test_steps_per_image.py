@@ -1,4 +1,4 @@
-"""An adaptive solver's steps are each image's own; what it cannot solve has a name."""
+"""An adaptive solver chooses steps for each image; it names what it cannot solve."""
 
 import math
 
@@ -63,7 +63,7 @@ def test_rows_of_unlike_difficulty_are_solved_alike_alone() -> None:
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-3), (torch.float64, 1e-9)])
 def test_an_image_has_one_likelihood_whatever_its_batch(dtype: torch.dtype, close: float) -> None:
-    """In nats per image; steps shared by a batch moved them by tenths."""
+    """In nats per image; steps shared by a batch changed them by tenths."""
     model = model_of("flow-matching-tiny", dtype)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (3, *model.event_shape), generator=generator)

@@ -1,4 +1,4 @@
-"""Laws of streamed shards: the images of a local copy, in one order, in so many bytes."""
+"""Laws of streamed shards: the images of a local copy, a fixed order, bounded disk space."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ COUNTS = (5, 9, 4, 7, 6, 8)  # images of each shard
 
 
 def write_shards(folder: Path, counts: tuple[int, ...] = COUNTS, side: int = 6) -> Path:
-    """Shards of so many grey images with labels."""
+    """Write shards of grey images with labels."""
     images = pixels(sum(counts), side, side)
     first = 0
     for number, count in enumerate(counts):
@@ -80,7 +80,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two shards are mixed; failures are not waited for."""
+    """Shuffle groups of two shards; do not pause between attempts."""
     monkeypatch.setattr(order, "MIXED_SHARDS", order.MIXED_SHARDS)
     monkeypatch.setattr(order, "MIXED_IMAGES", order.MIXED_IMAGES)
     few_mixed()
@@ -104,7 +104,7 @@ def config_of(server: Shards, tmp_path: Path, **changes: Any) -> DataConfig:
 
 
 def gib(server: Shards, count: float) -> float:
-    """So many times the largest shard."""
+    """GiB of this many times the largest shard."""
     return count * max(map(len, server.files.values())) / 2**30
 
 
@@ -396,7 +396,7 @@ def test_local_shards_are_walked_once(
         patch.setattr(shards, "index_file", None)
         again = local(tmp_path, cache_dir=cache)
     assert again.describe() == first.describe()
-    assert "{'npy': 1}" in caplog.text  # what is left alone is told every time
+    assert "{'npy': 1}" in caplog.text  # what is left alone is reported every time
     os.utime(folder / "003.tar", ns=(0, 0))
     tar(folder / "003.tar", samples(pixels(7, 6, 6, seed=1), cls=[0] * 7))
     assert local(tmp_path, cache_dir=cache).version != first.version
@@ -431,7 +431,7 @@ def test_an_order_keeps_groups_of_shards_together(counts: list[int], seed: int, 
         assert rows.min() == last_of_earlier + 1
         last_of_earlier = int(rows.max())
         assert len(rows) == last_of_earlier + 1 - rows.min()
-    if mixed >= len(counts):  # then it is any permutation, the very one of a set that is here
+    if mixed >= len(counts):  # then it is any permutation, that of a local set
         np.testing.assert_array_equal(found, permutation(sum(counts), "epoch", seed, epoch))
 
 
@@ -503,9 +503,10 @@ def test_a_run_resumes_to_the_same_bits(
 
 @contextmanager
 def watched(folder: Path) -> Iterator[list[int]]:
-    """Sizes that the files of a folder take in all, again and again.
+    """Total sizes of the files of a folder, measured again and again.
 
-    Files come and go while a look is taken: only what two looks see alike was there at once.
+    Files appear and vanish during a measurement, so only sizes that two looks in a row agree on
+    are counted.
     """
     found, ended = [0], threading.Event()
 
@@ -843,7 +844,7 @@ def test_shards_are_fetched_before_they_are_needed(server: Shards, tmp_path: Pat
     ahead = images.read_ahead(iter([np.arange(3), np.arange(38, 39)]), lambda rows: rows)
     assert next(ahead).tolist() == [0, 1, 2]
     deadline = time.monotonic() + PATIENCE
-    while len(cached(tmp_path)) < 2:  # nobody has asked for an image
+    while len(cached(tmp_path)) < 2:  # no image was requested
         assert time.monotonic() < deadline
         time.sleep(0.005)
     assert [rows.tolist() for rows in ahead] == [[38]]

@@ -1,7 +1,7 @@
-"""What befalls a run on a cluster: each fault is real, ends in one message, and is survived.
+"""Faults of a run on a cluster: each is real, ends in one message, and the run can be resumed.
 
-Processes of the toy are those of tests/ranks.py, struck by tests/faults.py; the others are
-`exactflow train` itself, alone and under torchrun.
+The toy is trained by the processes of tests/ranks.py, with the faults of tests/faults.py; the other
+tests run `exactflow train` itself, alone and under torchrun.
 """
 
 import json
@@ -48,7 +48,7 @@ def mounted(folder: Path, options: str) -> bool:
 
 
 def error_of(found: list[dict[str, Any]]) -> str:
-    """What all processes of a round say alike."""
+    """The error of a round, which must be the same in all its processes."""
     assert all(each == found[0] for each in found), found
     return found[0]["error"]
 
@@ -61,7 +61,7 @@ EACH_STEP = {"checkpoint_every": 1, "keep_checkpoints": 9, "log_every": 1}
 
 
 def train_plain(folder: Path, every: Mapping[int, Callback] | None = None, **changes: Any) -> Path:
-    """Train the toy for six steps, here; its last checkpoint."""
+    """Train the toy for six steps in this process; its last checkpoint."""
     config = replace(PLAIN, **changes)
     return fit(make_toy(), make_data(), config, folder, every=every, progress=False).checkpoint
 
@@ -82,7 +82,7 @@ def stop_at(step: int, folder: Path, **changes: Any) -> None:
 
 @pytest.fixture(params=["file system", "limit"])
 def full(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, str, Any, Any]]:
-    """A folder, a fault, and what makes it leave no room there: for weights, for anything."""
+    """A folder, and a fault that leaves no room in it for weights, or for anything."""
     folder = tmp_path / "disk"
     if request.param == "limit":
         yield folder, "limit", FILE_BYTES, 0
@@ -157,7 +157,7 @@ def test_a_read_only_file_system_is_told_before_any_step(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_rights_that_are_taken_away_are_told(tmp_path: Path) -> None:
     under = []
-    if os.geteuid() == 0:  # whom rights do not stop
+    if os.geteuid() == 0:  # root may write everywhere
         if shutil.which("setpriv") is None:
             pytest.skip("no setpriv to give root's power over rights away")
         under = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
@@ -214,7 +214,7 @@ def test_a_killed_loader_is_told_and_the_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_an_order_that_all_processes_get_saves_the_step(tmp_path: Path) -> None:
-    """Loaders get it, too, perhaps first: more steps may be to come than they have read ahead."""
+    """Loaders get the signal too, perhaps first, with more steps left than they have read."""
     run, loaders = tmp_path / "run", {"num_workers": 2}
     alone, killed, *stopped, last = carry_out(
         round_of(ALONE, tmp_path / "alone"),
@@ -294,7 +294,7 @@ time_t time(time_t *told) {
 
 @pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(tmp_path: Path) -> None:
-    """The system's own cannot be moved here: the C library's is, for Python and PyTorch alike."""
+    """Not the system's clock but the C library's is moved, for Python and PyTorch alike."""
     compiler = shutil.which("cc")
     if compiler is None or sys.platform != "linux":
         pytest.skip("no C compiler, or no such C library")
@@ -336,7 +336,7 @@ def test_times_of_files_decide_nothing(tmp_path: Path) -> None:
 
 
 def test_seconds_of_the_log_never_go_back(tmp_path: Path) -> None:
-    """A checkpoint tells when it was begun; the line of its step may be as late as it took long."""
+    """A checkpoint has the time of its start; the line of its step may be later."""
     stop_at(4, tmp_path, **EACH_STEP)
     lines = (tmp_path / LOG_FILE).read_text().splitlines()
     slow = {**json.loads(lines[-1]), "seconds": 3600.0}
@@ -348,7 +348,7 @@ def test_seconds_of_the_log_never_go_back(tmp_path: Path) -> None:
 
 
 def test_decoded_images_are_told_from_changed_files_by_any_other_time(tmp_path: Path) -> None:
-    """Not by a later one: a clock was set back, or an older file was put in its place."""
+    """By any other time, not only a later one: clocks are set back, older files restored."""
     config = DataConfig(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
     file = tmp_path / "set" / "train-0.bmp"
     file.parent.mkdir()
@@ -377,7 +377,7 @@ def steps_of(run: Path) -> list[int]:
 
 
 def reaches(run: Path, step: int) -> Callable[[], bool]:
-    """Whether the log of a run tells of a step."""
+    """Whether the log of a run has reached a step."""
     return lambda: any(found >= step for found in steps_of(run))
 
 
@@ -392,7 +392,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def error_in(said: Said) -> str:
-    """The one line that is an error; a slow machine says other things before it, such as a step."""
+    """The one line that is an error; progress lines may come before it on slow machines."""
     assert "Traceback" not in said.stderr, said.stderr
     (line,) = (line for line in said.stderr.splitlines() if line.startswith("error: "))
     return line
@@ -404,7 +404,7 @@ def saved_step(run: Path) -> int:
 
 @pytest.mark.slow
 def test_a_run_from_the_command_line(tmp_path: Path) -> None:
-    """A second one in its folder, a killed loader, and a scheduler's order to the whole job."""
+    """A second run in its folder, a killed loader, and SIGTERM to the whole job."""
     run, words = tmp_path / "run", ["-m", "exactflow", *TRAIN, "--out", "run"]
     words += ["training.num_workers=2"]
     first = Command(*words, cwd=tmp_path)
@@ -432,7 +432,7 @@ def test_a_run_from_the_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_torchrun_is_killed_in_part_and_stopped_in_whole(tmp_path: Path) -> None:
-    """kill -9 of a rank, SIGTERM to the agent, SIGTERM to every process: each time it goes on."""
+    """kill -9 of a rank, SIGTERM to the agent, SIGTERM to all: each time the run is resumed."""
     run = tmp_path / "run"
     words = ["-m", "exactflow", *TRAIN, "training.num_workers=1", "--out", "run"]
 
@@ -464,7 +464,7 @@ def test_torchrun_is_killed_in_part_and_stopped_in_whole(tmp_path: Path) -> None
 
 
 def losses_of_an_uninterrupted_run(folder: Path, steps: int) -> list[float]:
-    """The first losses of what TRAIN trains, in this process."""
+    """The first losses of the training TRAIN, run in this process."""
     settings = resolve(TRAIN[1], TRAIN[2:], None)
     data = load(settings.data, "train")
 

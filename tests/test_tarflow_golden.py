@@ -1,8 +1,5 @@
 """The published model: counts, key names, and the outputs of the original implementation."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,30 +9,18 @@ from exactflow.models.tarflow.model import TarFlow, TarFlowConfig
 from exactflow.sampling.flow_solvers import Sequential
 from exactflow.sampling.guidance import Guidance
 from exactflow.sampling.inversion import Inversion
+from originals import close, golden_folder, recorded
 
-HERE = Path(__file__).parent
-SHARED = HERE.parents[1] / "shared" / "golden" / "tarflow"
 CASES = ["uncond", "cond", "vp"]
-TOLERANCE = 1e-5  # of the largest output
 
 
 def case(name: str):
-    folder = HERE / "golden" / "tarflow"
-    if not (folder / f"{name}.json").exists():
-        folder = SHARED
-        if not folder.exists():
-            pytest.skip("the larger golden files are not here")
-    settings = json.loads((folder / f"{name}.json").read_text())
-    expected = torch.load(folder / f"{name}.expected.pt", weights_only=True)
-    model = exactflow.convert(folder / settings["checkpoint"], noise_std=0.07)
+    settings, _, expected = recorded("tarflow", name)
+    checkpoint = golden_folder("tarflow", name) / settings["checkpoint"]
+    model = exactflow.convert(checkpoint, noise_std=0.07)
     assert isinstance(model, TarFlow)
     labels = expected.get("y")
     return settings, expected, model, labels
-
-
-def close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    assert got.shape == expected.shape
-    assert float((got - expected).detach().abs().max()) <= TOLERANCE * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("name", CASES)

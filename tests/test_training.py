@@ -1,4 +1,4 @@
-"""The laws of training: what is applied, what is never applied, and that a kill changes nothing."""
+"""Laws of training: which steps are applied, and that a kill changes nothing."""
 
 import json
 import math
@@ -74,7 +74,7 @@ def assert_same_bits(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 def work(folder: Path, what: str, step: int) -> Said:
-    """Run tests/training_worker.py, see there."""
+    """Run tests/training_worker.py."""
     return processes.run(training_worker.__file__, folder, what, step, cwd=folder.parent)
 
 
@@ -382,7 +382,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Abandoned(Exception):
-    """Stands for a death between two steps."""
+    """Stands for a kill between two steps."""
 
 
 @pytest.fixture

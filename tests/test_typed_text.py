@@ -1,4 +1,4 @@
-"""Words and YAML files: a field says what its text means, and what settings need not is refused."""
+"""Words and YAML files: the field gives a text its type; needless YAML is refused."""
 
 import os
 from dataclasses import dataclass, replace

@@ -1,9 +1,7 @@
 """The U-Nets: published counts and key sets, outputs of the originals, and laws of the network."""
 
 import dataclasses
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +12,9 @@ from exactflow.models.diffusion.classifier import ClassifierConfig, ClassifierUN
 from exactflow.models.diffusion.openai import classifier_of, to_published, unet_of
 from exactflow.nn.unet import UNet, UNetConfig
 from exactflow.nn.unet_parts import sinusoidal_embedding
+from flows import count
+from originals import close, recorded
 
-TOLERANCE = 1e-5  # of the largest output
 CASES = ["iddpm_uncond", "iddpm_cond", "adm_uncond", "adm_cond_new_attention_order"]
 IN64 = UNetConfig(out_channels=6)
 IN256 = dataclasses.replace(
@@ -189,12 +188,8 @@ def on_meta(build: Callable[[Any], nn.Module], config: UNetConfig | ClassifierCo
         return build(config)
 
 
-def count(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
 def hints(config: UNetConfig) -> dict[str, Any]:
-    """What a state dict does not tell of the configuration."""
+    """The parts of the configuration that a state dict does not contain."""
     names = ("num_heads", "head_channels", "attention_order", "dropout")
     return {name: getattr(config, name) for name in names}
 
@@ -233,22 +228,6 @@ def test_published_classifiers(
     assert classifier_of(state, head_channels=64).config == config
 
 
-Case = tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]
-
-
-@pytest.fixture
-def case(request: pytest.FixtureRequest, golden: Path) -> Callable[[str], Case]:
-    def read(name: str) -> Case:
-        folder = golden / "openai"
-        if not (folder / f"{name}.json").exists():
-            folder = request.getfixturevalue("shared_golden") / "openai"
-        settings = json.loads((folder / f"{name}.json").read_text())
-        state = torch.load(folder / f"{name}.pt", weights_only=True)
-        return settings, state, torch.load(folder / f"{name}.expected.pt", weights_only=True)
-
-    return read
-
-
 def published_unet(settings: dict[str, Any], state: dict[str, torch.Tensor]) -> UNet:
     head_channels = settings.get("num_head_channels")
     return unet_of(
@@ -260,23 +239,18 @@ def published_unet(settings: dict[str, Any], state: dict[str, torch.Tensor]) -> 
     )
 
 
-def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
-    assert got.shape == expected.shape
-    assert float((got - expected).abs().max()) <= tolerance * float(expected.abs().max())
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_of_the_originals(name: str, case: Callable[[str], Case]) -> None:
-    settings, state, expected = case(name)
+def test_outputs_of_the_originals(name: str) -> None:
+    settings, state, expected = recorded("openai", name)
     network = published_unet(settings, state)
     assert count(network) == settings["parameters"]
     close(network(expected["x"], expected["t"], expected.get("y")), expected["out"])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_architecture_is_read_off_the_weights(name: str, case: Callable[[str], Case]) -> None:
-    settings, state, _ = case(name)
+def test_the_architecture_is_read_off_the_weights(name: str) -> None:
+    settings, state, _ = recorded("openai", name)
     network = published_unet(settings, state)
     config, size = network.config, settings["image_size"]
     assert config.model_channels == settings["model_channels"]
@@ -293,8 +267,8 @@ def test_the_architecture_is_read_off_the_weights(name: str, case: Callable[[str
 
 
 @torch.no_grad()
-def test_logits_of_the_original_classifier(case: Callable[[str], Case]) -> None:
-    settings, state, expected = case("adm_classifier")
+def test_logits_of_the_original_classifier() -> None:
+    settings, state, expected = recorded("openai", "adm_classifier")
     network = classifier_of(state, head_channels=settings["num_head_channels"])
     config = network.config
     assert config.image_size == settings["image_size"]
@@ -327,7 +301,7 @@ def test_foreign_states_are_refused() -> None:
 
 
 def randomized(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights all of which matter: at initialisation residual branches are zero."""
+    """Random weights that all have an effect; initially residual branches are zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():

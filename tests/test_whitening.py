@@ -1,4 +1,4 @@
-"""Laws of the fitted flows: closed forms, streaming, round trips, and what they refuse."""
+"""Laws of the fitted flows: closed forms, streaming, round trips, refusals."""
 
 import json
 import math
@@ -143,7 +143,7 @@ def test_solvers_invert_it_as_any_autoregressive_flow(name: str) -> None:
 
 
 def test_the_inverse_is_one_substitution(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No step for every token, unless a solver asks for them."""
+    """It does not go token by token, unless a solver asks for that."""
     model = whitening(SHAPES["one channel"])
     z = sample_noise(model, 0)
     expected = sample(model, 1).x
@@ -182,7 +182,7 @@ def test_structured_whitening_is_a_normal_of_that_covariance(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_whitened_training_covariance_is_the_identity(name: str) -> None:
-    """Of midpoints, to which the noise of dequantisation adds its own."""
+    """The covariance of midpoints, plus that of the dequantisation noise."""
     model = whitening(SHAPES[name])
     layout, images = model.layout, some(model.linear)
     z = model.encode(model.from_grey_levels(images))[0].detach()
@@ -351,7 +351,7 @@ def test_layers_leave_gaussian_images_alone() -> None:
 
 
 def test_gaussianisation_finds_what_a_gaussian_cannot() -> None:
-    """Independent bytes: the Gaussian pays 0.2546 bits for them, the true code is 8."""
+    """Independent bytes: the true code has 8 bits, the Gaussian 0.2546 more."""
     images = noise_images(0, 256, 4000, 1, 2, 2)
     plain = log_likelihood(whitening(WhiteningConfig((1, 2, 2)), images), images).bits_per_dim
     assert math.isclose(plain, 8.254614, abs_tol=0.01)

@@ -1,4 +1,4 @@
-"""A toy flow with everything that training must carry over, and a process to be killed with it.
+"""A toy flow with every kind of training state, and a process that trains it and is killed.
 
     python training_worker.py RUN_DIR {batch,write,log} STEP
 
@@ -197,7 +197,7 @@ def _die() -> None:
 
 
 def _kill_at(where: str, step: int) -> None:
-    """Arrange for this process's death."""
+    """Arrange for this process to kill itself."""
     from exactflow.training import trainer
 
     plain_batches, plain_write = trainer.training_batches, disk.write_atomically

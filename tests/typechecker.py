@@ -1,10 +1,10 @@
-"""The checker of annotations that the tests lay over exactflow: beartype, with PEP 484's tower.
+"""The checker of annotations in the tests: beartype with PEP 484's numeric tower.
 
-With the tower, `float` accepts an int and `complex` a float, as every static checker has it.
+With the tower, `float` accepts an int and `complex` a float, as in static checkers.
 
-A check takes longer than many a function, so that calls are sampled: a function is prepared when it
-is first called, and its first calls are checked, then every so many. Over the thousands of tests
-all ways of calling are seen; functions made within others, anew each time, are left out.
+A check takes longer than many functions, so calls are sampled: the first calls of a function are
+checked, then one of every so many. Over the thousands of tests all ways of calling are seen.
+Functions that are defined inside others are not checked.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _jaxtyped = jaxtyping.jaxtyped
 
 
 def sparing(*, typechecker: Any) -> Callable[[Any], Any]:
-    """What takes the place of the decorator that jaxtyping's import hook lays over everything."""
+    """The decorator that jaxtyping's import hook puts on every function."""
 
     def decorate(made: Any) -> Any:
         if "<locals>" in made.__qualname__:
