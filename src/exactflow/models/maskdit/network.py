@@ -18,8 +18,8 @@ from exactflow.nn.dit import (
     DiTBlock,
     grid_embedding,
     modulated,
-    time_features,
 )
+from exactflow.nn.unet_parts import sinusoidal_embedding
 
 
 @final
@@ -107,7 +107,7 @@ class MaskedTransformer(nn.Module):
         self, c_noise: Float[Tensor, " batch"], label: Int[Tensor, " batch"] | None
     ) -> Float[Tensor, "batch width"]:
         """Embedding of the noise level plus that of the label."""
-        features = time_features(c_noise).to(self.time_in.weight.dtype)
+        features = sinusoidal_embedding(c_noise, 2 * TIME_FREQUENCIES).to(self.time_in.weight.dtype)
         found = self.time_out(F.silu(self.time_in(features)))
         if self.label is None or label is None:
             return found
