@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exactflow.cli.settings import resolve, some
+from exactflow.core.files import write_json
 from exactflow.core.model import GenerativeModel
-from exactflow.core.serialization import write_json
 from exactflow.data import ImageDataset, load
 from exactflow.metrics.bits_per_dim import evaluate
 from exactflow.nn import transformer

@@ -28,8 +28,8 @@ from torch import Tensor
 import exactflow
 from exactflow.core.config import override
 from exactflow.core.density_flow import FittedFlow
+from exactflow.core.files import write_atomically
 from exactflow.core.model import Flow
-from exactflow.core.serialization import write_atomically
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.models import registry
 from exactflow.pictures.figures import (

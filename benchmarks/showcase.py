@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from exactflow.core.serialization import write_atomically
+from exactflow.core.files import write_atomically
 from exactflow.pictures.figures import in_style, new_figure, png_of
 from exactflow.pictures.grids import grid
 

@@ -10,7 +10,7 @@ from exactflow.cli.arguments import Demo
 from exactflow.cli.settings import resolve
 from exactflow.cli.terminal import say
 from exactflow.cli.train import train
-from exactflow.core.serialization import write_atomically
+from exactflow.core.files import write_atomically
 from exactflow.data import load
 from exactflow.data.model_classes import classes_in
 from exactflow.likelihood.value import LogLikelihood

@@ -1,4 +1,4 @@
-"""What needs no torch: errors that can be seen at once, and the list of presets."""
+"""What needs no torch: errors that can be seen at once, lists, and published results."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from exactflow.cli.arguments import Compare, Cost, Info, Train
+from exactflow.cli import results
+from exactflow.cli.arguments import Compare, Cost, Info, Results, Train
 from exactflow.cli.arguments.shared import TakesSettings
 from exactflow.cli.preset_table import check_preset, listed
 from exactflow.cli.terminal import say
@@ -37,6 +38,9 @@ def answered(command: Any) -> bool:
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     if command == Info() and alone:
         _list()
+        return True
+    if isinstance(command, Results) and alone:
+        results.run(command)
         return True
     return False
 

@@ -8,7 +8,7 @@ from exactflow.cli.opened import opened
 from exactflow.cli.settings import first_images
 from exactflow.cli.terminal import say
 from exactflow.core.doors import as_flow
-from exactflow.core.serialization import write_atomically
+from exactflow.core.files import write_atomically
 from exactflow.latent.interpolation import interpolate, reconstruct
 from exactflow.pictures import grids as pictures
 

@@ -11,8 +11,8 @@ from exactflow.cli.terminal import say
 from exactflow.cli.train import baseline_rows, likelihood_row
 from exactflow.cli.trained_on import trained_on
 from exactflow.cli.words import parse_words
+from exactflow.core.files import finite, write_json
 from exactflow.core.model import GenerativeModel
-from exactflow.core.serialization import finite, write_json
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.metrics.baselines import Baseline, baselines, training_images
 from exactflow.metrics.bits_per_dim import evaluate

@@ -9,7 +9,7 @@ from exactflow.cli.arguments import Info
 from exactflow.cli.cost import on_meta
 from exactflow.cli.settings import resolve
 from exactflow.core.config import SECTIONS
-from exactflow.core.serialization import finite
+from exactflow.core.files import finite
 from exactflow.models import registry, shipped
 from exactflow.models.pretrained import from_pretrained
 from exactflow.training.settings import Settings

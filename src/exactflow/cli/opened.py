@@ -9,8 +9,8 @@ from exactflow.cli.arguments import verb_of
 from exactflow.cli.arguments.shared import OfImages
 from exactflow.cli.places import own_folder
 from exactflow.cli.settings import data_of, load_model, some
+from exactflow.core.files import finite, write_atomically, write_json
 from exactflow.core.model import GenerativeModel
-from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data import DataConfig, ImageDataset, Split, load
 from exactflow.metrics.bits_per_dim import check_fits
 from exactflow.training.folder import check_apart

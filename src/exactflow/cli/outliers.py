@@ -7,7 +7,7 @@ from exactflow.cli.arguments import Outliers
 from exactflow.cli.opened import opened
 from exactflow.cli.terminal import say
 from exactflow.cli.trained_on import trained_on
-from exactflow.core.serialization import write_atomically
+from exactflow.core.files import write_atomically
 from exactflow.data import ImageDataset
 from exactflow.latent.out_of_distribution import (
     SCORES,

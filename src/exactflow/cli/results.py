@@ -13,7 +13,7 @@ from exactflow.cli.terminal import say
 from exactflow.comparison import published_results as published
 from exactflow.comparison.published_results import Doubt, Metric, PublishedRow, Section
 from exactflow.core.config import suggestion
-from exactflow.core.serialization import finite, write_atomically
+from exactflow.core.files import finite, write_atomically
 
 Tables = Mapping[Metric, tuple[Section, ...]]
 

@@ -14,8 +14,8 @@ from exactflow.cli.settings import NULL_LABEL, labels_named, load_model
 from exactflow.cli.terminal import say
 from exactflow.comparison.comparison import fingerprint
 from exactflow.core import grey_levels as grey
+from exactflow.core.files import finite, write_atomically, write_json
 from exactflow.core.model import GenerativeModel
-from exactflow.core.serialization import finite, write_atomically, write_json
 from exactflow.data.classes import class_number, numbered
 from exactflow.data.decode import Preprocessing, decode_image
 from exactflow.models.convert import load_classifier

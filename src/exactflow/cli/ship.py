@@ -20,8 +20,9 @@ from torch import Tensor
 
 from exactflow import __version__
 from exactflow.cli.settings import resolve, some
+from exactflow.core.files import finite, write_atomically
 from exactflow.core.model import GenerativeModel
-from exactflow.core.serialization import GUIDANCE, WEIGHTS_FILE, finite, write_atomically
+from exactflow.core.serialization import GUIDANCE, WEIGHTS_FILE
 from exactflow.data import DataConfig, ImageDataset, load
 from exactflow.data.config import BUILT_IN, is_path
 from exactflow.likelihood.log_likelihood import log_likelihood

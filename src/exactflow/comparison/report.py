@@ -15,7 +15,7 @@ import torch
 from exactflow.comparison import plots as comparison_plots
 from exactflow.comparison.comparison import Bench, Result
 from exactflow.comparison.protocol import Protocol
-from exactflow.core.serialization import write_atomically
+from exactflow.core.files import write_atomically
 from exactflow.metrics.quality import SHOWN
 from exactflow.pictures.figures import image_table
 from exactflow.pictures.report import Picture, Table, write_report

@@ -13,12 +13,13 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal, final
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from exactflow.core import grey_levels as grey
 from exactflow.core.prior import Prior
 from exactflow.core.serialization import CLASS_NAMES, write_model
+from exactflow.core.shapes import GreyLevels, Images, Labels, Latents, PerSample
 from exactflow.core.transform import AutoregressiveTransform, Solver
 from exactflow.parallel import shared_batch as batch
 
@@ -110,11 +111,11 @@ class GenerativeModel(nn.Module, ABC):
     @abstractmethod
     def loss(
         self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
+        images: GreyLevels,
+        label: Labels | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, " batch"]:
+    ) -> PerSample:
         """Training loss of each image.
 
         Args:
@@ -125,10 +126,10 @@ class GenerativeModel(nn.Module, ABC):
 
     def forward(
         self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
+        images: GreyLevels,
+        label: Labels | None = None,
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, " batch"]:
+    ) -> PerSample:
         """`loss`, under the name that PyTorch's wrappers call."""
         return self.loss(images, label, generator=generator)
 
@@ -177,9 +178,7 @@ class GenerativeModel(nn.Module, ABC):
         """Of numbers outside the network: float32, or the parameters' where that is wider."""
         return torch.promote_types(self.dtype, torch.float32)
 
-    def drop_labels(
-        self, label: Int[Tensor, " batch"] | None, generator: torch.Generator | None
-    ) -> Int[Tensor, " batch"] | None:
+    def drop_labels(self, label: Labels | None, generator: torch.Generator | None) -> Labels | None:
         """In training, each label is the null class with probability `label_dropout`."""
         if label is None or not self.training or not self.num_classes:
             return label
@@ -263,11 +262,8 @@ class Flow(GenerativeModel):
 
     @abstractmethod
     def draw(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None,
-        noise: Float[Tensor, "batch *noise"],
-    ) -> Float[Tensor, " batch"]:
+        self, images: GreyLevels, label: Labels | None, noise: Float[Tensor, "batch *noise"]
+    ) -> PerSample:
         """One draw of ln w in nats, with E[w] at most the probability of the integer image.
 
         The logarithm of the mean of w over k draws is closer to ln P the more they are. Of a
@@ -280,11 +276,7 @@ class Flow(GenerativeModel):
         """
 
     @abstractmethod
-    def encode(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> tuple[Float[Tensor, "batch *latent"], Float[Tensor, " batch"]]:
+    def encode(self, x: Images, label: Labels | None = None) -> tuple[Latents, PerSample]:
         """Latent of images in [-1, 1] and ln |det dz/dx|, summed, in nats.
 
         A numpy array of such images and PIL images (`from_grey_levels`) are taken too.
@@ -292,12 +284,8 @@ class Flow(GenerativeModel):
 
     @abstractmethod
     def trajectory(
-        self,
-        z: Float[Tensor, "batch *latent"],
-        label: Int[Tensor, " batch"] | None = None,
-        *,
-        solver: Solver | None = None,
-    ) -> Iterator[Float[Tensor, "batch channels height width"]]:
+        self, z: Latents, label: Labels | None = None, *, solver: Solver | None = None
+    ) -> Iterator[Images]:
         """From latent to image: the latent laid out as an image, then the result of each part.
 
         Carries no gradient.
@@ -309,12 +297,8 @@ class Flow(GenerativeModel):
         """
 
     def decode(
-        self,
-        z: Float[Tensor, "batch *latent"],
-        label: Int[Tensor, " batch"] | None = None,
-        *,
-        solver: Solver | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+        self, z: Latents, label: Labels | None = None, *, solver: Solver | None = None
+    ) -> Images:
         """Images in [-1, 1] of latents: the end of `trajectory`."""
         (x,) = deque(self.trajectory(z, label, solver=solver), maxlen=1)
         return x
@@ -329,9 +313,7 @@ class Flow(GenerativeModel):
             )
         self.check_label(label, len(x))
 
-    def from_grey_levels(
-        self, images: Integer[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def from_grey_levels(self, images: GreyLevels) -> Images:
         """Images in [-1, 1] without noise: centred, or the midpoint of every grey level."""
         grey.check_images(images, self.event_shape, self.levels)
         if self.noise_std > 0:
@@ -356,12 +338,7 @@ class DataInitialized(ABC):
         """How many images to initialise on."""
 
     @abstractmethod
-    def initialize(
-        self,
-        images: Integer[Tensor, "batch channels height width"],
-        *,
-        generator: torch.Generator | None = None,
-    ) -> None:
+    def initialize(self, images: GreyLevels, *, generator: torch.Generator | None = None) -> None:
         """Set those parameters from grey levels; nothing if that was done.
 
         Args:
@@ -386,11 +363,7 @@ def autoregressive_parts(flow: Flow) -> list[AutoregressiveTransform]:
     return [p for s in flow.stages for p in s.modules() if isinstance(p, AutoregressiveTransform)]
 
 
-def log_density(
-    flow: Flow,
-    x: Float[Tensor, "batch channels height width"],
-    label: Int[Tensor, " batch"] | None = None,
-) -> Float[Tensor, " batch"]:
+def log_density(flow: Flow, x: Images, label: Labels | None = None) -> PerSample:
     """ln p(x | label) in nats, with respect to x in [-1, 1] (change of variables).
 
     Raises:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from exactflow.core.config import made
-from exactflow.core.serialization import json_hash, read_json
+from exactflow.core.files import json_hash, read_json
 from exactflow.core.split_tensors import load_split, read_layout
 from exactflow.core.tensor_files import read_safetensors
 

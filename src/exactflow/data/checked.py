@@ -8,7 +8,7 @@ from typing import Any, final
 
 import numpy as np
 
-from exactflow.core.serialization import json_hash
+from exactflow.core.files import json_hash
 from exactflow.data.config import DataError
 
 HASH_BYTES = 16  # of an image's BLAKE2b

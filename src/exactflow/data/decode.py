@@ -29,7 +29,7 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from exactflow.core.serialization import json_hash
+from exactflow.core.files import json_hash
 from exactflow.data.config import MAX_PIXELS, DataError
 from exactflow.data.files import open_regular
 

@@ -22,8 +22,8 @@ import numpy as np
 import PIL
 from filelock import FileLock, Timeout
 
+from exactflow.core.files import write_atomically
 from exactflow.core.progress import shown_progress
-from exactflow.core.serialization import write_atomically
 from exactflow.data import store
 from exactflow.data.checked import hashes_of
 from exactflow.data.config import SPLITS, DataError, Split, cache_folder

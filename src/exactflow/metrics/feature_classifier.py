@@ -12,10 +12,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exactflow.core.files import write_atomically
 from exactflow.core.grey_levels import center
 from exactflow.core.progress import tracked
 from exactflow.core.randomness import derive_seed
-from exactflow.core.serialization import write_atomically
 from exactflow.data.datasets import ImageDataset
 
 HIDDEN = 128  # features

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exactflow.core.serialization import write_atomically
+from exactflow.core.files import write_atomically
 from exactflow.data.streaming import remote
 
 PUBLIC_FILE = "pt_inception-2015-12-05-6726825d.pth"  # 95,628,359 bytes, 566 tensors

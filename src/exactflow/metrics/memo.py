@@ -15,8 +15,8 @@ from typing import Any, final
 
 import numpy as np
 
+from exactflow.core.files import parse_json, write_atomically
 from exactflow.core.progress import tracked
-from exactflow.core.serialization import parse_json, write_atomically
 from exactflow.parallel.process_group import current
 
 Arrays = dict[str, np.ndarray]

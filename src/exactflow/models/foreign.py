@@ -8,8 +8,8 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor
 
+from exactflow.core.files import parse_json
 from exactflow.core.model import GenerativeModel
-from exactflow.core.serialization import parse_json
 from exactflow.core.tensor_files import read_pickled, read_safetensors
 
 Model = TypeVar("Model", bound=GenerativeModel)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from exactflow.core.building import TooLargeError
 from exactflow.core.config import made
+from exactflow.core.files import read_json
 from exactflow.core.model import Flow, GenerativeModel
 from exactflow.core.serialization import (
     CLASS_NAMES,
@@ -22,7 +23,6 @@ from exactflow.core.serialization import (
     GUIDANCE,
     WEIGHTS_FILE,
     file_of,
-    read_json,
 )
 from exactflow.core.tensor_files import read_safetensors, require_regular
 from exactflow.models import registry, shipped

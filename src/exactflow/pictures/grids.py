@@ -10,8 +10,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from exactflow.core.files import write_atomically
 from exactflow.core.grey_levels import display
-from exactflow.core.serialization import write_atomically
 
 MIN_SIDE = 56  # pixels: smaller images are enlarged by a whole factor, so that one sees the pixels
 GAP = 2

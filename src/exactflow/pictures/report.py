@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, final
 
-from exactflow.core.serialization import write_atomically
+from exactflow.core.files import write_atomically
 from exactflow.pictures import grids as pictures
 
 _STYLE = """

@@ -11,7 +11,8 @@ from typing import Any, Literal, final
 import torch
 
 from exactflow.core.config import made
-from exactflow.core.serialization import PLAN_FILE, write_atomically
+from exactflow.core.files import write_atomically
+from exactflow.core.serialization import PLAN_FILE
 from exactflow.core.transform import Decoding, Solver
 from exactflow.sampling.flow_solvers import Adaptive, Sequential
 

@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from exactflow.core.files import explained_write, sync_folder, write_atomically
 from exactflow.core.model import GenerativeModel
 from exactflow.core.saved_run import (
     STATE_FILE,
@@ -31,7 +32,6 @@ from exactflow.core.saved_run import (
     finished,
     read_checkpoint,
 )
-from exactflow.core.serialization import explained_write, sync_folder, write_atomically
 from exactflow.data.augmentation import Augmentation
 from exactflow.data.datasets import ImageDataset
 from exactflow.training.optim import TrainConfig, total_steps

@@ -10,8 +10,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from exactflow.core.files import write_atomically
 from exactflow.core.model import GenerativeModel
-from exactflow.core.serialization import write_atomically
 from exactflow.core.transform import AutoregressiveTransform
 
 _MAX_NAMES = 5  # parameters listed before "and N more"

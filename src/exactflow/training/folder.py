@@ -10,7 +10,7 @@ from typing import final
 
 from filelock import FileLock, Timeout
 
-from exactflow.core.serialization import explained_write, write_atomically
+from exactflow.core.files import explained_write, write_atomically
 from exactflow.data.config import DataConfig, is_path
 
 LOCK_FILE = ".lock"

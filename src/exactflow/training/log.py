@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, final
 
+from exactflow.core.files import explained_write, write_atomically
 from exactflow.core.saved_run import LogState
-from exactflow.core.serialization import explained_write, write_atomically
 from exactflow.parallel.process_group import ALONE, Processes
 
 LOG_FILE = "metrics.jsonl"

@@ -16,7 +16,7 @@ from typing import BinaryIO, final
 
 import numpy as np
 
-from exactflow.core.serialization import write_atomically
+from exactflow.core.files import write_atomically
 from exactflow.data.config import DataError, Split, cache_folder
 from exactflow.data.decode import Payload
 from exactflow.data.files import regular_files, visible

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
+from exactflow.core.files import write_atomically
 from exactflow.core.progress import shown_progress
-from exactflow.core.serialization import write_atomically
 from exactflow.data.config import DataConfig, DataError, Split, cache_folder, is_remote
 from exactflow.data.files import sha256_of
 from exactflow.data.formats import tar_index

@@ -209,11 +209,7 @@ class MaskDiT(PathModel):
         return loss + self.config.reconstruction * (unseen * removed).sum(1) / removed.sum(1)
 
     def _evaluate(
-        self,
-        x: Tensor,
-        log_sigma: Tensor,
-        label: Tensor | None,
-        kept: Tensor | None = None,
+        self, x: Tensor, log_sigma: Tensor, label: Tensor | None, kept: Tensor | None = None
     ) -> Float[Tensor, "batch channels height width"]:
         """The network F at unit-variance x, in the dtype of x."""
         output = self.network(x.to(self.dtype), log_sigma.to(self.dtype) / 4, label, kept)

@@ -12,13 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exactflow.nn.dit import (
-    EMBEDDING_STD,
-    TIME_FREQUENCIES,
-    DiTBlock,
-    grid_embedding,
-    modulated,
-)
+from exactflow.nn.dit import EMBEDDING_STD, TIME_FREQUENCIES, DiTBlock, grid_embedding, modulated
 from exactflow.nn.unet_parts import sinusoidal_embedding
 
 
