@@ -357,6 +357,13 @@ def test_import_is_light() -> None:
     assert heavy_after("import exactflow") == []
 
 
+@pytest.mark.parametrize("words", [["info"], ["results"], ["results", "imagenet64"], ["--help"]])
+def test_what_is_only_read_needs_no_torch(words: list[str]) -> None:
+    said = f"import sys; sys.argv = {['exactflow', *words]}; from exactflow.cli import main"
+    ending = "\ntry: main()\nexcept SystemExit as end: assert not end.code"
+    assert "torch" not in heavy_after(said + ending)
+
+
 EVERY_NAME = "import exactflow; found = [getattr(exactflow, name) for name in exactflow.__all__]"
 
 
