@@ -45,7 +45,7 @@ def _earned(found: InversionPlan) -> str:
 def _table(found: InversionPlan) -> Table:
     table = Table(
         title=f"batch {found.batch_size}: {found.speedup:.2f} times as fast as token by token",
-        caption=f"{found.machine}, {found.dtype}, tolerance {found.tolerance:g}{_earned(plan)}",
+        caption=f"{found.machine}, {found.dtype}, tolerance {found.tolerance:g}{_earned(found)}",
     )
     for name in ("block", "chosen", "ms", "ratio", "passes", "tokens", "residual"):
         table.add_column(name, justify="left" if name == "chosen" else "right")

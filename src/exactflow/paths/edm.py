@@ -13,6 +13,7 @@ from torch import Tensor
 from exactflow.paths.path_model import spread
 
 Images = Float[Tensor, "batch channels height width"]
+Factors = Float[Tensor, "batch 1 1 1"]  # one of each image
 
 
 @final
@@ -28,7 +29,7 @@ class Preconditioning:
 
     sigma_data: float
 
-    def scale(self, x: Images, log_sigma: Float[Tensor, " batch"]) -> Images:
+    def scale(self, x: Images, log_sigma: Float[Tensor, " batch"]) -> Factors:
         """1 / sqrt(s^2 + d^2): x times this is the network's input."""
         return (spread(log_sigma.exp(), x).square() + self.sigma_data**2).rsqrt()
 
@@ -42,7 +43,7 @@ class Preconditioning:
         s, d = spread(log_sigma.exp(), x0), self.sigma_data
         return (x0 * (s / d) - d * noise) * self.scale(x0, log_sigma)
 
-    def path_scale(self, x_t: Images, log_sigma: Float[Tensor, " batch"]) -> Images:
+    def path_scale(self, x_t: Images, log_sigma: Float[Tensor, " batch"]) -> Factors:
         """sqrt((1 + s^2) / (s^2 + d^2)): x_t of the path times this is the network's input."""
         squared = log_sigma.exp().square()
         return spread(((1 + squared) / (squared + self.sigma_data**2)).sqrt(), x_t)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from exactflow.core.model import NonFiniteError

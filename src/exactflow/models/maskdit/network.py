@@ -99,7 +99,7 @@ class MaskedTransformer(nn.Module):
 
     def condition(
         self, c_noise: Float[Tensor, " batch"], label: Int[Tensor, " batch"] | None
-    ) -> Float[Tensor, "batch width"]:
+    ) -> Float[Tensor, "batch features"]:
         """Embedding of the noise level plus that of the label."""
         features = sinusoidal_embedding(c_noise, 2 * TIME_FREQUENCIES).to(self.time_in.weight.dtype)
         found = self.time_out(F.silu(self.time_in(features)))
@@ -110,9 +110,9 @@ class MaskedTransformer(nn.Module):
     def encode(
         self,
         x: Float[Tensor, "batch channels height width"],
-        condition: Float[Tensor, "batch width"],
+        condition: Float[Tensor, "batch features"],
         kept: Int[Tensor, "batch kept"] | None,
-    ) -> Float[Tensor, "batch kept width"]:
+    ) -> Float[Tensor, "batch kept features"]:
         """The encoder's tokens."""
         tokens = self.patch(self.patches(x)) + self.get_buffer("position")
         if kept is not None:
@@ -124,10 +124,10 @@ class MaskedTransformer(nn.Module):
 
     def join(
         self,
-        tokens: Float[Tensor, "batch kept width"],
-        condition: Float[Tensor, "batch width"],
+        tokens: Float[Tensor, "batch kept features"],
+        condition: Float[Tensor, "batch features"],
         kept: Int[Tensor, "batch kept"] | None,
-    ) -> Float[Tensor, "batch tokens decoder_width"]:
+    ) -> Float[Tensor, "batch tokens decoder"]:
         """The decoder's input: the encoder's tokens, mask tokens between them, positions."""
         shift, scale = self.bridge_modulation(F.silu(condition))[:, None].chunk(2, dim=-1)
         tokens = self.bridge(modulated(tokens, shift, scale))
