@@ -51,7 +51,7 @@ def open_hub(name: str, cache_dir: str | None) -> Source:
         if label is not None and label in tables[key].column_names
     }
     undecoded = _datasets().Image(decode=False)
-    records = {
+    records: dict[Split, HubRecords] = {
         split: HubRecords(tables[key].cast_column(image, undecoded), image, f"hub:{name}")
         for split, key in found.items()
     }

@@ -152,7 +152,9 @@ def with_labels(
         )
         for split, found in known.items()
     }
-    splits = {split: StoredSplit(images, labels.get(split)) for split, images in records.items()}
+    splits: dict[Split, StoredSplit] = {
+        split: StoredSplit(images, labels.get(split)) for split, images in records.items()
+    }
     return splits, names if labels else ()
 
 
