@@ -188,10 +188,8 @@ def inpaint(
             x = score_denoise(flow, x, label)
     given = images.to(flow.device, torch.uint8)
     drawn = torch.where(missing, flow.to_grey_levels(x), given)
-    accepted = chain.accepted / (steps - half)
-    return Inpainting(
-        drawn.cpu(), torch.stack(trace).cpu(), accepted.cpu(), chain.log_step.exp().cpu()
-    )
+    accepted, sizes = chain.accepted / (steps - half), chain.log_step.exp()
+    return Inpainting(drawn.cpu(), torch.stack(trace).cpu(), accepted.cpu(), sizes.cpu())
 
 
 def denoise(

@@ -16,7 +16,12 @@ import numpy as np
 
 from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload
-from exactflow.data.formats.label_columns import Part, find_label_column, read_part, with_labels
+from exactflow.data.formats.label_columns import (
+    LabelPart,
+    find_label_column,
+    read_part,
+    with_labels,
+)
 from exactflow.data.records import Records, Source
 from exactflow.data.splits import SPLIT_WORDS, named_split
 
@@ -45,13 +50,13 @@ def open_hub(name: str, cache_dir: str | None) -> Source:
     if "train" not in found:
         raise DataError(f"hub:{name}: expected a train split, found {', '.join(map(str, tables))}")
     image, label = _find_columns(tables[found["train"]], name)
-    parts: dict[Split, list[Part]] = {
+    parts: dict[Split, list[LabelPart]] = {
         split: [_labels(tables[key], label, f"hub:{name} ({split})")]
         for split, key in found.items()
         if label is not None and label in tables[key].column_names
     }
     undecoded = _datasets().Image(decode=False)
-    records = {
+    records: dict[Split, HubRecords] = {
         split: HubRecords(tables[key].cast_column(image, undecoded), image, f"hub:{name}")
         for split, key in found.items()
     }
@@ -151,7 +156,7 @@ def _find_columns(table: Dataset, name: str) -> tuple[str, str | None]:
     return images[0], find_label_column(types, f"hub:{name}")
 
 
-def _labels(table: Dataset, label: str, where: str) -> Part:
+def _labels(table: Dataset, label: str, where: str) -> LabelPart:
     """The labels of a table, with the class names that it has itself."""
     feature = table.features[label]
     names = tuple(feature.names) if isinstance(feature, _datasets().ClassLabel) else ()

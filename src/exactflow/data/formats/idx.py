@@ -23,7 +23,7 @@ import numpy as np
 from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload, require_pixels
 from exactflow.data.files import open_regular, require_unpacked, visible
-from exactflow.data.formats.label_columns import Part, with_labels
+from exactflow.data.formats.label_columns import LabelPart, with_labels
 from exactflow.data.records import Records, Source, local_id, local_source
 from exactflow.data.splits import named_splits
 
@@ -63,7 +63,7 @@ def open_idx(folder: Path, max_pixels: int) -> Source:
     known = _CLASS_NAMES.get(local_id(folder))
     names = () if known is None else tuple(known.split(", "))
     records: dict[Split, IdxRecords] = {}
-    parts: dict[Split, list[Part]] = {}
+    parts: dict[Split, list[LabelPart]] = {}
     files: list[Path] = []
     for split, prefix in _prefixes(folder).items():
         images = _found(folder, _IMAGES)[prefix]
@@ -73,7 +73,7 @@ def open_idx(folder: Path, max_pixels: int) -> Source:
         labels = _labels_of(prefix, images)
         if labels is not None:
             values = _read_labels(labels, records[split])
-            parts[split] = [Part(str(labels), values, names, by_name=False)]
+            parts[split] = [LabelPart(str(labels), values, names, by_name=False)]
         files += [images] if labels is None else [images, labels]
     splits, class_names = with_labels(records, parts)
     return local_source(folder, files, class_names, splits)

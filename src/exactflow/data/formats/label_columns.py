@@ -31,7 +31,7 @@ LONGEST_CLASS_NAME = 64  # characters; a longer text is a caption
 
 @final
 @dataclass(frozen=True)
-class Part:
+class LabelPart:
     """The labels of a split, or of one file or table of it.
 
     Attributes:
@@ -78,7 +78,9 @@ def find_label_column(types: Mapping[str, pa.DataType], where: str) -> str | Non
     return labels[0] if labels else None
 
 
-def read_part(column: pa.ChunkedArray, name: str, class_names: tuple[str, ...], where: str) -> Part:
+def read_part(
+    column: pa.ChunkedArray, name: str, class_names: tuple[str, ...], where: str
+) -> LabelPart:
     """The labels in a column.
 
     Args:
@@ -97,7 +99,7 @@ def read_part(column: pa.ChunkedArray, name: str, class_names: tuple[str, ...], 
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if pa.types.is_integer(column.type):
-        return Part(where, column.to_numpy(), class_names, by_name=False)
+        return LabelPart(where, column.to_numpy(), class_names, by_name=False)
     if _kind(column.type) != "names":
         raise _wrong_type(name, column.type, where)
     encoded = column.cast(pa.large_string()).combine_chunks().dictionary_encode()
@@ -108,11 +110,11 @@ def read_part(column: pa.ChunkedArray, name: str, class_names: tuple[str, ...], 
                 f"{where}: expected class names of a line of at most {LONGEST_CLASS_NAME} "
                 f"characters in the column {name}, found {text[:LONGEST_CLASS_NAME]!r}"
             )
-    return Part(where, encoded.indices.to_numpy(), names, by_name=True)
+    return LabelPart(where, encoded.indices.to_numpy(), names, by_name=True)
 
 
 def with_labels(
-    records: Mapping[Split, Records], parts: Mapping[Split, Sequence[Part]]
+    records: Mapping[Split, Records], parts: Mapping[Split, Sequence[LabelPart]]
 ) -> tuple[dict[Split, StoredSplit], tuple[str, ...]]:
     """Stored splits whose labels are indices into the same class names, and these names.
 
@@ -152,11 +154,13 @@ def with_labels(
         )
         for split, found in known.items()
     }
-    splits = {split: StoredSplit(images, labels.get(split)) for split, images in records.items()}
+    splits: dict[Split, StoredSplit] = {
+        split: StoredSplit(images, labels.get(split)) for split, images in records.items()
+    }
     return splits, names if labels else ()
 
 
-def _integers(parts: Sequence[Part]) -> list[Part]:
+def _integers(parts: Sequence[LabelPart]) -> list[LabelPart]:
     """The parts of a split with int64 labels."""
     images = sum(len(part.values) for part in parts)
     labels = [bounded_labels(p.values, images, p.name_of or partial(_row, p.where)) for p in parts]

@@ -15,7 +15,7 @@ import numpy as np
 from exactflow.data.config import DataError, Split
 from exactflow.data.decode import Payload
 from exactflow.data.formats.label_columns import (
-    Part,
+    LabelPart,
     find_label_column,
     holds_images,
     read_part,
@@ -49,7 +49,7 @@ def open_parquet(path: Path) -> Source:
     groups = files_by_split(path, ".parquet")
     image, label = _find_columns(groups["train"][0])
     records: dict[Split, ParquetRecords] = {}
-    parts: dict[Split, list[Part]] = {}
+    parts: dict[Split, list[LabelPart]] = {}
     for split, files in groups.items():
         records[split], parts[split] = _open_split(files, image, label)
     splits, class_names = with_labels(records, {} if label is None else parts)
@@ -91,10 +91,10 @@ class ParquetRecords(RowRecords):
 
 def _open_split(
     files: Sequence[Path], image: str, label: str | None
-) -> tuple[ParquetRecords, list[Part]]:
+) -> tuple[ParquetRecords, list[LabelPart]]:
     """The images in a column of some files, and their labels in another one, if any."""
     counts: list[int] = []
-    labels: list[Part] = []
+    labels: list[LabelPart] = []
     for file in files:
         with _opened(file) as parquet:
             schema = parquet.schema_arrow

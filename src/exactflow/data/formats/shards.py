@@ -20,7 +20,7 @@ from exactflow.core.files import write_atomically
 from exactflow.data.config import DataError, Split, cache_folder
 from exactflow.data.decode import Payload
 from exactflow.data.files import regular_files, visible
-from exactflow.data.formats.label_columns import Part, with_labels
+from exactflow.data.formats.label_columns import LabelPart, with_labels
 from exactflow.data.formats.tar_index import Label, TarIndex, index_file, read_kept, write_index
 from exactflow.data.records import (
     Records,
@@ -255,7 +255,7 @@ def _bytes_of(text: str) -> bytes:
 
 def _parts(
     labels: Mapping[Split, Sequence[Label]], records: Mapping[Split, TarRecords], path: str
-) -> Iterator[tuple[Split, list[Part]]]:
+) -> Iterator[tuple[Split, list[LabelPart]]]:
     """The labels of each labelled split. Raises DataError where two samples differ in kind."""
     for split, found in labels.items():
         kind = type(found[0])
@@ -271,4 +271,4 @@ def _parts(
         index_of: dict[Label, int] = {name: index for index, name in enumerate(names)}
         values = np.array([index_of[label] for label in found] if names else found, dtype=np.int64)
         where = f"{path} ({split})"
-        yield split, [Part(where, values, names, kind is str, records[split].name)]
+        yield split, [LabelPart(where, values, names, kind is str, records[split].name)]

@@ -102,7 +102,7 @@ def find_index(pattern: str, cache_dir: str | None) -> tuple[RemoteSet, tuple[Ta
     """
     found = RemoteSet.of(pattern)
     kept = _index_path(found, cache_dir)
-    shards = tar_index.read_index_path(kept)
+    shards = tar_index.read_kept(kept)
     if shards is not None:
         return found, shards
     beside = found.url(INDEX_FILE)

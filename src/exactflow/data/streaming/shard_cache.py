@@ -189,7 +189,7 @@ class ShardCache:
                 total -= taken
         return total + size <= self.limit
 
-    def _alone(self) -> FileLock:
+    def _folder_lock(self) -> FileLock:
         return _lock(self.folder / ".lock")
 
 
