@@ -50,7 +50,7 @@ EXPECTED = {
     "convert: list": ("ValueError", "flat state dict"),
     "convert: other model": (
         "ValueError",
-        "no published checkpoint of TarFlow, MaCow, DenseFlow, iDDPM/ADM or HDiT",
+        "no published checkpoint of TarFlow, MaCow, DenseFlow, iDDPM/ADM, HDiT or MaskDiT",
     ),
     "convert: safetensors": ("ValueError", "broken.safetensors is not a whole file"),
     "convert: half a U-Net": ("ValueError", "U-Net as OpenAI publishes it, got one without"),

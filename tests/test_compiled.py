@@ -303,6 +303,7 @@ def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "exactflow.nn.kernels", raising=False)
     monkeypatch.delattr("exactflow.nn.kernels", raising=False)
+    compiled._kernels.cache_clear()
     assert not compiled.available()
     w = network(64, 3, 6)
     with pytest.raises(ImportError, match=r"pip install 'exactflow\[fast\]'"):

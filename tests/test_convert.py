@@ -282,7 +282,7 @@ def test_hints_and_presets_that_do_not_fit(
 
 
 def test_a_classifier_is_no_generative_model() -> None:
-    with pytest.raises(ValueError, match=r"classifier_of reads it"):
+    with pytest.raises(ValueError, match=r"by exactflow\.load_classifier"):
         exactflow.convert(golden_folder("openai", "adm_classifier") / "adm_classifier.pt")
 
 

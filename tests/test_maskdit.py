@@ -236,5 +236,5 @@ def test_files_of_the_trainer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="multiple of both the heads"):
         exactflow.convert(tmp_path / "trained.pt", num_heads=5, decoder_heads=3)
     torch.save({n: v for n, v in weights.items() if "fc1" not in n}, tmp_path / "part.pt")
-    with pytest.raises(ValueError, match="do not fill the MaskDiT"):
+    with pytest.raises(ValueError, match="not a complete MaskDiT checkpoint"):
         exactflow.convert(tmp_path / "part.pt", **hints)

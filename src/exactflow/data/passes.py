@@ -1,4 +1,4 @@
-"""The images of a set as often as one asks: what a fit in closed form reads."""
+"""Repeated passes over the images of a set, for fits in closed form."""
 
 from collections.abc import Iterator
 from typing import final
@@ -12,16 +12,16 @@ from exactflow.data.loader import evaluation_batches
 
 @final
 class ImagePasses:
-    """Every iteration is one pass over the images, batch by batch, uint8 (B, C, H, W).
+    """Images, uint8 (B, C, H, W), batch by batch; every iteration is one pass over all of them.
 
     Args:
-        dataset: where they are.
+        dataset: the images.
         batch_size: images at a time.
-        flip: also give every batch mirrored.
+        flip: also yield every batch mirrored.
         progress: show a bar for every pass.
 
     Attributes:
-        images: number of images given so far, in all passes.
+        images: number of images read so far, in all passes.
     """
 
     def __init__(

@@ -28,8 +28,8 @@ from exactflow.models.foreign import (
 def convert(checkpoint: str | Path, *, preset: str | None = None, **hints: Any) -> GenerativeModel:
     """The model in a published file, in evaluation mode.
 
-    Read are TarFlow, MaCow and DenseFlow, the U-Nets of iDDPM and ADM (OpenAI's state dicts), and
-    HDiT (k-diffusion's training checkpoints, their slim safetensors, and bare weights).
+    Read are TarFlow, MaCow and DenseFlow, the U-Nets of iDDPM and ADM (OpenAI's state dicts),
+    HDiT (k-diffusion's training checkpoints, their slim safetensors, and bare weights) and MaskDiT.
 
     Args:
         checkpoint: a file of tensors as the authors publish it. Where it holds averaged weights
@@ -41,8 +41,9 @@ def convert(checkpoint: str | Path, *, preset: str | None = None, **hints: Any) 
             MaCow, DenseFlow, iDDPM, ADM and bare HDiT weights need it, and take `width` where it
             differs. `channels`: where neither 3 nor 1 fits the weights uniquely. `levels`, of grey:
             MaCow needs it. `noise_std`: TarFlow's training noise, 0 for uniform, where the file
-            name does not tell. iDDPM, ADM and HDiT take fields of their configurations besides,
-            see `HINTS` in `diffusion/published.py` and `hdit/published.py`.
+            name does not tell. `num_heads` and `decoder_heads`: MaskDiT needs them. iDDPM, ADM and
+            HDiT take fields of their configurations besides, see `HINTS` in
+            `diffusion/published.py` and `hdit/published.py`.
 
     Raises:
         FileNotFoundError: no such file.

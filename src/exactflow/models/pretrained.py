@@ -72,8 +72,6 @@ def from_pretrained(
     check_weights(model, state, source)
     placed = {name: _aligned(value).to(target) for name, value in state.items()}
     model.load_state_dict(placed, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
     if isinstance(model, Flow):
         model.plans = _plans(folder)
     return model.eval()
@@ -89,7 +87,7 @@ def shipped_model(location: str | Path) -> Path | None:
 
 
 def _class_names(model: GenerativeModel, folder: Path) -> tuple[str, ...]:
-    """What its card calls the classes of a model; empty if nothing."""
+    """The names of the classes in a model's card; empty if none."""
     names, count = model.card.get(CLASS_NAMES, []), model.num_classes
     texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if not texts or (names and len(names) != count):
@@ -115,7 +113,7 @@ def check_weights(model: GenerativeModel, state: Mapping[str, Tensor], source: s
     Args:
         model: on any device, for the names, shapes and types of its tensors.
         state: tensors by name.
-        source: where they come from, and begin of the message.
+        source: where they come from; the message begins with it.
     """
     expected = model.state_dict()
     _check_shapes({name: tuple(value.shape) for name, value in state.items()}, expected, source)
@@ -126,15 +124,15 @@ def check_weights(model: GenerativeModel, state: Mapping[str, Tensor], source: s
         # Buffers may keep a type of their own, as sums in double precision do.
         if value.dtype != common and (name in parameters or value.dtype != expected[name].dtype):
             raise ValueError(
-                f"{source}: expected numbers of one type, got {_short(state[first].dtype)} in "
-                f"{first} and {_short(value.dtype)} in {name}"
+                f"{source}: expected numbers of one type, got {state[first].dtype} in {first} and "
+                f"{value.dtype} in {name}"
             )
     if not state[first].is_floating_point():
-        raise ValueError(f"{source}: expected floating numbers, got {_short(state[first].dtype)}")
+        raise ValueError(f"{source}: expected floating numbers, got {state[first].dtype}")
 
 
 def recorded_data(model: GenerativeModel) -> dict[str, Any]:
-    """What the card of a loaded model says of the data it was trained on; empty if nothing."""
+    """The training data in the card of a loaded model; empty if none."""
     recorded = model.card.get("training data") or {}
     texts = ("id", "version", "fingerprint", "preprocessing_hash")
     if not isinstance(recorded, dict) or not all(
@@ -242,10 +240,6 @@ def _check_shapes(
         told = f"expected {wanted[0]}" if wanted else f"expected no {foreign[0]}"
         more = len(absent) + len(foreign) + len(other) - 1
         raise ValueError(f"{source}: {told}" + (f" ({more} more differ)" if more else ""))
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _widened(value: Tensor) -> Tensor:

@@ -111,7 +111,8 @@ def classifier_of(state: Mapping[str, Tensor], *, head_channels: int) -> Classif
     Raises:
         ValueError: the state is no such classifier's.
     """
-    _check_keys(state, "classifier with attention pooling", "out.2.positional_embedding")
+    ends = ("input_blocks.0.0.weight", "out.2.positional_embedding", "out.2.c_proj.weight")
+    _check_keys(state, "classifier with attention pooling", *ends)
     multiples, blocks, factors = _encoder(state, _classifier_levels(state))
     side = math.isqrt(state["out.2.positional_embedding"].shape[1] - 1)
     config = ClassifierConfig(

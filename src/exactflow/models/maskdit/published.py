@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from exactflow.models.foreign import ForeignFile, Hints, PublishedFiles
+from exactflow.models.foreign import ForeignFile, Hints, PublishedFiles, filled
 from exactflow.models.maskdit.model import MaskDiT, MaskDiTConfig
 
 MARK = "model.decoder_pos_embed"  # a key that no other family has
@@ -59,15 +59,9 @@ def from_published(state: Mapping[str, Tensor], *, num_heads: int, decoder_heads
         decoder_heads=decoder_heads,
         num_classes=0 if table is None else table.shape[1],
     )
-    with torch.device("meta"):
-        model = MaskDiT(config)
     ours = dict(_renamed(name, value, side) for name, value in weights.items())
-    copied = {name: value.to(torch.float32, copy=True) for name, value in ours.items()}
-    try:
-        model.network.load_state_dict(copied, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"the weights do not fill the MaskDiT they describe: {error}") from error
-    return model.requires_grad_(True).eval()
+    copied = {f"network.{k}": value.to(torch.float32, copy=True) for k, value in ours.items()}
+    return filled(MaskDiT, config, copied)
 
 
 _TABLE = "y_embedder.embedding_table.weight"
