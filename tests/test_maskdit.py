@@ -208,6 +208,7 @@ def test_the_solver_is_of_second_order() -> None:
         ({"mask_ratio": 1.0}, "mask_ratio"),
         ({"mask_ratio": 0.9}, "keeps a token"),
         ({"reconstruction": -0.1}, "reconstruction"),
+        ({"image_shape": (1, 4, 6), "patch_size": 1}, "patches of two numbers and more"),
         ({"label_dropout": 1.5}, "label_dropout"),
     ],
 )

@@ -62,6 +62,11 @@ class MaskDiTConfig:
                 "expected a mask_ratio in [0, 1) that keeps a token, and reconstruction >= 0, got "
                 f"{self.mask_ratio}, {self.reconstruction} for {self.tokens} tokens"
             )
+        if self.mask_ratio and self.reconstruction and channels * side**2 < 2:
+            raise ValueError(
+                "expected reconstruction=0 or patches of two numbers and more: one number has no "
+                "variance by which it could be normalised"
+            )
         _ = self.path  # checks sigma_data
 
     @property
