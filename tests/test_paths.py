@@ -24,7 +24,7 @@ from exactflow.paths.path_model import (
     Prediction,
     combine,
     convert,
-    spread,
+    per_sample,
     velocity_gain,
 )
 from oracles import PathOracle
@@ -124,8 +124,8 @@ def test_golden_schedules(name: str, schedules: dict[str, Tensor], golden: File)
 def test_golden_paths_and_conversions(name: str, published: dict[str, Tensor]) -> None:
     point = PUBLISHED[name].at(published["t"])
     x, said = published["x_t_given"], published["prediction"]
-    alpha, sigma = spread(point.alpha, x), spread(point.sigma, x)
-    d_alpha, d_sigma = spread(point.d_alpha, x), spread(point.d_sigma, x)
+    alpha, sigma = per_sample(point.alpha, x), per_sample(point.sigma, x)
+    d_alpha, d_sigma = per_sample(point.d_alpha, x), per_sample(point.d_sigma, x)
     ours: dict[str, Tensor] = {
         "x_t": sigma * published["x_0"] + alpha * published["x_1"],
         "dx_t": d_sigma * published["x_0"] + d_alpha * published["x_1"],
@@ -219,9 +219,9 @@ def test_conversions_agree_on_what_the_path_mixes(name: str) -> None:
     shape = (len(t), 1, 2, 2)
     x0, eps = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     point = path.at(t)
-    a, s = spread(point.alpha, x0), spread(point.sigma, x0)
+    a, s = per_sample(point.alpha, x0), per_sample(point.sigma, x0)
     x = a * x0 + s * eps
-    velocity = spread(point.d_alpha, x0) * x0 + spread(point.d_sigma, x0) * eps
+    velocity = per_sample(point.d_alpha, x0) * x0 + per_sample(point.d_sigma, x0) * eps
     truth = {"x0": x0, "eps": eps, "v": a * eps - s * x0, "velocity": velocity}
     for source, target in itertools.product(PREDICTIONS, repeat=2):
         got = convert(truth[source], x, point, source, target)
@@ -237,7 +237,7 @@ def test_velocity_gain_is_the_slope_of_the_conversion(source: Prediction) -> Non
     point = VariancePreserving().at(inner_times(VariancePreserving(), 5))
     change = convert(said + other, x, point, source, "velocity")
     change = change - convert(said, x, point, source, "velocity")
-    expected = spread(velocity_gain(point, source), other) * other
+    expected = per_sample(velocity_gain(point, source), other) * other
     torch.testing.assert_close(change, expected)
 
 

@@ -234,8 +234,8 @@ def _prior_gap(model: PathModel, images: Tensor) -> float:
     squares = grey.dequantize(torch.arange(model.levels), middle, model.levels).square()
     power = float(squares[images.cpu().long()].flatten(1).sum(1).mean())
     variance = float(noise.sigma) ** 2
-    spread = model.dims * (variance - 1 - math.log(variance))
-    return 0.5 * (float(noise.alpha) ** 2 * power + spread)
+    excess = model.dims * (variance - 1 - math.log(variance))
+    return 0.5 * (float(noise.alpha) ** 2 * power + excess)
 
 
 def _blur(model: PathModel) -> float:

@@ -10,7 +10,7 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 
-from exactflow.paths.path_model import spread
+from exactflow.paths.path_model import per_sample
 
 Images = Float[Tensor, "batch channels height width"]
 Factors = Float[Tensor, "batch 1 1 1"]  # one of each image
@@ -31,22 +31,22 @@ class Preconditioning:
 
     def scale(self, x: Images, log_sigma: Float[Tensor, " batch"]) -> Factors:
         """1 / sqrt(s^2 + d^2): x times this is the network's input."""
-        return (spread(log_sigma.exp(), x).square() + self.sigma_data**2).rsqrt()
+        return (per_sample(log_sigma.exp(), x).square() + self.sigma_data**2).rsqrt()
 
     def denoised(self, x: Images, output: Images, log_sigma: Float[Tensor, " batch"]) -> Images:
         """D, given x = x0 + s eps and what the network makes of it."""
-        s, d, scale = spread(log_sigma.exp(), x), self.sigma_data, self.scale(x, log_sigma)
+        s, d, scale = per_sample(log_sigma.exp(), x), self.sigma_data, self.scale(x, log_sigma)
         return (d * scale).square() * x + s * d * scale * output
 
     def target(self, x0: Images, noise: Images, log_sigma: Float[Tensor, " batch"]) -> Images:
         """The output with which D is x0: (x0 s / d - d eps) / sqrt(s^2 + d^2)."""
-        s, d = spread(log_sigma.exp(), x0), self.sigma_data
+        s, d = per_sample(log_sigma.exp(), x0), self.sigma_data
         return (x0 * (s / d) - d * noise) * self.scale(x0, log_sigma)
 
     def path_scale(self, x_t: Images, log_sigma: Float[Tensor, " batch"]) -> Factors:
         """sqrt((1 + s^2) / (s^2 + d^2)): x_t of the path times this is the network's input."""
         squared = log_sigma.exp().square()
-        return spread(((1 + squared) / (squared + self.sigma_data**2)).sqrt(), x_t)
+        return per_sample(((1 + squared) / (squared + self.sigma_data**2)).sqrt(), x_t)
 
     def v(self, x_t: Images, output: Images, log_sigma: Float[Tensor, " batch"]) -> Images:
         """v = alpha eps - sigma x0 that follows from the output; exact at any level.
@@ -57,4 +57,4 @@ class Preconditioning:
         s, d = log_sigma.exp(), self.sigma_data
         total = s.square() + d**2
         skip, gain = s * (1 - d**2) / total, d * ((1 + s.square()) / total).sqrt()
-        return spread(skip, x_t) * x_t - spread(gain, x_t) * output
+        return per_sample(skip, x_t) * x_t - per_sample(gain, x_t) * output

@@ -30,7 +30,7 @@ def data_and_noise(
     Divides by sigma for x0, by alpha for eps, by alpha^2 + sigma^2 or delta, which are never 0,
     for v and velocity.
     """
-    alpha, sigma = spread(point.alpha, x_t), spread(point.sigma, x_t)
+    alpha, sigma = per_sample(point.alpha, x_t), per_sample(point.sigma, x_t)
     match source:
         case "x0":
             return prediction, (x_t - alpha * prediction) / sigma
@@ -41,8 +41,8 @@ def data_and_noise(
             x0 = (alpha * x_t - sigma * prediction) / power
             return x0, (sigma * x_t + alpha * prediction) / power
         case "velocity":
-            d_alpha, d_sigma = spread(point.d_alpha, x_t), spread(point.d_sigma, x_t)
-            delta = spread(point.delta, x_t)
+            d_alpha, d_sigma = per_sample(point.d_alpha, x_t), per_sample(point.d_sigma, x_t)
+            delta = per_sample(point.delta, x_t)
             x0 = (sigma * prediction - d_sigma * x_t) / delta
             return x0, (d_alpha * x_t - alpha * prediction) / delta
 
@@ -55,9 +55,9 @@ def combine(x0: Values, eps: Values, point: Point, target: Prediction) -> Values
         case "eps":
             return eps
         case "v":
-            return spread(point.alpha, x0) * eps - spread(point.sigma, x0) * x0
+            return per_sample(point.alpha, x0) * eps - per_sample(point.sigma, x0) * x0
         case "velocity":
-            return spread(point.d_alpha, x0) * x0 + spread(point.d_sigma, x0) * eps
+            return per_sample(point.d_alpha, x0) * x0 + per_sample(point.d_sigma, x0) * eps
 
 
 def convert(
@@ -90,7 +90,7 @@ def velocity_gain(point: Point, source: Prediction) -> Float[Tensor, "*times"]:
             return torch.ones_like(point.alpha)
 
 
-def spread(values: Float[Tensor, "*times"], x: Values) -> Tensor:
+def per_sample(values: Float[Tensor, "*times"], x: Values) -> Tensor:
     """One value per sample, shaped and typed to multiply x."""
     return values.to(x.dtype).reshape(values.shape + (1,) * (x.dim() - values.dim()))
 

@@ -18,7 +18,7 @@ from exactflow.nn.unet import UNet, UNetConfig
 from exactflow.parallel import shared_batch as batch
 from exactflow.paths.coupling import minibatch_transport
 from exactflow.paths.path import Cosine, LinearVP, Path, Straight, VariancePreserving
-from exactflow.paths.path_model import PathModel, Prediction, combine, spread, velocity_gain
+from exactflow.paths.path_model import PathModel, Prediction, combine, per_sample, velocity_gain
 
 PathName = Literal["straight", "ot", "vp", "linear-vp", "cosine"]
 TimeLaw = Literal["uniform", "stratified", "edm", "logit-normal"]
@@ -176,10 +176,10 @@ class FlowMatching(PathModel):
         label = self.drop_labels(label, generator)
         t = draw_times(self.config.times, self.path, x0, generator).clamp(*self.span)
         point = self.path.at(t)
-        x_t = spread(point.alpha, x0) * x0 + spread(point.sigma, x0) * eps
+        x_t = per_sample(point.alpha, x0) * x0 + per_sample(point.sigma, x0) * eps
         error = self.predict(x_t, t, label) - combine(x0, eps, point, self.prediction)
         if self.config.weight == "velocity":
-            error = error * spread(velocity_gain(point, self.prediction), error)
+            error = error * per_sample(velocity_gain(point, self.prediction), error)
         return error.square().flatten(1).mean(1)
 
     def _noise(self, x0: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -20,7 +20,7 @@ from exactflow.models.hdit.network import AttentionKind, HourglassLevel, Hourgla
 from exactflow.parallel import shared_batch as batch
 from exactflow.paths.edm import Preconditioning
 from exactflow.paths.path import InterpolatedCosine
-from exactflow.paths.path_model import PathModel, Prediction, spread
+from exactflow.paths.path_model import PathModel, Prediction, per_sample
 
 Weighting = Literal["soft-min-snr", "min-snr", "snr", "karras"]
 
@@ -211,7 +211,7 @@ class HDiT(PathModel):
         self, x0: Images, noise: Images, log_sigma: PerSample, label: Labels | None = None
     ) -> PerSample:
         """Squared error of the network's output times the weight, mean over dimensions."""
-        x = x0 + spread(log_sigma.exp(), x0) * noise
+        x = x0 + per_sample(log_sigma.exp(), x0) * noise
         output = self._evaluate(x * self._edm.scale(x0, log_sigma), log_sigma, label)
         error = output - self._edm.target(x0, noise, log_sigma)
         return error.square().flatten(1).mean(1) * self.weight(log_sigma)

@@ -18,7 +18,7 @@ from exactflow.models.maskdit.network import MaskedTransformer, Part
 from exactflow.parallel import shared_batch as batch
 from exactflow.paths.edm import Preconditioning
 from exactflow.paths.path import InterpolatedCosine
-from exactflow.paths.path_model import PathModel, Prediction, spread
+from exactflow.paths.path_model import PathModel, Prediction, per_sample
 
 LEVEL_MEAN, LEVEL_STD = -1.2, 1.2  # of ln(sigma) in training (EDM, table 1)
 LEAST, MOST = 1e-3, 100.0  # noise levels at the ends of the path, beyond those that are sampled
@@ -199,7 +199,7 @@ class MaskDiT(PathModel):
             label: class of each image; None for a dropped label.
             kept: places of the tokens that the encoder sees; None: all.
         """
-        x = x0 + spread(log_sigma.exp(), x0) * noise
+        x = x0 + per_sample(log_sigma.exp(), x0) * noise
         output = self._evaluate(self._edm.scale(x, log_sigma) * x, log_sigma, label, kept)
         error = (output - self._edm.target(x0, noise, log_sigma)).square()
         if kept is None:
