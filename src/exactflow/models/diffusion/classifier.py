@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -103,12 +103,14 @@ class ClassifierUNet(nn.Module):
         self.norm = GroupNorm32(channels)
         self.pool = AttentionPool(positions, channels, config.head_channels, config.num_classes)
 
-    def forward(self, x: Images, t: PerSample) -> Float[Tensor, "batch classes"]:
+    def forward(
+        self, x: Images, t: PerSample | Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch classes"]:
         """Logits of the classes, in x's type.
 
         Args:
             x: noisy images of the configured size.
-            t: time as it enters the sinusoids: scaling it is the caller's.
+            t: time, or step of a chain, as it enters the sinusoids: scaling it is the caller's.
 
         Raises:
             ValueError: images of another size or number of channels.
@@ -117,7 +119,7 @@ class ClassifierUNet(nn.Module):
         size = self.config.image_size
         if tuple(x.shape[2:]) != (size, size):
             raise ValueError(f"expected images of {size} x {size} pixels, got {tuple(x.shape)}")
-        embedding = self.time(t)
+        embedding = self.time(t.to(torch.promote_types(t.dtype, torch.float32)))
         h = self.stem(x.to(self.stem.weight.dtype))
         for stage in [*self.down, self.middle]:
             h = stage(h, embedding)
