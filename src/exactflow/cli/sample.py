@@ -93,6 +93,7 @@ def _write(command: Sample, folder: SamplesFolder, model: GenerativeModel, drawn
 def _record(command: Sample, model: GenerativeModel, drawn: Samples) -> dict[str, Any]:
     """What was drawn, from what, how, and at which cost."""
     label = None if drawn.label is None else drawn.label.tolist()
+    known = None if model.num_classes == 0 else label  # else they are the classifier's
     names = (*(model.class_names or numbered(model.num_classes)), NULL_LABEL)
     return {
         "exactflow": __version__,
@@ -104,7 +105,7 @@ def _record(command: Sample, model: GenerativeModel, drawn: Samples) -> dict[str
         "dtype": str(model.dtype).removeprefix("torch."),
         "seeds": drawn.seeds,
         "label": label,
-        "label_names": None if label is None else [names[index] for index in label],
+        "label_names": None if known is None else [names[index] for index in known],
         "solver": command.solver,
         "steps": command.steps,
         "tolerance": command.tolerance,
