@@ -105,16 +105,16 @@ def ode_log_likelihood(
     The result does not depend on the batch size beyond rounding: "dopri5" chooses the steps of
     every image by itself. Its `details` are:
 
-    * solver, and its steps or its tolerance;
-    * evaluations of the network for one image, all draws together, mean over images;
-    * trace, probe and probes: vector-Jacobian products per evaluation, dims for the exact trace;
-    * probe_standard_error, the part of the error of `bits_per_dim` that more probes would remove;
+    - solver, and its steps or its tolerance;
+    - evaluations of the network for one image, all draws together, mean over images;
+    - trace, probe and probes: vector-Jacobian products per evaluation, dims for the exact trace;
+    - probe_standard_error, the part of the error of `bits_per_dim` that more probes would remove;
       None for a single probe;
-    * prior_gap, nats per image, mean: KL(N(alpha x, sigma^2 I) || N(0, I)) where the trajectory
+    - prior_gap, nats per image, mean: KL(N(alpha x, sigma^2 I) || N(0, I)) where the trajectory
       ends. Bounds the divergence of the model's noise end from the prior that is scored;
-    * blur, sigma / alpha where the trajectory starts: the density is that of images with so much
+    - blur, sigma / alpha where the trajectory starts: the density is that of images with so much
       Gaussian noise, in [-1, 1] units; 0 for a path that reaches the data;
-    * trained_on: dequantised or centred images. Scored are always dequantised ones, on which a
+    - trained_on: dequantised or centred images. Scored are always dequantised ones, on which a
       model of centred images (grey levels without noise) is worse.
 
     Args:
