@@ -5,11 +5,12 @@ import gc
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST_LIMIT = 1e6  # seconds: no timer is set for infinity
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -92,6 +94,24 @@ def interleaved(
         for name, action in actions.items():
             took[name].append(seconds(action, device))
     return took
+
+
+@contextmanager
+def time_limit(most: float, reason: str) -> Iterator[None]:
+    """Raise TimeoutError inside after so many seconds, in the main thread; at once if none."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(reason)
+
+    if most <= 0:
+        stop()
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, min(most, LONGEST_LIMIT))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def ratios(slow: list[float], fast: list[float]) -> dict[str, float]:

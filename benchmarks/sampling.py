@@ -20,7 +20,7 @@ from typing import Any, final
 
 import torch
 from baseline import from_exactflow
-from measure import hardware, interleaved, ratios, seconds
+from measure import hardware, interleaved, ratios, seconds, time_limit
 from rich.console import Console
 from rich.progress import Progress
 from tarflow import latents, machine, pictures
@@ -136,12 +136,14 @@ def plan_side(
     model: TarFlow,
     solvers: list[Solver],
     z: Tensor,
+    end: float = math.inf,
 ) -> Side:
-    """The model inverted by its plan, which the check makes and puts into `solvers`."""
+    """The model inverted by its plan, which the check makes by `end` and puts into `solvers`."""
 
     def check() -> tuple[Tensor, dict[str, Any]]:
         began = time.perf_counter()
-        chosen = plan(model, len(z))
+        with time_limit(end - time.monotonic(), "no time left to plan"):
+            chosen = plan(model, len(z))
         took = time.perf_counter() - began
         solvers[:] = chosen.solvers()
         x, facts = examined(model, solvers, z)
