@@ -58,11 +58,11 @@ PUBLISHED_PARAMETERS = {
 
 
 # Networks of thousands of small operations; each takes about 0.1 ms on fake tensors.
-DEAR = ("denseflow", "macow")
+DEAR = ("denseflow", "macow", "hdit-ffhq1024")
 
 
 def a_step_of(recipe: Path) -> Any:
-    """The recipe as an argument of a test, marked if a step takes half a minute or more."""
+    """The recipe as an argument of a test, marked if a step takes a quarter of a minute or more."""
     dear = [pytest.mark.dear, pytest.mark.slow] if recipe.stem.startswith(DEAR) else []
     return pytest.param(recipe, marks=dear)
 
