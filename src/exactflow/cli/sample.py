@@ -156,7 +156,7 @@ def _label(command: Sample, model: GenerativeModel, classifier: ClassifierUNet |
 
 def _low(folder: Path, seeds: range) -> Tensor:
     """The small images of these seeds, in [-1, 1]."""
-    small, stored = SamplesFolder(folder, seeds, own=True), Preprocessing(None, None)
+    small, stored = SamplesFolder(folder, seeds, own=True), Preprocessing()
     files = [small.single(seed) for seed in seeds]
     images = [torch.tensor(decode_image(file, str(file), stored)) for file in files]
     shapes = {tuple(image.shape) for image in images}

@@ -10,9 +10,9 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 
+from exactflow.core.shapes import Images, PerSample
 from exactflow.paths.path_model import per_sample
 
-Images = Float[Tensor, "batch channels height width"]
 Factors = Float[Tensor, "batch 1 1 1"]  # one of each image
 
 
@@ -29,26 +29,26 @@ class Preconditioning:
 
     sigma_data: float
 
-    def scale(self, x: Images, log_sigma: Float[Tensor, " batch"]) -> Factors:
+    def scale(self, x: Images, log_sigma: PerSample) -> Factors:
         """1 / sqrt(s^2 + d^2): x times this is the network's input."""
         return (per_sample(log_sigma.exp(), x).square() + self.sigma_data**2).rsqrt()
 
-    def denoised(self, x: Images, output: Images, log_sigma: Float[Tensor, " batch"]) -> Images:
+    def denoised(self, x: Images, output: Images, log_sigma: PerSample) -> Images:
         """D, given x = x0 + s eps and what the network makes of it."""
         s, d, scale = per_sample(log_sigma.exp(), x), self.sigma_data, self.scale(x, log_sigma)
         return (d * scale).square() * x + s * d * scale * output
 
-    def target(self, x0: Images, noise: Images, log_sigma: Float[Tensor, " batch"]) -> Images:
+    def target(self, x0: Images, noise: Images, log_sigma: PerSample) -> Images:
         """The output with which D is x0: (x0 s / d - d eps) / sqrt(s^2 + d^2)."""
         s, d = per_sample(log_sigma.exp(), x0), self.sigma_data
         return (x0 * (s / d) - d * noise) * self.scale(x0, log_sigma)
 
-    def path_scale(self, x_t: Images, log_sigma: Float[Tensor, " batch"]) -> Factors:
+    def path_scale(self, x_t: Images, log_sigma: PerSample) -> Factors:
         """sqrt((1 + s^2) / (s^2 + d^2)): x_t of the path times this is the network's input."""
         squared = log_sigma.exp().square()
         return per_sample(((1 + squared) / (squared + self.sigma_data**2)).sqrt(), x_t)
 
-    def v(self, x_t: Images, output: Images, log_sigma: Float[Tensor, " batch"]) -> Images:
+    def v(self, x_t: Images, output: Images, log_sigma: PerSample) -> Images:
         """v = alpha eps - sigma x0 that follows from the output; exact at any level.
 
         s (1 - d^2) / (s^2 + d^2) x_t - d sqrt((1 + s^2) / (s^2 + d^2)) F: no cancellation at low

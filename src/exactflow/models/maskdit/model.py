@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from exactflow.core import grey_levels as grey
+from exactflow.core.shapes import GreyLevels, Images, Labels, PerSample
 from exactflow.models.maskdit.network import MaskedTransformer, Part
 from exactflow.parallel import shared_batch as batch
 from exactflow.paths.edm import Preconditioning
@@ -143,12 +144,7 @@ class MaskDiT(PathModel):
     def prediction(self) -> Prediction:
         return "v"
 
-    def predict(
-        self,
-        x_t: Float[Tensor, "batch channels height width"],
-        t: Float[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+    def predict(self, x_t: Images, t: PerSample, label: Labels | None = None) -> Images:
         """See `PathModel.predict`; all tokens are seen."""
         self.check_label(label, len(x_t))
         log_sigma = -0.5 * self.path.at(t).log_snr
@@ -157,11 +153,11 @@ class MaskDiT(PathModel):
 
     def loss(
         self,
-        images: Integer[Tensor, "batch channels height width"],
-        label: Int[Tensor, " batch"] | None = None,
+        images: GreyLevels,
+        label: Labels | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, " batch"]:
+    ) -> PerSample:
         """Masked denoising error of centred images; labels are dropped.
 
         Outside of training nothing is masked.
@@ -181,13 +177,13 @@ class MaskDiT(PathModel):
 
     def denoising_loss(
         self,
-        x0: Float[Tensor, "batch channels height width"],
-        noise: Float[Tensor, "batch channels height width"],
-        log_sigma: Float[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
+        x0: Images,
+        noise: Images,
+        log_sigma: PerSample,
+        label: Labels | None = None,
         *,
         kept: Int[Tensor, "batch kept"] | None = None,
-    ) -> Float[Tensor, " batch"]:
+    ) -> PerSample:
         """The loss given data and noise.
 
         w (D - x0)^2 is the squared error of the network's own output.
@@ -215,7 +211,7 @@ class MaskDiT(PathModel):
 
     def _evaluate(
         self, x: Tensor, log_sigma: Tensor, label: Tensor | None, kept: Tensor | None = None
-    ) -> Float[Tensor, "batch channels height width"]:
+    ) -> Images:
         """The network F at unit-variance x, in the dtype of x."""
         output = self.network(x.to(self.dtype), log_sigma.to(self.dtype) / 4, label, kept)
         return output.to(x.dtype)

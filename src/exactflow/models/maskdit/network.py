@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exactflow.core.shapes import Images, Labels, PerSample
 from exactflow.nn.dit import EMBEDDING_STD, TIME_FREQUENCIES, DiTBlock, grid_embedding, modulated
 from exactflow.nn.unet_parts import sinusoidal_embedding
 
@@ -75,11 +76,11 @@ class MaskedTransformer(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "batch channels height width"],
-        c_noise: Float[Tensor, " batch"],
-        label: Int[Tensor, " batch"] | None = None,
+        x: Images,
+        c_noise: PerSample,
+        label: Labels | None = None,
         kept: Int[Tensor, "batch kept"] | None = None,
-    ) -> Float[Tensor, "batch channels height width"]:
+    ) -> Images:
         """The network's output for every pixel.
 
         Args:
@@ -98,7 +99,7 @@ class MaskedTransformer(nn.Module):
         return self.image(self.output(modulated(tokens, shift, scale)))
 
     def condition(
-        self, c_noise: Float[Tensor, " batch"], label: Int[Tensor, " batch"] | None
+        self, c_noise: PerSample, label: Labels | None
     ) -> Float[Tensor, "batch features"]:
         """Embedding of the noise level plus that of the label."""
         features = sinusoidal_embedding(c_noise, 2 * TIME_FREQUENCIES).to(self.time_in.weight.dtype)
@@ -109,7 +110,7 @@ class MaskedTransformer(nn.Module):
 
     def encode(
         self,
-        x: Float[Tensor, "batch channels height width"],
+        x: Images,
         condition: Float[Tensor, "batch features"],
         kept: Int[Tensor, "batch kept"] | None,
     ) -> Float[Tensor, "batch kept features"]:
@@ -136,15 +137,11 @@ class MaskedTransformer(nn.Module):
             tokens = places.scatter(1, kept[..., None].expand_as(tokens), tokens)
         return tokens + self.get_buffer("decoder_position")
 
-    def patches(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch tokens values"]:
+    def patches(self, x: Images) -> Float[Tensor, "batch tokens values"]:
         """Squares of pixels in raster order; inside one, colour by colour."""
         return F.pixel_unshuffle(x, self.side).flatten(2).transpose(1, 2)
 
-    def image(
-        self, patches: Float[Tensor, "batch tokens values"]
-    ) -> Float[Tensor, "batch channels height width"]:
+    def image(self, patches: Float[Tensor, "batch tokens values"]) -> Images:
         """The image of these patches."""
         return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, self.grid), self.side)
 
